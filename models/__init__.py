@@ -1,0 +1,14 @@
+"""The models. A config class describes each family; its build() makes the module."""
+
+from typing import Any
+
+from models.baselines import ViTConfig
+from models.bdh import BDHConfig
+from models.vision_bdh import VisionBDHConfig
+
+CONFIG_CLASSES = {cls.__name__: cls for cls in (BDHConfig, VisionBDHConfig, ViTConfig)}
+
+
+def build_config(class_name: str, fields: dict[str, Any]) -> Any:
+    """The config of that class name, as stored in a run's config.json. Raises KeyError for an unknown class."""
+    return CONFIG_CLASSES[class_name](**fields)

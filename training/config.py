@@ -1,0 +1,156 @@
+"""What defines a training run, and the command line made from it."""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class UserError(Exception):
+    """A mistake or a circumstance that the user can mend; the message says how."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything beside the model that decides a run's result."""
+
+    dataset: Literal["digits", "cifar10", "cifar100"]
+    """images to train on"""
+    epochs: int
+    """passes over the training images"""
+    batch_size: int
+    """images a forward pass"""
+    learning_rate: float
+    """peak rate of AdamW"""
+    weight_decay: float
+    """decoupled weight decay of AdamW"""
+    warmup_steps: int = 500
+    """optimiser steps of linear warm-up, capped at a tenth of all"""
+    max_grad_norm: float = 1.0
+    """gradients are scaled down to this norm"""
+    grad_accum: int = 1
+    """batches whose gradients are averaged into one optimiser step"""
+    val_fraction: float = 0.2
+    """share of the training images held out for validation"""
+    crop_scale_min: float = 1.0
+    """smallest area of a random crop, as a share of the image; 1 for no crops"""
+    horizontal_flip: bool = False
+    """mirror half of the training images"""
+    train_limit: int | None = None
+    """use only this many of the training images (validation included), drawn by the seed"""
+    precision: Literal["float32", "tf32", "bf16"] = "tf32"
+    """of matrix products; tf32 is float32 where the device has none"""
+    compile: bool = False
+    """run the model through torch.compile"""
+    seed: int = 0
+    """of the split, the weights, and every draw in training"""
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "grad_accum"):
+            _require(getattr(self, name) >= 1, self, name, "must be at least 1")
+        _require(self.learning_rate > 0, self, "learning_rate", "must be above 0")
+        _require(self.max_grad_norm > 0, self, "max_grad_norm", "must be above 0")
+        _require(0 < self.val_fraction < 1, self, "val_fraction", "must be above 0 and below 1")
+        _require(0 < self.crop_scale_min <= 1, self, "crop_scale_min", "must be above 0 and at most 1")
+        for name in ("weight_decay", "warmup_steps", "seed"):
+            _require(getattr(self, name) >= 0, self, name, "must not be negative")
+        _require(self.train_limit is None or self.train_limit >= 2, self, "train_limit", "must be at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where things are and what is reported; nothing here changes a result."""
+
+    name: str | None = None
+    """folder of the run under runs-dir; default: the experiment and every field changed from its script"""
+    resume: bool = False
+    """continue the run where it stopped"""
+    overwrite: bool = False
+    """replace the run that is in the folder"""
+    device: str = "auto"
+    """auto, cuda, cuda:1, mps or cpu"""
+    data_dir: Path | None = None
+    """folder that holds data_cifar10 and the like; default: $VISION_BDH_DATA, else beside the scripts"""
+    runs_dir: Path = ROOT / "runs"
+    """folder of all runs"""
+    eval_batch_size: int = 256
+    """images a forward pass in validation and test"""
+    log_every: int = 50
+    """steps between two readings of the loss"""
+    tensorboard: bool = False
+    """write TensorBoard events into the run's folder"""
+    wandb: str | None = None
+    """report to this Weights & Biases project"""
+
+    def __post_init__(self):
+        for name in ("eval_batch_size", "log_every"):
+            _require(getattr(self, name) >= 1, self, name, "must be at least 1")
+        if self.name is not None and (not re.fullmatch(r"[\w+=.,-]+", self.name) or self.name in (".", "..")):
+            raise ValueError(f"name = {self.name!r} must be a plain folder name of letters, digits and _ + = . , -")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other: continue the run, or replace it")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run to make: `training.loop.fit` takes it."""
+
+    name: str
+    """folder under runs_dir, shared by the seeds"""
+    model: Any
+    """config of the model; has build()"""
+    train: TrainConfig
+    options: RunOptions = field(default_factory=RunOptions)
+
+    @property
+    def folder(self) -> Path:
+        return self.options.runs_dir / self.name / f"seed{self.train.seed}"
+
+    def fields(self) -> dict[str, dict]:
+        """The fields that decide the result, as plain values."""
+        return {"model": plain_fields(self.model), "train": plain_fields(self.train)}
+
+
+def parse_experiment(name: str, model: Any, train: TrainConfig, description: str, args: list[str]) -> Experiment:
+    """The script's experiment with the command line's changes. Raises UserError for values that make no sense.
+
+    All fields are flags of their own name. tyro prints help and refuses unknown flags itself (exit code 2).
+    """
+    defaults = dataclasses.make_dataclass(
+        "Flags", [("model", type(model)), ("train", TrainConfig), ("options", RunOptions)], frozen=True
+    )
+    try:
+        flags = tyro.cli(
+            defaults,
+            default=defaults(model, train, RunOptions()),
+            description=description,
+            args=args,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    changed = changed_fields(model, flags.model) | changed_fields(train, flags.train)
+    changed.pop("seed", None)
+    full_name = "+".join([name, *(f"{key}={value}" for key, value in sorted(changed.items()))])
+    return Experiment(flags.options.name or full_name, flags.model, flags.train, flags.options)
+
+
+def plain_fields(config: Any) -> dict:
+    """A config's fields, paths as text."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()}
+
+
+def changed_fields(before: Any, after: Any) -> dict:
+    """The fields of `after` that differ from `before`, two configs of one class."""
+    old, new = plain_fields(before), plain_fields(after)
+    return {key: new[key] for key in new if new[key] != old[key]}
+
+
+def _require(holds: bool, config: Any, name: str, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} = {getattr(config, name)} {rule}")

@@ -1,0 +1,225 @@
+"""Data sets, their seeded split, and batches of images that live on the device."""
+
+import contextlib
+import math
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+
+from training import augment, seeds
+from training.config import ROOT, TrainConfig, UserError
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Images (N, C, H, W) uint8 and labels (N,) int64 of the official training and test parts, in memory."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which of the training images train and which validate: two disjoint sets of indices."""
+
+    train: np.ndarray
+    val: np.ndarray
+
+
+def load_dataset(name: str, data_dir: Path | None) -> DataSet:
+    """The data set called name. CIFAR is read from its folder, or downloaded into it once. Raises UserError."""
+    if name == "digits":
+        return _load_digits()
+    return _load_cifar(name, data_folder(name, data_dir))
+
+
+def data_folder(name: str, data_dir: Path | None) -> Path:
+    """Where the files of a data set are: data_<name> in data_dir, $VISION_BDH_DATA or beside the scripts.
+
+    data_dir may also be that folder itself.
+    """
+    root = data_dir or Path(os.environ.get("VISION_BDH_DATA") or ROOT)
+    is_folder_itself = root.name == f"data_{name}" or (root / f"{name}.npz").is_file()
+    return root if is_folder_itself else root / f"data_{name}"
+
+
+def split_train(labels: np.ndarray, val_fraction: float, limit: int | None, seed: int) -> Split:
+    """A stratified split of the training images, drawn from the seed alone.
+
+    labels: (N,). Each class gives the same share to validation. With a limit, that many images are drawn first,
+    stratified too. Raises UserError where a part would be empty.
+    """
+    generator = np.random.default_rng(seeds.derive("split", seed))
+    indices = np.arange(len(labels))
+    if limit is not None and limit < len(labels):
+        indices = _draw_stratified(indices, labels, limit, generator)
+    n_val = round(val_fraction * len(indices))
+    if not 0 < n_val < len(indices):
+        raise UserError(
+            f"val_fraction = {val_fraction} of {len(indices)} images leaves none to train on or none to validate with: "
+            "raise --train-limit or change --val-fraction"
+        )
+    val = _draw_stratified(indices, labels, n_val, generator)
+    return Split(train=np.setdiff1d(indices, val), val=val)
+
+
+def _draw_stratified(indices: np.ndarray, labels: np.ndarray, n: int, generator: np.random.Generator) -> np.ndarray:
+    """n of the indices, sorted, each class in proportion; what rounding leaves over goes to the largest remainders."""
+    classes = [indices[labels[indices] == label] for label in np.unique(labels[indices])]
+    exact = np.array([n * len(members) / len(indices) for members in classes])
+    take = np.floor(exact).astype(int)
+    take[np.argsort(take - exact, kind="stable")[: n - take.sum()]] += 1
+    drawn = [generator.permutation(members)[:k] for members, k in zip(classes, take, strict=True)]
+    return np.sort(np.concatenate(drawn))
+
+
+class ImageBatches:
+    """A data set on the device as uint8, given out in batches ready for the model.
+
+    Order, crops and flips of an epoch are drawn at its start from the run's seed and the epoch; validation and test
+    images are only normalised.
+    """
+
+    def __init__(self, dataset: DataSet, split: Split, config: TrainConfig, eval_batch_size: int, device: torch.device):
+        def part(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+            return torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
+
+        self.config = config
+        self.eval_batch_size = eval_batch_size
+        self.device = device
+        self.class_names = dataset.class_names
+        self.parts = {
+            "train": part(dataset.train_images[split.train], dataset.train_labels[split.train]),
+            "val": part(dataset.train_images[split.val], dataset.train_labels[split.val]),
+            "test": part(dataset.test_images, dataset.test_labels),
+        }
+
+    def size(self, part: str) -> int:
+        """Images of "train", "val" or "test"."""
+        return len(self.parts[part][1])
+
+    def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every training image once: images (B, C, H, W) float32 in [-1, 1], labels (B,)."""
+        config, (images, labels) = self.config, self.parts["train"]
+        n, (height, width) = len(labels), images.shape[-2:]
+        draws = seeds.generator("augmentation", config.seed, epoch)
+        order = torch.randperm(n, generator=seeds.generator("order", config.seed, epoch)).to(self.device)
+        boxes = augment.draw_crops(n, height, width, config.crop_scale_min, draws).to(self.device)
+        flips = augment.draw_flips(n, draws).to(self.device)
+        crop = config.crop_scale_min < 1
+        if not crop:
+            boxes[:] = boxes.new_tensor((0, 0, height, width))
+        flips &= config.horizontal_flip
+        for first in range(0, n, config.batch_size):
+            here = slice(first, first + config.batch_size)
+            batch = augment.normalise(images[order[here]])
+            if crop or config.horizontal_flip:
+                batch = augment.crop_and_flip(batch, boxes[here], flips[here])
+            yield batch, labels[order[here]]
+
+    def eval_batches(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image of a part once, in order, without augmentation."""
+        images, labels = self.parts[part]
+        for first in range(0, len(labels), self.eval_batch_size):
+            here = slice(first, first + self.eval_batch_size)
+            yield augment.normalise(images[here]), labels[here]
+
+
+def _load_digits() -> DataSet:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8, grey; every fifth of each class is the test part."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError("the digits come with scikit-learn: pip install scikit-learn") from None
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # (N, 1, 8, 8)
+    labels = digits.target.astype(np.int64)
+    test = np.zeros(len(labels), dtype=bool)
+    for label in range(10):
+        test[np.flatnonzero(labels == label)[::5]] = True
+    return DataSet(images[~test], labels[~test], images[test], labels[test], tuple(map(str, digits.target_names)))
+
+
+def _load_cifar(name: str, folder: Path) -> DataSet:
+    path = folder / f"{name}.npz"
+    if not path.is_file():
+        _download_cifar(name, path)
+    mend = f"Delete {path} and start again to download it anew, or put a whole one in its place"
+    try:
+        with np.load(path) as arrays:
+            data = {key: arrays[key] for key in arrays.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+        raise UserError(f"{path} cannot be read, perhaps it was cut short ({error}). {mend}") from None
+    problem = _cifar_problem(data)
+    if problem:
+        raise UserError(f"{path} does not hold {name}: {problem}. {mend}")
+    images = {part: np.ascontiguousarray(data[f"{part}_images"].transpose(0, 3, 1, 2)) for part in ("train", "test")}
+    class_names = tuple(str(each) for each in data["class_names"])
+    return DataSet(images["train"], data["train_labels"], images["test"], data["test_labels"], class_names)
+
+
+def _cifar_problem(data: dict[str, np.ndarray]) -> str | None:
+    """What is wrong with the arrays of an npz, or None."""
+    wanted = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
+    missing = [key for key in wanted if key not in data]
+    if missing:
+        return f"it lacks {', '.join(missing)}"
+    for part in ("train", "test"):
+        images, labels = data[f"{part}_images"], data[f"{part}_labels"]
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):
+            return f"{part}_images is {images.dtype} {images.shape}, not uint8 (N, 32, 32, 3)"
+        if labels.dtype != np.int64 or labels.shape != (len(images),):
+            return f"{part}_labels is {labels.dtype} {labels.shape}, not int64 ({len(images)},)"
+        if len(images) == 0:
+            return f"{part}_images is empty"
+        low, high, n_classes = labels.min(), labels.max(), len(data["class_names"])
+        if low < 0 or high >= n_classes:
+            return f"{part}_labels run from {low} to {high}, but there are {n_classes} class_names"
+    return None
+
+
+def _download_cifar(name: str, path: Path) -> None:
+    """Fetches the official archive, which torchvision checks, and writes the npz once."""
+    source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        train, test = (source(path.parent, train=part, download=True) for part in (True, False))
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
+        raise UserError(
+            f"{path} is not there, and {name} could not be downloaded ({error}). Either connect to the network and "
+            f"start again, or put {path.name} or the official {source.filename} into {path.parent} "
+            "(for another folder: --data-dir)"
+        ) from None
+    arrays = {
+        "train_images": train.data,
+        "train_labels": np.array(train.targets, dtype=np.int64),
+        "test_images": test.data,
+        "test_labels": np.array(test.targets, dtype=np.int64),
+        "class_names": np.array(train.classes),
+    }
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            np.savez(file, **arrays)
+        Path(partial).replace(path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror}): free some space and start again") from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            Path(partial).unlink()
+
+
+def count_steps(n_images: int, config: TrainConfig) -> int:
+    """Optimiser steps of one epoch; the last may see fewer images."""
+    return math.ceil(n_images / (config.batch_size * config.grad_accum))

@@ -1,0 +1,59 @@
+"""From a script's experiment and the command line to a finished run: messages, exit codes, the closing table."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from training.config import Experiment, TrainConfig, UserError, parse_experiment
+from training.loop import fit
+
+
+def launch(name: str, model: Any, train: TrainConfig) -> Path:
+    """What every train_*.py calls, once: parses the command line, trains, shows the result. Returns the run's folder.
+
+    name: of the experiment; model, train: its configuration, which flags override. Leaves the process with exit code 1
+    where the run failed, 2 where the command line is wrong, 130 after Ctrl-C, each with one message.
+    """
+    description = getattr(sys.modules["__main__"], "__doc__", None) or name
+    try:
+        experiment = parse_experiment(name, model, train, description, sys.argv[1:])
+    except UserError as error:
+        _fail(str(error), 2)
+    try:
+        summary = fit(experiment)
+    except UserError as error:
+        _fail(str(error), 1)
+    except torch.OutOfMemoryError:
+        _fail(
+            "the GPU's memory is full: try a smaller --batch-size with a larger --grad-accum (their product is what "
+            "one optimiser step sees), or --precision bf16",
+            1,
+        )
+    except KeyboardInterrupt:
+        _fail(
+            f"stopped. The same command with --resume goes on from the last finished epoch of {experiment.folder}", 130
+        )
+    show_summary(experiment, summary)
+    return experiment.folder
+
+
+def show_summary(experiment: Experiment, summary: dict[str, Any]) -> None:
+    """The closing table."""
+    table = Table(title=f"{experiment.name}, seed {experiment.train.seed}", show_header=False)
+    for metric, value in (summary["test"] or {}).items():
+        table.add_row(f"test {metric}", f"{value:.4f}" if metric == "loss" else f"{value:.2%}")
+    for key, value in summary["best"].items():
+        shown = f"{value:.4f}" if isinstance(value, float) else value
+        table.add_row(f"best epoch's {key}" if key != "epoch" else "best epoch", str(shown))
+    table.add_row("parameters", f"{summary['parameters']:,}")
+    table.add_row("run", str(experiment.folder))
+    Console().print(table)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)

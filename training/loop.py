@@ -1,0 +1,301 @@
+"""fit(): the only training loop."""
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from training import seeds
+from training.config import Experiment, UserError
+from training.data import ImageBatches, count_steps, load_dataset, split_train
+from training.device import (
+    describe_hardware,
+    peak_memory_mb,
+    pick_device,
+    set_precision,
+    synchronize,
+    tune_cpu_allocator,
+)
+from training.metrics import Sums
+from training.runs import Run, load_file
+from training.tasks import Classification
+from training.trackers import open_trackers
+
+
+class TrainingError(UserError):
+    """Training cannot go on; what was saved stays."""
+
+
+def rate_factor(step: int, total_steps: int, warmup_steps: int) -> float:
+    """Learning rate of a step, counted from 0, as a share of the peak: step / warm-up, then half a cosine down to 0.
+
+    The warm-up is capped at a tenth of all steps, so that short runs learn.
+    """
+    warmup = min(warmup_steps, total_steps // 10)
+    if step < warmup:
+        return step / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup))) / 2
+
+
+@dataclass
+class Session:
+    """What a run needs at hand: set up once, then trained."""
+
+    experiment: Experiment
+    device: torch.device
+    data: ImageBatches
+    task: Classification
+    model: nn.Module  # holds the weights
+    forward: nn.Module  # the same, compiled where asked
+    optimizer: torch.optim.Optimizer
+    autocast: contextlib.AbstractContextManager
+    epoch: int = 0  # epochs done
+    step: int = 0  # optimiser steps done
+    best: dict[str, Any] | None = None  # epoch and metrics of the best validation so far
+
+    @property
+    def total_steps(self) -> int:
+        train = self.experiment.train
+        return train.epochs * count_steps(self.data.size("train"), train)
+
+    def state(self) -> dict[str, Any]:
+        """What last.pt holds. Random draws follow from the seed and the epoch, the schedule from the step."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "config": self.experiment.fields(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+
+
+def fit(experiment: Experiment) -> dict[str, Any]:
+    """Trains, validates after every epoch, tests the best epoch once at the end; returns the summary.
+
+    Writes the run's folder (see training.runs). Raises UserError for what the user can mend, TrainingError where the
+    loss stops being finite.
+    """
+    run = Run(experiment.folder)
+    resuming = run.prepare(experiment)
+    if resuming and (summary := run.read_summary()):
+        print(f"{run.folder} is complete: nothing to resume")
+        return summary
+    session = _set_up(experiment, run, resuming)
+    trackers = open_trackers(experiment, session.epoch + 1)
+    try:
+        while session.epoch < experiment.train.epochs:
+            row = _epoch(session, run)
+            for tracker in trackers:
+                tracker.log(row)
+        return _finish(session, run)
+    finally:
+        for tracker in trackers:
+            tracker.close()
+
+
+def _set_up(experiment: Experiment, run: Run, resuming: bool) -> Session:
+    """Everything that can fail for the user's reasons happens here, before the folder is touched."""
+    train, options = experiment.train, experiment.options
+    device = pick_device(options.device)
+    if device.type == "cpu" and tune_cpu_allocator():
+        print("CPU: freed memory is kept for the next step (glibc mallopt), which makes steps about twice as fast")
+    dataset = load_dataset(train.dataset, options.data_dir)
+    _check_fit(experiment.model, dataset)
+    if resuming:
+        split = run.read_split()
+    else:
+        split = split_train(dataset.train_labels, train.val_fraction, train.train_limit, train.seed)
+    data = ImageBatches(dataset, split, train, options.eval_batch_size, device)
+
+    torch.manual_seed(seeds.derive("weights", train.seed))
+    model = experiment.model.build().to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=train.learning_rate,
+        weight_decay=train.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    session = Session(
+        experiment,
+        device,
+        data,
+        Classification(),
+        model,
+        torch.compile(model) if train.compile else model,
+        optimizer,
+        set_precision(train.precision, device),
+    )
+    parameters = sum(p.numel() for p in model.parameters())
+    if resuming:
+        session.load_state(run.load_checkpoint(print))
+        run.cut_metrics(session.epoch)
+        print(f"resuming after epoch {session.epoch} of {train.epochs}")
+    else:
+        run.start(experiment, split, describe_hardware(device), parameters)
+        run.save_checkpoint(session.state())  # so that a run stopped in its first epoch can be resumed too
+    print(
+        f"{experiment.name}, seed {train.seed}: {parameters:,} parameters; {data.size('train'):,} images to train, "
+        f"{data.size('val'):,} to validate, {data.size('test'):,} to test; {device}, {train.precision}\n{run.folder}"
+    )
+    return session
+
+
+def _check_fit(model: Any, dataset: Any) -> None:
+    """Raises UserError where the model's input or output does not suit the images."""
+    channels, height, width = dataset.train_images.shape[1:]
+    found = {"img_size": height, "in_channels": channels, "num_classes": len(dataset.class_names)}
+    for name, value in found.items():
+        if getattr(model, name) != value or height != width:
+            raise UserError(
+                f"the images are {height} x {width} with {channels} channels and {len(dataset.class_names)} classes, "
+                f"but the model has {name} = {getattr(model, name)}: set --{name.replace('_', '-')} {value}"
+            )
+
+
+def _epoch(session: Session, run: Run) -> dict[str, Any]:
+    """One epoch: training, validation, a row of metrics.csv, checkpoints. Returns the row."""
+    train, task, device = session.experiment.train, session.task, session.device
+    started = time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    training = train_epoch(session)
+    synchronize(device)
+    trained = time.perf_counter()
+    validation = evaluate(session, "val")
+    if not math.isfinite(validation["loss"]):
+        raise TrainingError(_not_finite(session, f"the validation loss after epoch {session.epoch + 1}"))
+    ended = time.perf_counter()
+    session.epoch += 1
+    row = {
+        "epoch": session.epoch,
+        "train_loss": training["loss"],
+        "val_loss": validation["loss"],
+        f"val_{task.metric}": validation[task.metric],
+        "learning_rate": session.optimizer.param_groups[0]["lr"],
+        "epoch_time_sec": round(ended - started, 3),
+        "images_per_sec": round(session.data.size("train") / (trained - started), 1),
+        "peak_memory_mb": round(peak_memory_mb(device), 1),
+    }
+    run.append_metrics(row)
+    if session.best is None or _score(row, task) > _score(session.best, task):
+        session.best = {
+            "epoch": session.epoch,
+            "val_loss": row["val_loss"],
+            f"val_{task.metric}": validation[task.metric],
+        }
+        run.save_best(session.best | {"model": session.model.state_dict(), "config": session.experiment.fields()})
+    run.save_checkpoint(session.state())
+    left = (train.epochs - session.epoch) * (ended - started)
+    tqdm.write(
+        f"epoch {session.epoch:3d}/{train.epochs}  "
+        f"train loss {training['loss']:.4f}  val loss {validation['loss']:.4f}  "
+        f"val {task.metric} {validation[task.metric]:.2%}  {row['images_per_sec']:,.0f} images/s  "
+        f"left {time.strftime('%H:%M:%S', time.gmtime(left))}"
+    )
+    return row
+
+
+def _score(row: dict[str, Any], task: Classification) -> tuple[float, float]:
+    """What the best epoch has most of: the metric, and among equals the lower validation loss."""
+    return row[f"val_{task.metric}"], -row["val_loss"]
+
+
+def train_epoch(session: Session) -> dict[str, float]:
+    """All training images once; returns mean loss and metric. Waits for the device only where progress is read."""
+    train, task = session.experiment.train, session.task
+    torch.manual_seed(seeds.derive("model", train.seed, session.epoch))  # dropout
+    session.forward.train()
+    n_images, group = session.data.size("train"), train.batch_size * train.grad_accum
+    sums = Sums()
+    first_bad = torch.full((), -1, device=session.device)  # step whose loss or gradient was the first to be not finite
+    bar = tqdm(total=n_images, unit="img", desc=f"epoch {session.epoch + 1}/{train.epochs}", leave=False, disable=None)
+    batches = session.data.train_batches(session.epoch)
+    with bar:
+        for first in range(0, n_images, group):
+            in_group = min(group, n_images - first)
+            finite = torch.ones((), dtype=torch.bool, device=session.device)
+            for _ in range(math.ceil(in_group / train.batch_size)):
+                images, labels = next(batches)
+                with session.autocast:
+                    outputs = session.forward(images)
+                    loss = task.loss(outputs, labels)
+                (loss * (len(labels) / in_group)).backward()
+                finite &= loss.detach().isfinite()
+                sums.add(task.counts(loss, outputs, labels))
+            finite &= optimizer_step(session).isfinite()
+            first_bad = torch.where((first_bad < 0) & ~finite, session.step, first_bad)
+            session.step += 1
+            if session.step % session.experiment.options.log_every == 0:
+                _read_progress(session, bar, sums, first_bad)
+        _read_progress(session, bar, sums, first_bad)
+    return task.ratios(sums.read())
+
+
+def optimizer_step(session: Session) -> Tensor:
+    """Clips, steps at the schedule's rate, clears the gradients; returns the gradient's norm on the device."""
+    train = session.experiment.train
+    rate = train.learning_rate * rate_factor(session.step, session.total_steps, train.warmup_steps)
+    for group in session.optimizer.param_groups:
+        group["lr"] = rate
+    norm = nn.utils.clip_grad_norm_(session.model.parameters(), train.max_grad_norm)
+    session.optimizer.step()
+    session.optimizer.zero_grad()
+    return norm
+
+
+def _read_progress(session: Session, bar: tqdm, sums: Sums, first_bad: Tensor) -> None:
+    """Shows where training stands; the one place in an epoch that waits for the device."""
+    if (step := int(first_bad)) >= 0:
+        raise TrainingError(_not_finite(session, f"the loss or its gradient at step {step}"))
+    read = sums.read()
+    ratios = session.task.ratios(read)
+    bar.set_postfix({"loss": f"{ratios['loss']:.3f}", session.task.metric: f"{ratios[session.task.metric]:.1%}"})
+    bar.update(int(read["images"]) - bar.n)
+
+
+def _not_finite(session: Session, what: str) -> str:
+    folder = session.experiment.folder
+    return (
+        f"{what} is not finite: training stopped. The checkpoint of epoch {session.epoch} in {folder} is good; "
+        "start again with a lower --learning-rate or --precision float32"
+    )
+
+
+@torch.no_grad()
+def evaluate(session: Session, part: str) -> dict[str, float]:
+    """Mean loss and metric on "val" or "test"."""
+    session.forward.eval()
+    sums = Sums()
+    for images, labels in session.data.eval_batches(part):
+        with session.autocast:
+            outputs = session.forward(images)
+            loss = session.task.loss(outputs, labels)
+        sums.add(session.task.counts(loss, outputs, labels))
+    return session.task.ratios(sums.read())
+
+
+def _finish(session: Session, run: Run) -> dict[str, Any]:
+    """The test part, once, with the weights of the best validation epoch; writes summary.json."""
+    best = load_file(run.folder / "best.pt")
+    session.model.load_state_dict(best["model"])
+    test = evaluate(session, "test")
+    summary = {
+        "test": test,
+        "best": {key: value for key, value in best.items() if key not in ("model", "config")},
+        "epochs": session.epoch,
+        "parameters": sum(p.numel() for p in session.model.parameters()),
+        "images": {part: session.data.size(part) for part in ("train", "val", "test")},
+    }
+    run.write_summary(summary)
+    return summary

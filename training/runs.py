@@ -1,0 +1,230 @@
+"""A run's folder: config.json, split.npz, metrics.csv, last.pt, previous.pt, best.pt, summary.json.
+
+Every file but metrics.csv is written under a temporary name and renamed, so that whatever stops the process leaves
+whole files.
+"""
+
+import csv
+import json
+import os
+import pickle
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import nn
+
+from models import build_config
+from training.config import ROOT, Experiment, UserError
+from training.data import Split
+
+FILES = ("config.json", "split.npz", "metrics.csv", "last.pt", "previous.pt", "best.pt", "summary.json")
+UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
+
+
+class Run:
+    """The folder of one run. `prepare` first: it refuses what would lose or mix results."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def prepare(self, experiment: Experiment) -> bool:
+        """Checks the folder against what is asked; returns whether there is something to go on with. Writes nothing.
+
+        Raises UserError for a folder that holds a run (without resume or overwrite), for nothing to resume, and
+        for a resume with another configuration.
+        """
+        options = experiment.options
+        there = [name for name in FILES if (self.folder / name).exists()]
+        if not options.resume:
+            if there and not options.overwrite:
+                raise UserError(
+                    f"{self.folder} holds a run already: continue it with --resume, replace it with --overwrite, "
+                    "or choose another folder with --name"
+                )
+            return False
+        if "config.json" not in there or not {"last.pt", "previous.pt"} & set(there):
+            raise UserError(f"{self.folder} holds nothing to resume: leave out --resume to start this run")
+        try:
+            before = self.read_config()["config"]
+        except (*UNREADABLE, TypeError):
+            raise UserError(f"{self.folder / 'config.json'} cannot be read: start again with --overwrite") from None
+        after = json.loads(json.dumps(experiment.fields()))
+        changes = [
+            f"{key}: {before.get(part, {}).get(key)} -> {after[part].get(key)}"
+            for part in after
+            for key in sorted(before.get(part, {}).keys() | after[part].keys())
+            if before.get(part, {}).get(key) != after[part].get(key)
+        ]
+        if changes:
+            raise UserError(
+                f"{self.folder} was started with another configuration ({'; '.join(changes)}): resume it with its own, "
+                "or start another run without --resume under another --name"
+            )
+        return True
+
+    def start(self, experiment: Experiment, split: Split, hardware: dict, parameters: int) -> None:
+        """Makes the folder, removes what an overwritten run left there, and writes config.json and split.npz."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for old in (*FILES, *(path.name for path in self.folder.glob("events.out.tfevents*"))):
+            (self.folder / old).unlink(missing_ok=True)
+        config = {
+            "experiment": experiment.name,
+            "config": experiment.fields(),
+            "model_class": type(experiment.model).__name__,
+            "parameters": parameters,
+            "hardware": hardware,
+            "versions": _versions(),
+            "commit": _commit(),
+        }
+        self._replace("split.npz", lambda path: _save_split(path, split))
+        self._write_json("config.json", config)
+
+    def read_config(self) -> dict[str, Any]:
+        return json.loads((self.folder / "config.json").read_text())
+
+    def read_split(self) -> Split:
+        try:
+            with np.load(self.folder / "split.npz") as arrays:
+                return Split(train=arrays["train"], val=arrays["val"])
+        except UNREADABLE as error:
+            raise UserError(f"{self.folder / 'split.npz'} cannot be read ({error}): start with --overwrite") from None
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """state becomes last.pt; what was last.pt becomes previous.pt. Raises UserError if the disk refuses."""
+        last = self.folder / "last.pt"
+        self._replace("last.pt", lambda path: _save(state, path), keep_old_as="previous.pt" if last.exists() else None)
+
+    def save_best(self, state: dict[str, Any]) -> None:
+        self._replace("best.pt", lambda path: _save(state, path))
+
+    def load_checkpoint(self, say: Callable[[str], None]) -> dict[str, Any]:
+        """last.pt, or previous.pt where that cannot be read. Raises UserError where neither can."""
+        problems = []
+        for name in ("last.pt", "previous.pt"):
+            try:
+                state = load_file(self.folder / name)
+            except UNREADABLE as error:
+                problems.append(f"{name}: {str(error).splitlines()[0]}")
+                continue
+            if problems:
+                say(f"last.pt cannot be read ({problems[0]}); going on from previous.pt, epoch {state['epoch']}")
+            return state
+        raise UserError(f"no checkpoint of {self.folder} can be read ({'; '.join(problems)}): start with --overwrite")
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """One line of metrics.csv, on disk when this returns."""
+        path = self.folder / "metrics.csv"
+        is_new = not path.exists()
+        try:
+            with path.open("a", newline="") as file:
+                writer = csv.DictWriter(file, row)
+                if is_new:
+                    writer.writeheader()
+                writer.writerow(row)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise _disk_error(path, error) from None
+
+    def cut_metrics(self, epoch: int) -> None:
+        """Drops the lines of metrics.csv after that epoch, half-written ones among them."""
+        path = self.folder / "metrics.csv"
+        if not path.exists():
+            return
+        lines = path.read_text().splitlines(keepends=True)
+        kept = lines[:1] + [line for line in lines[1 : epoch + 1] if line.endswith("\n")]
+        self._replace("metrics.csv", lambda partial: partial.write_text("".join(kept)))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        self._write_json("summary.json", summary)
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The summary of a complete run, None before the end."""
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _write_json(self, name: str, content: dict) -> None:
+        self._replace(name, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+
+    def _replace(self, name: str, write: Callable[[Path], Any], keep_old_as: str | None = None) -> None:
+        """Writes a whole new file beside the old one, then renames. A failure leaves the old one as it was."""
+        target, partial = self.folder / name, self.folder / f"{name}.partial"
+        try:
+            write(partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            if keep_old_as:
+                target.replace(self.folder / keep_old_as)
+            partial.replace(target)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+            partial.unlink(missing_ok=True)
+            raise _disk_error(target, error) from None
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """A checkpoint, on the CPU, with nothing in it executed."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a run with the weights of its best epoch, in evaluation mode, and its config.json.
+
+    Raises UserError where the folder holds no finished epoch.
+    """
+    try:
+        config = Run(folder).read_config()
+        best = load_file(folder / "best.pt")
+        model = build_config(config["model_class"], config["config"]["model"]).build()
+        model.load_state_dict(best["model"])
+    except UNREADABLE as error:
+        raise UserError(
+            f"{folder} is no run whose model can be read ({str(error).splitlines()[0]}): "
+            "give a folder with config.json and best.pt, such as runs/v2_cifar10/seed0"
+        ) from None
+    return model.eval(), config
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save(state, file)
+
+
+def _save_split(path: Path, split: Split) -> None:
+    with path.open("wb") as file:
+        np.savez(file, train=split.train, val=split.val)
+
+
+def _disk_error(path: Path, error: Exception) -> UserError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+    return UserError(
+        f"{path} could not be written ({reason}); what was there before is untouched. "
+        "Free some space, then go on with --resume"
+    )
+
+
+def _versions() -> dict[str, str | None]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "cuda": torch.version.cuda,
+    }
+
+
+def _commit() -> str | None:
+    """Commit of this repository, with "+changes" where the working tree differs; None outside git."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
