@@ -117,23 +117,20 @@ class Experiment:
 
 
 def parse_experiment(name: str, model: Any, train: TrainConfig, description: str, args: list[str]) -> Experiment:
-    """The script's experiment with the command line's changes. Raises UserError for values that make no sense.
+    """The script's experiment with the command line's changes; every field is a flag of its own name.
 
-    All fields are flags of their own name. tyro prints help and refuses unknown flags itself (exit code 2).
+    tyro prints help, and refuses unknown flags and values at which a config raises ValueError, with exit code 2.
     """
     defaults = dataclasses.make_dataclass(
         "Flags", [("model", type(model)), ("train", TrainConfig), ("options", RunOptions)], frozen=True
     )
-    try:
-        flags = tyro.cli(
-            defaults,
-            default=defaults(model, train, RunOptions()),
-            description=description,
-            args=args,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    flags = tyro.cli(
+        defaults,
+        default=defaults(model, train, RunOptions()),
+        description=description,
+        args=args,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
     changed = changed_fields(model, flags.model) | changed_fields(train, flags.train)
     changed.pop("seed", None)
     full_name = "+".join([name, *(f"{key}={value}" for key, value in sorted(changed.items()))])

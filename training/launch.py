@@ -19,10 +19,7 @@ def launch(name: str, model: Any, train: TrainConfig) -> Path:
     where the run failed, 2 where the command line is wrong, 130 after Ctrl-C, each with one message.
     """
     description = getattr(sys.modules["__main__"], "__doc__", None) or name
-    try:
-        experiment = parse_experiment(name, model, train, description, sys.argv[1:])
-    except UserError as error:
-        _fail(str(error), 2)
+    experiment = parse_experiment(name, model, train, description, sys.argv[1:])
     try:
         summary = fit(experiment)
     except UserError as error:
