@@ -56,6 +56,11 @@ def set_precision(precision: str, device: torch.device) -> contextlib.AbstractCo
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def effective_precision(precision: str, device: torch.device) -> str:
+    """What precision comes to on the device: TF32 is there on CUDA only."""
+    return "float32" if precision == "tf32" and device.type != "cuda" else precision
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done what it was given, so that a clock read next tells the truth."""
     if device.type == "cuda":

@@ -47,8 +47,8 @@ def show_summary(experiment: Experiment, summary: dict[str, Any]) -> None:
         shown = f"{value:.4f}" if isinstance(value, float) else value
         table.add_row(f"best epoch's {key}" if key != "epoch" else "best epoch", str(shown))
     table.add_row("parameters", f"{summary['parameters']:,}")
-    table.add_row("run", str(experiment.folder))
     Console().print(table)
+    print(f"run: {experiment.folder}")
 
 
 def _fail(message: str, code: int) -> None:

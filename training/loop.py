@@ -15,6 +15,7 @@ from training.config import Experiment, UserError
 from training.data import ImageBatches, count_steps, load_dataset, split_train
 from training.device import (
     describe_hardware,
+    effective_precision,
     peak_memory_mb,
     pick_device,
     set_precision,
@@ -146,7 +147,8 @@ def _set_up(experiment: Experiment, run: Run, resuming: bool) -> Session:
         run.save_checkpoint(session.state())  # so that a run stopped in its first epoch can be resumed too
     print(
         f"{experiment.name}, seed {train.seed}: {parameters:,} parameters; {data.size('train'):,} images to train, "
-        f"{data.size('val'):,} to validate, {data.size('test'):,} to test; {device}, {train.precision}\n{run.folder}"
+        f"{data.size('val'):,} to validate, {data.size('test'):,} to test; "
+        f"{device}, {effective_precision(train.precision, device)}\n{run.folder}"
     )
     return session
 
@@ -201,7 +203,7 @@ def _epoch(session: Session, run: Run) -> dict[str, Any]:
         f"epoch {session.epoch:3d}/{train.epochs}  "
         f"train loss {training['loss']:.4f}  val loss {validation['loss']:.4f}  "
         f"val {task.metric} {validation[task.metric]:.2%}  {row['images_per_sec']:,.0f} images/s  "
-        f"left {time.strftime('%H:%M:%S', time.gmtime(left))}"
+        f"left {tqdm.format_interval(left)}"
     )
     return row
 
