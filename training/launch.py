@@ -24,9 +24,11 @@ def launch(name: str, model: Any, train: TrainConfig) -> Path:
         summary = fit(experiment)
     except UserError as error:
         _fail(str(error), 1)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
         _fail(
-            "the GPU's memory is full: try a smaller --batch-size with a larger --grad-accum (their product is what "
+            "the device's memory is full: try a smaller --batch-size with a larger --grad-accum (their product is what "
             "one optimiser step sees), or --precision bf16",
             1,
         )
@@ -49,6 +51,12 @@ def show_summary(experiment: Experiment, summary: dict[str, Any]) -> None:
     table.add_row("parameters", f"{summary['parameters']:,}")
     Console().print(table)
     print(f"run: {experiment.folder}")
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it says so: CUDA's has a class of its own, the CPU's and MPS's only their words."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
 
 
 def _fail(message: str, code: int) -> None:

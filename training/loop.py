@@ -25,7 +25,7 @@ from training.device import (
 from training.metrics import Sums
 from training.runs import Run, load_file
 from training.tasks import Classification
-from training.trackers import open_trackers
+from training.trackers import open_trackers, require_packages
 
 
 class TrainingError(UserError):
@@ -108,9 +108,10 @@ def fit(experiment: Experiment) -> dict[str, Any]:
 def _set_up(experiment: Experiment, run: Run, resuming: bool) -> Session:
     """Everything that can fail for the user's reasons happens here, before the folder is touched."""
     train, options = experiment.train, experiment.options
+    require_packages(options)
     device = pick_device(options.device)
     if device.type == "cpu" and tune_cpu_allocator():
-        print("CPU: freed memory is kept for the next step (glibc mallopt), which makes steps about twice as fast")
+        print("CPU: freed memory is kept for the next step (glibc mallopt; benchmarks/step_time.py shows its worth)")
     dataset = load_dataset(train.dataset, options.data_dir)
     _check_fit(experiment.model, dataset)
     if resuming:

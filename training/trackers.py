@@ -1,8 +1,9 @@
 """Optional reporting beside metrics.csv, for those who have the packages."""
 
+import importlib.util
 from typing import Any, Protocol
 
-from training.config import Experiment, UserError
+from training.config import Experiment, RunOptions, UserError
 
 
 class Tracker(Protocol):
@@ -14,10 +15,8 @@ class Tracker(Protocol):
 
 class _TensorBoard:
     def __init__(self, experiment: Experiment, first_epoch: int):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(experiment.folder), purge_step=first_epoch)
 
     def log(self, row: dict[str, Any]) -> None:
@@ -32,10 +31,8 @@ class _TensorBoard:
 
 class _WeightsAndBiases:
     def __init__(self, experiment: Experiment):
-        try:
-            import wandb
-        except ImportError:
-            raise UserError("--wandb needs a package that is not installed: pip install wandb") from None
+        import wandb
+
         fields = experiment.fields()
         self.run = wandb.init(
             project=experiment.options.wandb,
@@ -51,8 +48,15 @@ class _WeightsAndBiases:
         self.run.finish()
 
 
+def require_packages(options: RunOptions) -> None:
+    """Raises UserError where a tracker is asked for whose package is not installed."""
+    for asked, package in ((options.tensorboard, "tensorboard"), (options.wandb, "wandb")):
+        if asked and importlib.util.find_spec(package) is None:
+            raise UserError(f"--{package} needs a package that is not installed: pip install {package}")
+
+
 def open_trackers(experiment: Experiment, first_epoch: int) -> list[Tracker]:
-    """Those that were asked for. first_epoch: the next epoch, where a resumed run goes on. Raises UserError."""
+    """Those that were asked for. first_epoch: the next epoch, where a resumed run goes on."""
     trackers: list[Tracker] = []
     if experiment.options.tensorboard:
         trackers.append(_TensorBoard(experiment, first_epoch))
