@@ -72,7 +72,7 @@ class StackedReference(VisionBDH):
     def update(self, x: Tensor, weights: tuple[Tensor, ...] | None = None) -> Tensor:
         x = x.unsqueeze(1)  # (B, 1, T, D)
         x_sparse = F.relu(x @ self.encoder)  # (B, H, T, N)
-        q = rope(x_sparse, self.attn.angles(x.shape[-2]))
+        q = rope(x_sparse, *self.attn.tables(x.shape[-2])[:2])
         a = layer_norm((q @ q.mT) @ x)
         y_sparse = F.relu(a @ self.encoder_v)
         gated = F.dropout(x_sparse * y_sparse, self.config.dropout, self.training)

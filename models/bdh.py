@@ -90,13 +90,13 @@ def rope_frequencies(n_neurons: int, theta: float = 2.0**16) -> Tensor:
     return theta ** (-2 * pair / n_neurons) / (2 * math.pi)
 
 
-def rope(v: Tensor, angles: Tensor) -> Tensor:
+def rope(v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (e, o) of even and odd neighbours to (e cos - o sin, o cos + e sin).
 
-    v: (..., T, N); angles: (T, N), equal within a pair, in the precision to compute in. Returns v's shape and dtype.
+    v: (..., T, N); cos, sin: (T, N), equal within a pair, in the precision to compute in. Returns v's shape and dtype.
     """
     turned = torch.stack((-v[..., 1::2], v[..., 0::2]), dim=-1).flatten(-2)
-    return (v * angles.cos() + turned * angles.sin()).to(v.dtype)
+    return (v * cos + turned * sin).to(v.dtype)
 
 
 class RotaryAttention(nn.Module):
@@ -107,7 +107,7 @@ class RotaryAttention(nn.Module):
         self.register_buffer("freqs", rope_frequencies(n_neurons).view(1, 1, 1, -1))
         self.softmax = softmax
         self.causal = causal
-        self._phases: dict[tuple, Tensor] = {}
+        self._tables: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}
 
     def angles(self, n_tokens: int) -> Tensor:
         """(T, N) in radians: the fraction of position times frequency, times 2 pi."""
@@ -115,17 +115,30 @@ class RotaryAttention(nn.Module):
         turns = torch.arange(n_tokens, device=freqs.device, dtype=freqs.dtype)[:, None] * freqs
         return turns.frac() * (2 * math.pi)
 
-    def phases(self, n_tokens: int) -> Tensor:
-        """(T, N / 2) complex, exp(i angle) of each pair, kept for the next call."""
+    def tables(self, n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """cos and sin (T, N) of the angles, for `rope`, and exp(i angle) (T, N / 2) of the pairs, for the fast path.
+
+        Kept for the next call; one length at a time, since lengths rarely change.
+        """
         key = (n_tokens, self.freqs.device, self.freqs.dtype)
-        if key not in self._phases:
-            angles = self.angles(n_tokens)[:, 0::2]
-            self._phases = {key: torch.polar(torch.ones_like(angles), angles)}  # one table: lengths rarely change
-        return self._phases[key]
+        if key not in self._tables:
+            with torch.inference_mode(False):  # else a table made in inference mode could not serve training later
+                angles = self.angles(n_tokens)
+                cos, sin = angles.cos(), angles.sin()
+            self._tables = {key: (cos, sin, torch.complex(cos[:, 0::2], sin[:, 0::2]))}
+        return self._tables[key]
+
+    def queries(self, x_sparse: Tensor) -> Tensor:
+        """q = k, x_sparse turned by position. x_sparse: (B, H, T, N), returned in that shape."""
+        if torch.compiler.is_compiling():  # the compiler makes the tables part of its program
+            angles = self.angles(x_sparse.shape[-2])
+            return rope(x_sparse, angles.cos(), angles.sin())
+        cos, sin, _ = self.tables(x_sparse.shape[-2])
+        return rope(x_sparse, cos, sin)
 
     def scores(self, x_sparse: Tensor) -> Tensor:
         """(B, H, T, T), q k^T as it enters the product with x (or the softmax). x_sparse: (B, H, T, N)."""
-        q = rope(x_sparse, self.angles(x_sparse.shape[-2]))
+        q = self.queries(x_sparse)
         return q @ q.mT
 
     def weights(self, x_sparse: Tensor) -> Tensor:
@@ -147,8 +160,7 @@ class RotaryAttention(nn.Module):
         values = x.unsqueeze(1)
         if self.causal or self.softmax:
             return self.weights(x_sparse) @ values
-        q = rope(x_sparse, self.angles(x_sparse.shape[-2]))
-        return kernels.raw_attention(q, values)
+        return kernels.raw_attention(self.queries(x_sparse), values)
 
 
 class BDHCore(nn.Module):
@@ -221,7 +233,7 @@ class BDHCore(nn.Module):
                 x,
                 (self.encoder, self.encoder_v, self.decoder),
                 weights,
-                self.attn.phases(x.shape[1]),
+                self.attn.tables(x.shape[1])[-1],
                 attn_eps=LN_EPS if self.config.attn_norm else None,
                 dropout=self.config.dropout if self.training else 0.0,
             )

@@ -11,10 +11,11 @@ from training.config import UserError
 def run_script(main: Callable, description: str) -> None:
     """Calls main with arguments from the command line, the fields of a config being flags of their own name.
 
-    Leaves the process with exit code 1 and one message where main raises UserError, 2 where a flag is wrong.
+    Leaves the process with exit code 1 and one message where main raises UserError or a file cannot be read or written,
+    2 where a flag is wrong.
     """
     try:
         tyro.cli(main, description=description, config=(tyro.conf.OmitArgPrefixes,))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None

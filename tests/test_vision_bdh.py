@@ -1,0 +1,503 @@
+"""Vision-BDH: every design choice against an implementation written here from DESIGN's table; names, counts, starts."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from models.vision_bdh import (
+    VisionBDHConfig,
+    v1_config,
+    v2_as_run_config,
+    v2_config,
+    v2_softmax_config,
+    v3_config,
+    vision_bdh_v1,
+    vision_bdh_v2,
+    vision_bdh_v2_as_run,
+    vision_bdh_v2_softmax,
+    vision_bdh_v3,
+)
+
+BUILDERS = [vision_bdh_v1, vision_bdh_v2, vision_bdh_v2_softmax, vision_bdh_v2_as_run, vision_bdh_v3]
+RESIDUALS = ["post", "pre", "true_pre", "scaled_pre", "none"]
+# 9 tokens of width 12, 3 heads of N = 16 neurons, 5 classes, 2 channels: no two sizes alike
+SMALL = dict(
+    n_layer=3,
+    n_embd=12,
+    n_head=3,
+    mlp_internal_dim_multiplier=4,
+    img_size=6,
+    patch_size=2,
+    in_channels=2,
+    num_classes=5,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads gain nothing on tensors this small, and on a busy machine they wait for each other, 20 times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------------------- the reference
+
+
+def norm(x):
+    """LN over the last axis, no affine parameters, eps 1e-5."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def keep(x):
+    """No LN."""
+    return x
+
+
+def formula_frequencies(n_neurons):
+    """Turns per position of each neuron, 2^16 ** (-2 floor(j / 2) / N) / (2 pi)."""
+    return torch.tensor(
+        [65536.0 ** (-2 * (j // 2) / n_neurons) / (2 * math.pi) for j in range(n_neurons)], dtype=torch.float64
+    )
+
+
+def turn(v):
+    """Rotary positions, raster order. v: (B, T, N)."""
+    angle = 2 * math.pi * torch.arange(v.shape[1], dtype=v.dtype)[:, None] * formula_frequencies(v.shape[2])[0::2]
+    even, odd = v[..., 0::2], v[..., 1::2]
+    rotated = (even * angle.cos() - odd * angle.sin(), odd * angle.cos() + even * angle.sin())
+    return torch.stack(rotated, dim=-1).reshape(v.shape)
+
+
+def reference_update(weights, x, *, attn_norm, update_norm, attention):
+    """f of DESIGN's table: everything from x E to y, a head at a time. x: (B, T, D)."""
+    gated = []
+    for encoder, encoder_v in zip(weights["encoder"], weights["encoder_v"], strict=True):
+        x_sparse = (x @ encoder).clamp(min=0)
+        q = turn(x_sparse)
+        scores = torch.einsum("btn,bun->btu", q, q)
+        if attention == "softmax":
+            scores = scores / math.sqrt(q.shape[-1])
+            powers = (scores - scores.amax(-1, keepdim=True)).exp()
+            scores = powers / powers.sum(-1, keepdim=True)
+        a = (norm if attn_norm else keep)(scores @ x)
+        gated.append(x_sparse * (a @ encoder_v).clamp(min=0))
+    return (norm if update_norm else keep)(torch.cat(gated, dim=-1) @ weights["decoder"])
+
+
+def reference_embedding(weights, images):
+    """Patches, row by row, as tokens with their positions: (B, C, height, width) -> (B, T, D)."""
+    kernel, bias = weights["patch_embed.weight"], weights["patch_embed.bias"]
+    p = kernel.shape[-1]
+    tokens = []
+    for row, column in itertools.product(range(0, images.shape[2], p), range(0, images.shape[3], p)):
+        patch = images[:, :, row : row + p, column : column + p].flatten(1)
+        tokens.append(patch @ kernel.flatten(1).T + bias)
+    return torch.stack(tokens, dim=1) + weights["pos_embed"]
+
+
+def reference_tokens(weights, images, *, n_layer, residual, **step):
+    """The last state, by DESIGN's table of residuals."""
+
+    def f(x):
+        return reference_update(weights, x, **step)
+
+    def scaled(x, level):  # S_l, l from 1
+        affine = weights[f"level_norms.{level - 1}.weight"], weights[f"level_norms.{level - 1}.bias"]
+        return (norm(x) * affine[0] + affine[1]) / math.sqrt(level)
+
+    x = reference_embedding(weights, images)
+    if residual == "post":
+        x = norm(x)
+    for level in range(1, n_layer + 1):
+        if residual == "post":
+            x = norm(x + f(x))
+        elif residual == "pre":
+            x = norm(x)
+            x = x + f(x)
+        elif residual == "true_pre":
+            x = x + f(norm(x))
+        elif residual == "scaled_pre":
+            x = x + f(scaled(x, level))
+        else:
+            x = x + f(x)
+    return scaled(x, n_layer + 1) if residual == "scaled_pre" else x
+
+
+def reference_outputs(weights, images, *, residual, **choices):
+    """(tokens, features, logits) of the whole model."""
+    tokens = reference_tokens(weights, images, residual=residual, **choices)
+    pooled = tokens.mean(1)
+    features = pooled if residual == "scaled_pre" else norm(pooled)
+    return tokens, features, features @ weights["head.weight"].T + weights["head.bias"]
+
+
+# ---------------------------------------------------------------------------- helpers
+
+
+def randomised(model):
+    """The model in float64 and evaluation mode, every parameter random, of a size that lets every term count."""
+    model = model.double().eval()
+    D, width = model.config.n_embd, len(model.decoder)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            fan_in = {"encoder": D, "encoder_v": D, "decoder": width}.get(name, 1)
+            parameter.normal_(std=fan_in**-0.5)
+            if name.startswith("level_norms") and name.endswith("weight"):
+                parameter.add_(1)
+        # the buffer is drawn up in float32; the exact values allow tolerances of float64
+        model.attn.freqs.copy_(formula_frequencies(model.config.n_neurons).view(1, 1, 1, -1))
+    return model
+
+
+def small_images(batch=2):
+    """(B, 2, 6, 6) float64."""
+    return torch.randn(batch, 2, 6, 6, dtype=torch.float64)
+
+
+def assert_close(actual, expected, tolerance):
+    """Equal up to tolerance relative to the whole tensor's norm."""
+    assert actual.shape == expected.shape
+    assert torch.isfinite(actual).all()
+    assert (actual - expected).norm() <= tolerance * expected.norm(), (actual - expected).norm() / expected.norm()
+
+
+def count(model):
+    """Trainable numbers."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# ---------------------------------------------------------------------------- the function
+
+
+@pytest.mark.parametrize("path", ["fast", "plain", "softmax"])
+@pytest.mark.parametrize("update_norm", [True, False])
+@pytest.mark.parametrize("attn_norm", [True, False])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_every_design_choice_equals_reference(residual, attn_norm, update_norm, path):
+    choices = dict(
+        residual=residual,
+        attn_norm=attn_norm,
+        update_norm=update_norm,
+        attention="softmax" if path == "softmax" else "raw",
+    )
+    model = randomised(VisionBDHConfig(**SMALL, **choices).build())
+    model.use_fast_path = path == "fast"
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    images = small_images()
+    # Without LN a raw step multiplies x by a fourth-degree product, so three steps magnify relative rounding some 4^3
+    # times; LN of a nearly constant row by up to 1 / sqrt(1e-5). Both leave 1e-9 of float64's 1e-16 easily.
+    tokens, features, logits = reference_outputs(weights, images, n_layer=SMALL["n_layer"], **choices)
+    assert_close(model.tokens(images), tokens, 1e-9)
+    assert_close(model.features(images), features, 1e-9)
+    actual = model(images)
+    assert_close(actual, logits, 1e-9)
+    cotangent = torch.randn_like(logits)
+    expected_grads = torch.autograd.grad(logits, list(weights.values()), cotangent)
+    actual.backward(cotangent)
+    for (name, parameter), expected_grad in zip(model.named_parameters(), expected_grads, strict=True):
+        assert expected_grad.norm() > 0, name
+        assert_close(parameter.grad, expected_grad, 1e-7)
+
+
+@pytest.mark.parametrize("path", ["fast", "plain"])
+@pytest.mark.parametrize("build", BUILDERS)
+def test_built_variant_in_float32_equals_reference(build, path):
+    # as built: fresh float32 weights and frequencies, 64 tokens. Small first updates (variance below LN's eps) make
+    # these models smooth, and float32 rounding of 6e-8 an operation stays far below 2e-5.
+    model = build(mlp_internal_dim_multiplier=2, n_layer=3, n_embd=24, n_head=3).eval()
+    model.use_fast_path = path == "fast"
+    config = model.config
+    weights = {name: p.detach().double() for name, p in model.named_parameters()}
+    images = torch.randn(2, 3, 32, 32)
+    _, _, expected = reference_outputs(
+        weights,
+        images.double(),
+        n_layer=3,
+        residual=config.residual,
+        attn_norm=config.attn_norm,
+        update_norm=config.update_norm,
+        attention=config.attention,
+    )
+    assert_close(model(images).double(), expected, 2e-5)
+
+
+@pytest.mark.parametrize("attention", ["raw", "softmax"])
+def test_attention_weights_are_those_of_the_output(attention):
+    model = randomised(VisionBDHConfig(**SMALL, attention=attention).build())
+    x_sparse, x = torch.rand(2, 3, 9, 16, dtype=torch.float64), torch.randn(2, 9, 12, dtype=torch.float64)
+    weights = model.attn.weights(x_sparse)
+    assert_close(model.attn(x_sparse, x), weights @ x[:, None], 1e-12)
+    if attention == "softmax":
+        assert torch.allclose(weights.sum(-1), torch.ones((), dtype=torch.float64))
+    else:
+        assert torch.allclose(weights, weights.mT)
+        assert torch.allclose(weights.diagonal(dim1=-2, dim2=-1), x_sparse.square().sum(-1))  # rope keeps norms
+
+
+@pytest.mark.parametrize("path", ["fast", "plain"])
+def test_hooks_see_the_input_of_every_level(path):
+    model = randomised(vision_bdh_v1(**SMALL))
+    model.use_fast_path = path == "fast"
+    seen = []
+    model.level_input.register_forward_hook(lambda module, args, out: seen.append(out))
+    images = small_images()
+    model(images)
+    weights = dict(model.named_parameters())
+    assert len(seen) == SMALL["n_layer"]
+    for level, x in enumerate(seen):
+        step = dict(attn_norm=True, update_norm=True, attention="raw")
+        assert_close(x, reference_tokens(weights, images, n_layer=level, residual="post", **step), 1e-9)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_dropout_in_training_only(build):
+    model, images = randomised(build(**SMALL, dropout=0.5)), small_images()
+    assert torch.equal(model(images), model(images))
+    model.train()
+    assert not torch.equal(model(images), model(images))
+
+
+# ---------------------------------------------------------------------------- what the variants share
+
+
+@pytest.mark.parametrize("path", ["fast", "plain"])
+def test_normalised_last_state_of_v2_is_that_of_v1(path):
+    # v1 normalises at the end of a step what v2 normalises at the head of the next, and the test adds v2's last LN.
+    # Each LN is applied once in both, nowhere LN(LN(x)), so eps does not enter and only rounding is left.
+    v1, v2 = randomised(vision_bdh_v1(**SMALL)), randomised(vision_bdh_v2(**SMALL))
+    v2.load_state_dict(v1.state_dict())
+    v1.use_fast_path = v2.use_fast_path = path == "fast"
+    images = small_images()
+    state = v2.tokens(images)
+    assert_close(norm(state), v1.tokens(images), 1e-12)
+    assert (state - v1.tokens(images)).norm() > 0.1 * state.norm()  # only LN makes them alike
+    # pooling comes before the head's LN, and the mean of normalised tokens is not the normalised mean
+    assert (v2.features(images) - v1.features(images)).norm() > 1e-6
+
+
+def test_v2_as_run_is_v1_with_other_weights():
+    v1, as_run = randomised(vision_bdh_v1(**SMALL)), randomised(vision_bdh_v2_as_run(**SMALL))
+    as_run.load_state_dict(v1.state_dict())
+    images = small_images()
+    assert torch.equal(as_run(images), v1(images))
+
+
+def test_v2_as_run_equals_the_published_steps():
+    # The published code took LN at the head and at the end of each step. The end of one and the head of the next make
+    # LN(LN(s)) = LN(s) (1 + eps / 2 (1 / var(s) - 1)) to first order; s = x + y with x and y normalised has a variance
+    # between 0.5 and 4 but for rare tokens, so a step differs by about 5e-6 or less, and steps magnify that some
+    # ten times. A missing or a wrong LN would differ by more than 0.01.
+    model, images = randomised(vision_bdh_v2_as_run(**SMALL)), small_images()
+    weights = dict(model.named_parameters())
+    x = reference_embedding(weights, images)
+    for _ in range(SMALL["n_layer"]):
+        x = norm(x)
+        x = norm(x + reference_update(weights, x, attn_norm=True, update_norm=True, attention="raw"))
+    logits = norm(x.mean(1)) @ weights["head.weight"].T + weights["head.bias"]
+    assert_close(model(images), logits, 1e-3)
+
+
+# ---------------------------------------------------------------------------- the order of patches
+
+
+@pytest.mark.parametrize(
+    ("learned", "rotary", "sees_order"), [(True, True, True), (True, False, True), (False, True, True), (False,) * 3]
+)
+@pytest.mark.parametrize("attention", ["raw", "softmax"])
+def test_model_sees_the_order_of_patches(attention, learned, rotary, sees_order):
+    model, images = randomised(vision_bdh_v1(**SMALL, attention=attention)), small_images()
+    with torch.no_grad():
+        if not learned:
+            model.pos_embed.zero_()
+        if not rotary:
+            model.attn.freqs.zero_()
+    swapped = images.clone()
+    swapped[:, :, 0:2, 2:4], swapped[:, :, 4:6, 4:6] = images[:, :, 4:6, 4:6], images[:, :, 0:2, 2:4]
+    difference = (model(images) - model(swapped)).norm() / model(images).norm()
+    # without any positions the model is a function of the set of patches, which shows that the rest can fail
+    assert difference > 1e-6 if sees_order else difference < 1e-10
+
+
+# ---------------------------------------------------------------------------- parameters and their start
+
+
+@pytest.mark.parametrize(
+    ("build", "fields", "expected"),
+    [
+        (vision_bdh_v1, {}, 3_562_570),
+        (vision_bdh_v2, {}, 3_562_570),
+        (vision_bdh_v2_softmax, {}, 3_562_570),
+        (vision_bdh_v2_as_run, {}, 3_562_570),
+        (vision_bdh_v3, {}, 3_565_258),
+        (vision_bdh_v1, dict(num_classes=100), 3_579_940),
+        (vision_bdh_v1, dict(mlp_internal_dim_multiplier=4), 465_994),
+        (vision_bdh_v1, dict(mlp_internal_dim_multiplier=16), 1_793_098),
+        (vision_bdh_v1, dict(mlp_internal_dim_multiplier=128), 14_179_402),
+    ],
+)
+def test_parameter_count(build, fields, expected):
+    with torch.device("meta"):  # shapes only
+        assert count(build(**fields)) == expected
+
+
+def test_state_dict_names_and_shapes():
+    shapes = {name: tuple(tensor.shape) for name, tensor in vision_bdh_v1(**SMALL).state_dict().items()}
+    assert shapes == {
+        "patch_embed.weight": (12, 2, 2, 2),
+        "patch_embed.bias": (12,),
+        "pos_embed": (1, 9, 12),
+        "encoder": (3, 12, 16),
+        "encoder_v": (3, 12, 16),
+        "decoder": (48, 12),
+        "attn.freqs": (1, 1, 1, 16),
+        "head.weight": (5, 12),
+        "head.bias": (5,),
+    }
+
+
+def test_scaled_pre_adds_one_affine_norm_a_level_and_one_at_the_end():
+    plain, scaled = vision_bdh_v1(**SMALL).state_dict(), vision_bdh_v3(**SMALL).state_dict()
+    added = {name: tensor for name, tensor in scaled.items() if name not in plain}
+    assert len(added) == 2 * 4
+    assert sorted(tensor.mean().item() for tensor in added.values()) == [0.0] * 4 + [1.0] * 4
+    assert {tuple(tensor.shape) for tensor in added.values()} == {(12,)}
+
+
+def start(init):
+    """A model as drawn, with H = 3, D = 120, N = 80: sizes at which no two of the bounds below are near each other."""
+    torch.manual_seed(0)
+    return VisionBDHConfig(n_embd=120, n_head=3, mlp_internal_dim_multiplier=2, init=init).build()
+
+
+@pytest.mark.parametrize("name", ["encoder", "encoder_v", "decoder"])
+@pytest.mark.parametrize("init", ["xavier", "xavier_per_head"])
+def test_uniform_start(init, name):
+    weight = start(init).get_parameter(name)
+    H, D, N = 3, 120, 80
+    bound = {
+        ("xavier", "encoder"): math.sqrt(6 / (D * N + H * N)),
+        ("xavier", "encoder_v"): math.sqrt(6 / (D * N + H * N)),
+        ("xavier", "decoder"): math.sqrt(6 / (H * N + D)),
+    }.get((init, name), math.sqrt(6 / (D + N)))
+    n = weight.numel()
+    # sample deviation of a uniform distribution (kurtosis 1.8): relative error sqrt((1.8 - 1) / (4 n))
+    assert abs(weight.std().item() / (bound / math.sqrt(3)) - 1) < 5 * math.sqrt(0.2 / n)
+    assert abs(weight.mean().item()) < 5 * bound / math.sqrt(3 * n)
+    assert 0.99 * bound < weight.abs().max() <= bound * (1 + 1e-6)
+    if init == "xavier":  # Xavier's own rule on the tensor as it is shaped
+        assert xavier_bound(weight) == pytest.approx(bound)
+
+
+def xavier_bound(weight):
+    """The bound that PyTorch's Xavier takes for this tensor."""
+    fan_in, fan_out = torch.nn.init._calculate_fan_in_and_fan_out(weight)
+    return math.sqrt(6 / (fan_in + fan_out))
+
+
+@pytest.mark.parametrize(
+    ("init", "name"),
+    [("normal", name) for name in ("encoder", "encoder_v", "decoder")]
+    + [(i, n) for i in ("normal", "xavier") for n in ("pos_embed", "patch_embed.weight", "head.weight")],
+)
+def test_normal_start(init, name):
+    weight = start(init).get_parameter(name)
+    n = weight.numel()
+    assert abs(weight.std().item() / 0.02 - 1) < 5 / math.sqrt(2 * n)  # sampling error of a normal's deviation
+    assert abs(weight.mean().item()) < 5 * 0.02 / math.sqrt(n)
+    assert weight.abs().max() > 2.5 * 0.02  # a uniform distribution of this deviation ends at 1.73
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_biases_start_at_zero(build):
+    model = build(**SMALL)
+    biases = {name: p for name, p in model.named_parameters() if name.endswith("bias")}
+    assert {"patch_embed.bias", "head.bias"} <= set(biases)
+    for name, bias in biases.items():
+        assert (bias == 0).all(), name
+
+
+def test_starts_differ_from_call_to_call():
+    first, second = vision_bdh_v2(**SMALL), vision_bdh_v2(**SMALL)
+    for name in ("encoder", "encoder_v", "decoder", "pos_embed"):
+        assert not torch.equal(first.get_parameter(name), second.get_parameter(name)), name
+    assert not torch.equal(first.encoder, first.encoder_v)
+
+
+# ---------------------------------------------------------------------------- configurations
+
+
+@pytest.mark.parametrize(
+    ("config", "build", "expected"),
+    [
+        (v1_config, vision_bdh_v1, ("post", True, True, "raw", "normal")),
+        (v2_config, vision_bdh_v2, ("pre", True, True, "raw", "xavier")),
+        (v2_softmax_config, vision_bdh_v2_softmax, ("pre", True, True, "softmax", "xavier")),
+        (v2_as_run_config, vision_bdh_v2_as_run, ("post", True, True, "raw", "xavier")),
+        (v3_config, vision_bdh_v3, ("scaled_pre", False, False, "raw", "xavier")),
+    ],
+)
+def test_named_variants(config, build, expected):
+    fields = config()
+    assert (fields.residual, fields.attn_norm, fields.update_norm, fields.attention, fields.init) == expected
+    assert (fields.n_layer, fields.n_embd, fields.n_head, fields.mlp_internal_dim_multiplier) == (6, 192, 6, 32)
+    assert (fields.img_size, fields.patch_size, fields.in_channels, fields.num_classes) == (32, 4, 3, 10)
+    assert (fields.dropout, fields.n_neurons, fields.grid) == (0.1, 1024, 8)
+    with torch.device("meta"):
+        assert build().config == fields
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_overrides(build):
+    # every field away from the value of every variant, also those that make the variant
+    fields = SMALL | dict(dropout=0.3, residual="none", attn_norm=False, update_norm=True, init="xavier_per_head")
+    model = build(**fields)
+    assert {name: getattr(model.config, name) for name in fields} == fields
+    assert model(torch.randn(4, 2, 6, 6)).shape == (4, 5)
+    assert model.config.attention == build(**SMALL).config.attention  # the others stay the variant's
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+def test_misspelt_field_is_refused(build):
+    with pytest.raises(TypeError, match="n_layers"):
+        build(n_layers=4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        (dict(n_embd=100, n_head=6), ["n_embd", "n_head"]),
+        (dict(img_size=30, patch_size=4), ["img_size", "patch_size"]),
+        (dict(n_layer=0), ["n_layer"]),
+        (dict(n_head=0), ["n_head"]),
+        (dict(n_embd=-6), ["n_embd"]),
+        (dict(mlp_internal_dim_multiplier=0), ["mlp_internal_dim_multiplier"]),
+        (dict(patch_size=0), ["patch_size"]),
+        (dict(num_classes=0), ["num_classes"]),
+        (dict(dropout=1.0), ["dropout"]),
+        (dict(dropout=-0.1), ["dropout"]),
+        (dict(n_embd=9, n_head=3, mlp_internal_dim_multiplier=5), ["mlp_internal_dim_multiplier", "n_embd", "n_head"]),
+    ],
+)
+def test_impossible_sizes_are_refused_by_name(fields, named):
+    with pytest.raises(ValueError) as refusal:
+        VisionBDHConfig(**fields)
+    for name in named:
+        assert name in str(refusal.value)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_shapes(batch):
+    model, images = vision_bdh_v1(**SMALL), small_images(batch).float()
+    assert model.tokens(images).shape == (batch, 9, 12)
+    assert model.features(images).shape == (batch, 12)
+    assert model(images).shape == (batch, 5)
+
+
+def test_images_do_not_see_each_other():
+    model, images = randomised(vision_bdh_v2(**SMALL)), small_images(3)
+    assert_close(model(images), torch.cat([model(image[None]) for image in images]), 1e-12)
