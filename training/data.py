@@ -159,7 +159,7 @@ def _load_cifar(name: str, folder: Path) -> DataSet:
     try:
         with np.load(path) as arrays:
             data = {key: arrays[key] for key in arrays.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zipfile.zlib.error) as error:
         raise UserError(f"{path} cannot be read, perhaps it was cut short ({error}). {mend}") from None
     problem = _cifar_problem(data)
     if problem:
@@ -175,6 +175,8 @@ def _cifar_problem(data: dict[str, np.ndarray]) -> str | None:
     missing = [key for key in wanted if key not in data]
     if missing:
         return f"it lacks {', '.join(missing)}"
+    if data["class_names"].ndim != 1:
+        return f"class_names has the shape {data['class_names'].shape}, not (classes,)"
     for part in ("train", "test"):
         images, labels = data[f"{part}_images"], data[f"{part}_labels"]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (32, 32, 3):

@@ -1,6 +1,7 @@
 """fit(): the only training loop."""
 
 import contextlib
+import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -157,13 +158,14 @@ def _set_up(experiment: Experiment, run: Run, resuming: bool) -> Session:
 def _check_fit(model: Any, dataset: Any) -> None:
     """Raises UserError where the model's input or output does not suit the images."""
     channels, height, width = dataset.train_images.shape[1:]
-    found = {"img_size": height, "in_channels": channels, "num_classes": len(dataset.class_names)}
-    for name, value in found.items():
-        if getattr(model, name) != value or height != width:
-            raise UserError(
-                f"the images are {height} x {width} with {channels} channels and {len(dataset.class_names)} classes, "
-                f"but the model has {name} = {getattr(model, name)}: set --{name.replace('_', '-')} {value}"
-            )
+    images = f"the images are {height} x {width} with {channels} channels and {len(dataset.class_names)} classes"
+    if height != width:
+        raise UserError(f"{images}, but the models here read square images only")
+    for name, value in {"img_size": height, "in_channels": channels, "num_classes": len(dataset.class_names)}.items():
+        if getattr(model, name) != value:
+            is_flag = name in {field.name for field in dataclasses.fields(model)}
+            mend = f"set --{name.replace('_', '-')} {value}" if is_flag else "choose another --dataset or model"
+            raise UserError(f"{images}, but the model has {name} = {getattr(model, name)}: {mend}")
 
 
 def _epoch(session: Session, run: Run) -> dict[str, Any]:

@@ -70,7 +70,12 @@ class Run:
 
     def start(self, experiment: Experiment, split: Split, hardware: dict, parameters: int) -> None:
         """Makes the folder, removes what an overwritten run left there, and writes config.json and split.npz."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be made ({error.strerror}): name another place with --runs-dir"
+            ) from None
         for old in (*FILES, *(path.name for path in self.folder.glob("events.out.tfevents*"))):
             (self.folder / old).unlink(missing_ok=True)
         config = {
