@@ -24,7 +24,7 @@ from training.device import (
     tune_cpu_allocator,
 )
 from training.metrics import Sums
-from training.runs import Run, load_file
+from training.runs import Run
 from training.tasks import Classification
 from training.trackers import open_trackers, require_packages
 
@@ -292,7 +292,7 @@ def evaluate(session: Session, part: str) -> dict[str, float]:
 
 def _finish(session: Session, run: Run) -> dict[str, Any]:
     """The test part, once, with the weights of the best validation epoch; writes summary.json."""
-    best = load_file(run.folder / "best.pt")
+    best = run.load_best()
     session.model.load_state_dict(best["model"])
     test = evaluate(session, "test")
     summary = {

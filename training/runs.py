@@ -10,6 +10,7 @@ import os
 import pickle
 import platform
 import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from models import build_config
 from training.config import ROOT, Experiment, UserError
 from training.data import Split
 
-FILES = ("config.json", "split.npz", "metrics.csv", "last.pt", "previous.pt", "best.pt", "summary.json")
-UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
+FILES = ("config.json", "split.npz", "metrics.csv", "last.pt", "previous.pt", "best.pt", "summary.json", "damaged.pt")
+UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 class Run:
@@ -49,7 +50,8 @@ class Run:
                 )
             return False
         if "config.json" not in there or not {"last.pt", "previous.pt"} & set(there):
-            raise UserError(f"{self.folder} holds nothing to resume: leave out --resume to start this run")
+            way = "start it anew with --overwrite" if there else "leave out --resume to start this run"
+            raise UserError(f"{self.folder} holds nothing to resume: {way}")
         try:
             before = self.read_config()["config"]
         except (*UNREADABLE, TypeError):
@@ -109,23 +111,37 @@ class Run:
         self._replace("best.pt", lambda path: _save(state, path))
 
     def load_checkpoint(self, say: Callable[[str], None]) -> dict[str, Any]:
-        """last.pt, or previous.pt where that cannot be read. Raises UserError where neither can."""
-        problems = []
+        """last.pt, or previous.pt where that cannot be read. Raises UserError where neither can.
+
+        A damaged last.pt is then set aside as damaged.pt: it must not become the next previous.pt.
+        """
+        problems, last = [], self.folder / "last.pt"
         for name in ("last.pt", "previous.pt"):
             try:
                 state = load_file(self.folder / name)
             except UNREADABLE as error:
-                problems.append(f"{name}: {str(error).splitlines()[0]}")
+                problems.append(f"{name}: {_first_line(error)}")
                 continue
             if problems:
                 say(f"last.pt cannot be read ({problems[0]}); going on from previous.pt, epoch {state['epoch']}")
+                if last.exists():
+                    last.replace(self.folder / "damaged.pt")
             return state
         raise UserError(f"no checkpoint of {self.folder} can be read ({'; '.join(problems)}): start with --overwrite")
+
+    def load_best(self) -> dict[str, Any]:
+        """best.pt. Raises UserError where it cannot be read."""
+        try:
+            return load_file(self.folder / "best.pt")
+        except UNREADABLE as error:
+            raise UserError(
+                f"{self.folder / 'best.pt'} cannot be read ({_first_line(error)}): start with --overwrite"
+            ) from None
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One line of metrics.csv, on disk when this returns."""
         path = self.folder / "metrics.csv"
-        is_new = not path.exists()
+        is_new = not path.exists() or path.stat().st_size == 0
         try:
             with path.open("a", newline="") as file:
                 writer = csv.DictWriter(file, row)
@@ -142,8 +158,8 @@ class Run:
         path = self.folder / "metrics.csv"
         if not path.exists():
             return
-        lines = path.read_text().splitlines(keepends=True)
-        kept = lines[:1] + [line for line in lines[1 : epoch + 1] if line.endswith("\n")]
+        lines = path.read_text().splitlines(keepends=True)[: epoch + 1]
+        kept = [line for line in lines if line.endswith("\n")] if epoch else []  # the header comes with the first epoch
         self._replace("metrics.csv", lambda partial: partial.write_text("".join(kept)))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -167,8 +183,10 @@ class Run:
             if keep_old_as:
                 target.replace(self.folder / keep_old_as)
             partial.replace(target)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        except (OSError, RuntimeError) as error:
             partial.unlink(missing_ok=True)
+            if isinstance(error.__context__, KeyboardInterrupt):  # torch.save turns it into a RuntimeError
+                raise KeyboardInterrupt from None
             raise _disk_error(target, error) from None
 
 
@@ -189,7 +207,7 @@ def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         model.load_state_dict(best["model"])
     except UNREADABLE as error:
         raise UserError(
-            f"{folder} is no run whose model can be read ({str(error).splitlines()[0]}): "
+            f"{folder} is no run whose model can be read ({_first_line(error)}): "
             "give a folder with config.json and best.pt, such as runs/v2_cifar10/seed0"
         ) from None
     return model.eval(), config
@@ -206,11 +224,16 @@ def _save_split(path: Path, split: Split) -> None:
 
 
 def _disk_error(path: Path, error: Exception) -> UserError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
     return UserError(
         f"{path} could not be written ({reason}); what was there before is untouched. "
         "Free some space, then go on with --resume"
     )
+
+
+def _first_line(error: Exception) -> str:
+    """What the error says in short; its class where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _versions() -> dict[str, str | None]:
