@@ -323,13 +323,15 @@ def test_model_drops_by_its_config_and_only_in_training(monkeypatch):
     assert seen == [0.35, 0.35, 0.0, 0.0]
 
 
-def test_fast_path_without_gradients():
+@pytest.mark.parametrize("fast", [True, False])
+def test_inference_then_training(fast):
     model, images = spread_weights(vision_bdh_v1(**SMALL)).double().eval(), torch.randn(2, 3, 6, 6).double()
+    model.use_fast_path = fast
     with torch.inference_mode():
         logits = model(images)
     assert not logits.requires_grad
+    model(images).sum().backward()  # the rotary table was made in inference mode and has to serve here too
     assert torch.equal(model(images), logits)
-    model(images).sum().backward()  # the table of phases was made in inference mode and has to serve here too
 
 
 def results_in(model, images, cotangent, *, fast, autocast):

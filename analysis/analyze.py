@@ -1,0 +1,399 @@
+"""Tables and plots of finished and running experiments, from the CSV and JSON files in their folders.
+
+Averages over the runs of one experiment whose configurations are equal but for the seed. Writes learning_curves.png,
+final_accuracy.png, results.md (in percent) and results.csv (in fractions). Standard deviations are over seeds, with
+n - 1. A run that is not finished shows in the curves, dashed, and enters no average where another seed is finished.
+
+    python analysis/analyze.py
+    python analysis/analyze.py --runs-dir results --output-dir plots
+"""
+
+import json
+import math
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
+
+from training.config import ROOT, UserError
+from training.script import run_script
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")  # Okabe and Ito; grey for yellow
+MARKERS = "os^DvP*X"  # no common factor with the 7 colours: 56 looks before one comes again
+NOTE = "Means over seeds ± standard deviation (n - 1); best epoch and seconds are medians. Tested at the best epoch."
+OUTPUTS = ("learning_curves.png", "final_accuracy.png", "results.md", "results.csv")
+METRIC_NAMES = {"miou": "mIoU"}
+DPI = 200
+FONT = 8.5  # points, of legends and of what stands beside bars
+Task = tuple[str, str]  # data set and metric: results of one task can be compared
+Curve = tuple[int, str, list["RunFiles"]]  # place of its row, which gives the colour; legend entry; runs it averages
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a damaged file can raise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Where the runs are, and where tables and plots go."""
+
+    runs_dir: Path = ROOT / "runs"
+    """folder with runs, at any depth"""
+    output_dir: Path = ROOT / "analysis_results"
+    """folder of the tables and plots"""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What the files of one run say."""
+
+    folder: Path
+    config: dict
+    """config.json"""
+    epochs: pd.DataFrame
+    """metrics.csv, indexed by epoch, from 1"""
+    summary: dict | None
+    """summary.json, None where the run is not finished"""
+
+    @property
+    def fields(self) -> dict:
+        """All fields that decide the result, but the seed; names are unique over model and training."""
+        model_class = {"model_class": self.config["model_class"]}
+        return model_class | self.config["config"]["model"] | self.train | {"seed": None}
+
+    @property
+    def train(self) -> dict:
+        return self.config["config"]["train"]
+
+    @property
+    def metric(self) -> str:
+        """The name in the column val_<name> that is not the loss: accuracy, miou. Raises ValueError without one."""
+        names = [name.removeprefix("val_") for name in self.epochs if name.startswith("val_") and name != "val_loss"]
+        if len(names) != 1:
+            raise ValueError("metrics.csv has not just one column val_<metric> beside val_loss")
+        return names[0]
+
+    @property
+    def best_epoch(self) -> int:
+        """The epoch whose weights were tested; before the end, the one that would be: best metric, then lowest loss."""
+        if self.summary is not None:
+            return self.summary["best"]["epoch"]
+        ranked = self.epochs.sort_values([f"val_{self.metric}", "val_loss"], ascending=[False, True], kind="stable")
+        return int(ranked.index[0])
+
+    @property
+    def hardware(self) -> str:
+        about = self.config["hardware"]
+        return about["name"] + (f", {about['threads']} threads" if "threads" in about else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Runs that are averaged: one experiment, one configuration, several seeds."""
+
+    experiment: str
+    differs: tuple[str, ...]
+    """fields that tell it from other configurations of the same experiment name, as "n_layer=12"; mostly none"""
+    runs: tuple[RunFiles, ...]
+
+    @property
+    def finished(self) -> list[RunFiles]:
+        return [run for run in self.runs if run.summary is not None]
+
+    @property
+    def unfinished(self) -> list[RunFiles]:
+        return [run for run in self.runs if run.summary is None]
+
+    @property
+    def task(self) -> Task:
+        return self.runs[0].train["dataset"], self.runs[0].metric
+
+    @property
+    def test(self) -> pd.Series:
+        """(seeds,) test metric as fractions, empty where there is none; its std() has n - 1, NaN for one seed."""
+        tests = [run.summary["test"] for run in self.finished]  # None for data without a test part
+        return pd.Series([test[self.task[1]] for test in tests if test is not None], dtype=float)
+
+    @property
+    def parts(self) -> list[str]:
+        """The experiment's name, its changed fields, what it differs in."""
+        return [*self.experiment.split("+"), *self.differs]
+
+
+def analyze(runs: Sequence[Path], output: Path) -> tuple[Path, ...]:
+    """Tables and plots of these runs' folders, into the folder output; returns the files, learning curves first.
+
+    Warns of runs that cannot be read and leaves them out. Raises UserError where that leaves none.
+    """
+    rows = make_rows(read_runs(runs))
+    if not rows:
+        raise UserError("there is no run to analyse: train one (python train_quickstart.py), or give --runs-dir")
+    tasks = {task: list(members) for task, members in groupby(rows, key=lambda row: row.task)}
+    output.mkdir(parents=True, exist_ok=True)
+    paths = tuple(output / name for name in OUTPUTS)
+    draw_curves(tasks).savefig(paths[0], dpi=DPI)
+    draw_final(tasks).savefig(paths[1], dpi=DPI)
+    paths[2].write_text("\n".join(markdown_lines(tasks)) + "\n")
+    pd.DataFrame([record_of(row) for row in rows]).to_csv(paths[3], index=False)
+    return paths
+
+
+def find_runs(root: Path) -> list[Path]:
+    """Folders at any depth below root, or root itself, with the files of a run that has begun."""
+    return sorted(path.parent for path in root.rglob("config.json") if (path.parent / "metrics.csv").is_file())
+
+
+def read_runs(folders: Iterable[Path]) -> list[RunFiles]:
+    """The runs that can be read; one line on stderr for each that cannot."""
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except DAMAGED as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"warning: {folder} is left out, it cannot be read ({reason})", file=sys.stderr)
+    return runs
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Reads and checks one run. Raises one of DAMAGED."""
+    epochs = pd.read_csv(folder / "metrics.csv")
+    if len(epochs) and epochs.iloc[-1].isna().any():
+        epochs = epochs.iloc[:-1]  # the process was stopped while it wrote its last line
+    config = json.loads((folder / "config.json").read_text())
+    summary = folder / "summary.json"
+    summary = json.loads(summary.read_text()) if summary.exists() else None
+    run = RunFiles(folder, config, epochs.set_index("epoch"), summary)
+    numbers = run.epochs[["train_loss", "val_loss", f"val_{run.metric}", "epoch_time_sec"]].to_numpy(float)
+    if not len(numbers) or not np.isfinite(numbers).all():
+        raise ValueError("metrics.csv has no epoch, or one without its numbers")
+    last = run.summary["epochs"] if run.summary else len(numbers)
+    if run.epochs.index.tolist() != list(range(1, last + 1)):
+        raise ValueError(f"the epochs in metrics.csv do not count from 1 to {last}")
+    record_of(Row(run.config["experiment"], (), (run,)))  # raises where something the tables need is missing
+    return run
+
+
+def make_rows(runs: Iterable[RunFiles]) -> list[Row]:
+    """Groups runs by experiment and configuration; sorted by data set, then test metric, best first."""
+    configurations: dict[str, dict[str, list[RunFiles]]] = {}
+    for run in runs:
+        key = json.dumps(run.fields, sort_keys=True)
+        configurations.setdefault(run.config["experiment"], {}).setdefault(key, []).append(run)
+    rows = []
+    for experiment, groups in configurations.items():
+        variants = [group[0].fields for group in groups.values()]
+        varied = sorted(key for key in set().union(*variants) if len({str(each.get(key)) for each in variants}) > 1)
+        for group, fields in zip(groups.values(), variants, strict=True):
+            differs = tuple(f"{key}={fields.get(key)}" for key in varied)
+            rows.append(Row(experiment, differs, _one_run_a_seed(group)))
+    return sorted(rows, key=lambda row: (row.task, -row.test.mean() if len(row.test) else math.inf, row.parts))
+
+
+def _one_run_a_seed(runs: Iterable[RunFiles]) -> tuple[RunFiles, ...]:
+    """A copy of a run is no further seed: of several, the one that got furthest counts."""
+    kept: dict[int, RunFiles] = {}
+    for run in sorted(runs, key=lambda run: (run.summary is None, -len(run.epochs), run.folder)):
+        first = kept.setdefault(run.train["seed"], run)
+        if first is not run:
+            print(f"warning: {run.folder} is left out, it has the seed and fields of {first.folder}", file=sys.stderr)
+    return tuple(kept[seed] for seed in sorted(kept))
+
+
+def record_of(row: Row) -> dict:
+    """One line of results.csv; metrics are fractions."""
+    runs, metric = row.finished or row.unfinished, row.task[1]
+    best = [run.epochs.loc[run.best_epoch, f"val_{metric}"] for run in runs]
+    return {
+        "experiment": row.experiment,
+        "differs_in": ", ".join(row.differs),
+        "dataset": row.task[0],
+        "parameters": runs[0].config["parameters"],
+        "seeds": len(row.finished),
+        "seeds_not_finished": len(row.unfinished),
+        f"test_{metric}_mean": row.test.mean(),
+        f"test_{metric}_std": row.test.std(),
+        f"best_val_{metric}_mean": np.mean(best),
+        "best_epoch_median": np.median([run.best_epoch for run in runs]),
+        "epochs": runs[0].train["epochs"],
+        "epochs_done": min(len(run.epochs) for run in runs),
+        "epoch_time_sec_median": pd.concat([run.epochs["epoch_time_sec"] for run in runs]).median(),
+        "hardware": "; ".join(sorted({run.hardware for run in runs})),
+    }
+
+
+def markdown_lines(tasks: dict[Task, list[Row]]) -> list[str]:
+    """results.md: one table a data set, in percent."""
+    lines = ["# Results", ""]
+    for (dataset, metric), rows in tasks.items():
+        name = METRIC_NAMES.get(metric, metric)
+        titles = ("experiment", "parameters", "seeds", f"test {name} (%)", f"best validation {name} (%)")
+        titles += ("best epoch", "epochs", "seconds an epoch", "hardware")
+        lines += [f"## {dataset}", "", _table_line(titles), "| --- |" + " ---: |" * 7 + " --- |"]
+        lines += [*(_table_line(_cells(row, metric)) for row in rows), ""]
+    return [*lines, NOTE]
+
+
+def _table_line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _cells(row: Row, metric: str) -> list[str]:
+    line = record_of(row)
+    counts = [str(line["seeds"])] * bool(row.finished)
+    counts += [f"{line['seeds_not_finished']} not finished"] * bool(row.unfinished)
+    done = "" if line["epochs_done"] == line["epochs"] else f"{line['epochs_done']} of "
+    return [
+        row.experiment + (f" ({line['differs_in']})" if row.differs else ""),
+        f"{line['parameters']:,}",
+        " and ".join(counts),
+        _test_cell(row),
+        f"{100 * line[f'best_val_{metric}_mean']:.2f}",
+        f"{line['best_epoch_median']:g}",
+        f"{done}{line['epochs']}",
+        f"{line['epoch_time_sec_median']:.3g}",
+        line["hardware"],
+    ]
+
+
+def _test_cell(row: Row) -> str:
+    """The test result in percent, or why there is none."""
+    if not len(row.test):
+        return "no test part" if row.finished else "not finished"
+    spread = f" ± {100 * row.test.std():.2f}" if len(row.test) > 1 else ""
+    return f"{100 * row.test.mean():.2f}{spread}"
+
+
+def labels_of(task: Task, rows: Sequence[Row]) -> tuple[list[str], str]:
+    """A label for each row, and a title: the data set and the changed fields that all rows share."""
+    shared = [part for part in rows[0].parts[1:] if all(part in row.parts[1:] for row in rows)]
+    labels = [", ".join(part for part in row.parts if part not in shared) for row in rows]
+    if len(set(labels)) < len(labels):
+        return [", ".join(row.parts) for row in rows], task[0]
+    return labels, task[0] + (", all with " if shared and len(rows) > 1 else ", " if shared else "") + ", ".join(shared)
+
+
+def draw_curves(tasks: dict[Task, list[Row]]) -> Figure:
+    """One block a data set: validation metric, validation loss, training loss over epochs, and a legend below."""
+    curves = {task: _curves(labels_of(task, rows)[0], rows) for task, rows in tasks.items()}
+    legends = [_legend_shape([text for _, text, _ in each]) for each in curves.values()]  # columns, lines of text
+    heights = [3.6 + 0.17 * lines for _, lines in legends]
+    figure = Figure((10.5, sum(heights)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.06, wspace=0.04)
+    blocks = figure.subfigures(len(tasks), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for block, (columns, _), (task, rows) in zip(blocks, legends, tasks.items(), strict=True):
+        block.suptitle(textwrap.fill(labels_of(task, rows)[1], 130), fontsize=10)
+        _draw_block(block, task[1], curves[task], columns)
+    return figure
+
+
+def _curves(labels: Sequence[str], rows: Sequence[Row]) -> list[Curve]:
+    """What is drawn: each row's finished runs as one curve, then each run that is not finished."""
+    curves: list[Curve] = []
+    for place, (label, row) in enumerate(zip(labels, rows, strict=True)):
+        if row.finished:
+            curves.append((place, f"{label} ({_seeds(len(row.finished))})", row.finished))
+        for run in row.unfinished:
+            seed, epochs = run.train["seed"], run.train["epochs"]
+            curves.append((place, f"{label}, seed {seed}: not finished, epoch {len(run.epochs)} of {epochs}", [run]))
+    return [(place, textwrap.fill(text, 70), runs) for place, text, runs in curves]
+
+
+def _legend_shape(texts: Sequence[str]) -> tuple[int, int]:
+    """Columns of a legend that fit the figure's width, and lines of text it then has."""
+    longest = max(len(line) for text in texts for line in text.splitlines())
+    columns = max(1, min(len(texts), 150 // (longest + 9)))
+    return columns, math.ceil(len(texts) / columns) * max(len(text.splitlines()) for text in texts)
+
+
+def _seeds(n: int) -> str:
+    return f"{n} seed" + "s" * (n != 1)
+
+
+def _draw_block(block: SubFigure, metric: str, curves: Sequence[Curve], legend_columns: int) -> None:
+    axes = block.subplots(1, 3)
+    axes[2].sharey(axes[1])
+    titles = (f"validation {METRIC_NAMES.get(metric, metric)} (%)", "validation loss (nats)", "training loss (nats)")
+    for ax, column, title in zip(axes, (f"val_{metric}", "val_loss", "train_loss"), titles, strict=True):
+        for curve in curves:
+            _draw_curve(ax, curve, column, 1 if column.endswith("_loss") else 100)
+        _style(ax, "y")
+        ax.set_xlabel("epoch")
+        ax.set_ylabel(title)
+        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    look = dict(fontsize=FONT, title_fontsize=FONT, frameon=False, ncols=legend_columns)
+    title = "mean over seeds, band: one standard deviation" if any(len(runs) > 1 for *_, runs in curves) else None
+    block.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", title=title, **look)
+
+
+def _draw_curve(ax: Axes, curve: Curve, column: str, scale: float) -> None:
+    """Mean over the runs with a band of one standard deviation; dashed where they are not finished."""
+    place, text, runs = curve
+    color, marker = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
+    seeds = scale * pd.concat([run.epochs[column] for run in runs], axis=1)  # (epochs, seeds)
+    mean, std = seeds.mean(axis=1), seeds.std(axis=1)  # pandas divides by n - 1
+    if len(runs) > 1:
+        ax.fill_between(mean.index, mean - std, mean + std, color=color, alpha=0.18, linewidth=0)
+    step = max(1, len(mean) // 8)
+    every = (place * step // 4 % step, step)  # so that not all experiments have their markers at the same epochs
+    look = dict(color=color, marker=marker, markersize=4, markevery=every, linewidth=1.5)
+    ax.plot(mean.index, mean, "--" if runs[0].summary is None else "-", label=text, **look)
+
+
+def draw_final(tasks: dict[Task, list[Row]]) -> Figure:
+    """One block a data set: bars of the test metric with a standard deviation over seeds, and the numbers beside."""
+    spans = [len(rows) + 0.2 for rows in tasks.values()]  # in bars
+    figure = Figure((8.5, 0.44 * sum(spans) + 0.8 * len(tasks)), layout="constrained")
+    axes = figure.subplots(len(tasks), 1, height_ratios=spans, squeeze=False)[:, 0]
+    for ax, (task, rows) in zip(axes, tasks.items(), strict=True):
+        labels, title = labels_of(task, rows)
+        ax.set_title(textwrap.fill(title, 85), fontsize=10)
+        _draw_bars(ax, task[1], rows)
+        numbers = [_test_cell(row) + (f" %\n{_seeds(len(row.test))}" if len(row.test) else "") for row in rows]
+        _label_bars(ax, [textwrap.fill(label, 38) for label in labels], numbers)
+    return figure
+
+
+def _draw_bars(ax: Axes, metric: str, rows: Sequence[Row]) -> None:
+    for place, values in enumerate(100 * row.test for row in rows):
+        if len(values):
+            ax.barh(place, values.mean(), height=0.62, color=COLORS[place % len(COLORS)])
+        if len(values) > 1:
+            ax.errorbar(values.mean(), place, xerr=values.std(), color="black", capsize=4, linewidth=1.3)
+            ax.scatter(values, [place] * len(values), s=12, color="white", edgecolor="black", zorder=3)
+    note = ", with one standard deviation; a dot is a seed" if any(len(row.test) > 1 for row in rows) else ""
+    ax.set_xlabel(f"test {METRIC_NAMES.get(metric, metric)} (%){note}")
+    ax.set_xlim(left=0)
+    _style(ax, "x")
+
+
+def _label_bars(ax: Axes, left: Sequence[str], right: Sequence[str]) -> None:
+    """Names on the left, numbers on the right, the first bar on top."""
+    other = ax.twinx()
+    other.spines[["top", "right"]].set_visible(False)
+    for each, texts in ((ax, left), (other, right)):
+        each.set_yticks(range(len(texts)), texts, fontsize=FONT)
+        each.set_ylim(len(texts) - 0.4, -0.6)
+        each.tick_params(axis="y", length=0)
+
+
+def _style(ax: Axes, grid: str) -> None:
+    ax.grid(axis=grid, color="0.9", linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def main(options: Options) -> None:
+    for path in analyze(find_runs(options.runs_dir), options.output_dir):
+        print(path)
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__)

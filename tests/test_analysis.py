@@ -1,0 +1,332 @@
+"""Tables and plots from runs' folders, made up here in the format that training writes."""
+
+import csv
+import json
+import struct
+
+import numpy as np
+import pytest
+
+from analysis.analyze import analyze, draw_curves, find_runs, labels_of, make_rows, read_runs
+from training import UserError
+from training.config import ROOT
+
+MODEL = dict(n_layer=6, n_embd=192, attention="raw")
+TRAIN = dict(dataset="cifar10", epochs=5, batch_size=32, learning_rate=1e-4)
+HARDWARE = {"device": "cuda", "name": "GPU X", "memory_gb": 8.0}
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Writes a run's folder; returns it and its rows of metrics.csv. Keywords are fields of model or training."""
+
+    def make(name="v2_cifar10", seed=0, done=None, metric="accuracy", folder=None, hardware=HARDWARE, **changed):
+        model = MODEL | {key: value for key, value in changed.items() if key in MODEL}
+        train = TRAIN | {key: value for key, value in changed.items() if key in TRAIN} | {"seed": seed}
+        folder = folder or tmp_path / "runs" / name / f"seed{seed}"
+        folder.mkdir(parents=True)
+        config = {"experiment": name, "config": {"model": model, "train": train}, "model_class": "VisionBDHConfig"}
+        (folder / "config.json").write_text(json.dumps(config | {"parameters": 3_233_482, "hardware": hardware}))
+        rng = np.random.default_rng([seed, len(name), model["n_layer"]])
+        rows = [
+            {
+                "epoch": epoch,
+                "train_loss": rng.uniform(0.5, 1.0),
+                "val_loss": rng.uniform(0.5, 1.0),
+                f"val_{metric}": rng.uniform(0.7, 0.8),
+                "learning_rate": 1e-4,
+                "epoch_time_sec": rng.uniform(40.0, 60.0),
+                "images_per_sec": 800.0,
+                "peak_memory_mb": 1200.0,
+            }
+            for epoch in range(1, (done or train["epochs"]) + 1)
+        ]
+        with (folder / "metrics.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        if done is None:
+            best = max(rows, key=lambda row: row[f"val_{metric}"])
+            best = {key: best[key] for key in ("epoch", "val_loss", f"val_{metric}")}
+            test = {"loss": 0.6, metric: rng.uniform(0.7, 0.8)}
+            summary = {"test": test, "best": best, "epochs": len(rows), "parameters": 3_233_482}
+            (folder / "summary.json").write_text(json.dumps(summary))
+        return folder, rows
+
+    return make
+
+
+def read_results(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table_rows(markdown):
+    """Cells of every line of the tables in results.md, titles and rules left out."""
+    lines = [line for line in markdown.read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return [each for each in cells if each[0] not in ("experiment", "---")]
+
+
+def png_size(path):
+    """Width and height from the header, for a file that is a picture with something in it."""
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 15_000
+    return struct.unpack(">II", content[16:24])
+
+
+def test_averages_over_seeds(make_run, tmp_path):
+    made = [make_run(seed=seed) for seed in (0, 1, 5)]
+    paths = analyze([folder for folder, _ in made], tmp_path / "out")
+    assert [path.name for path in paths] == ["learning_curves.png", "final_accuracy.png", "results.md", "results.csv"]
+
+    tests = [json.loads((folder / "summary.json").read_text())["test"]["accuracy"] for folder, _ in made]
+    accuracy = np.array([[row["val_accuracy"] for row in rows] for _, rows in made])  # (seeds, epochs)
+    seconds = [row["epoch_time_sec"] for _, rows in made for row in rows]
+    (line,) = read_results(paths[3])
+    assert float(line["test_accuracy_mean"]) == pytest.approx(np.mean(tests))
+    assert float(line["test_accuracy_std"]) == pytest.approx(np.std(tests, ddof=1))
+    assert float(line["best_val_accuracy_mean"]) == pytest.approx(accuracy.max(1).mean())
+    assert float(line["best_epoch_median"]) == np.median(accuracy.argmax(1) + 1)
+    assert float(line["epoch_time_sec_median"]) == pytest.approx(np.median(seconds))
+    assert {key: line[key] for key in ("experiment", "differs_in", "dataset", "hardware")} == {
+        "experiment": "v2_cifar10",
+        "differs_in": "",
+        "dataset": "cifar10",
+        "hardware": "GPU X",
+    }
+    counts = ("parameters", "seeds", "seeds_not_finished", "epochs", "epochs_done")
+    assert [int(line[key]) for key in counts] == [3_233_482, 3, 0, 5, 5]
+
+    (cells,) = table_rows(paths[2])
+    assert cells[:4] == [
+        "v2_cifar10",
+        "3,233,482",
+        "3",
+        f"{100 * np.mean(tests):.2f} ± {100 * np.std(tests, ddof=1):.2f}",
+    ]
+    assert cells[4] == f"{100 * accuracy.max(1).mean():.2f}"
+
+
+def test_one_seed_has_no_deviation(make_run, tmp_path):
+    folder, _ = make_run()
+    paths = analyze([folder], tmp_path)
+    (line,) = read_results(paths[3])
+    test = json.loads((folder / "summary.json").read_text())["test"]["accuracy"]
+    assert float(line["test_accuracy_mean"]) == test and line["test_accuracy_std"] == ""
+    assert table_rows(paths[2])[0][2:4] == ["1", f"{100 * test:.2f}"]
+
+
+def test_the_best_epoch_is_the_one_that_was_tested(make_run, tmp_path):
+    folder, rows = make_run()
+    summary = json.loads((folder / "summary.json").read_text())
+    other = summary["best"]["epoch"] % 5 + 1
+    summary["best"]["epoch"] = other
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (line,) = read_results(analyze([folder], tmp_path)[3])
+    assert float(line["best_epoch_median"]) == other
+    assert float(line["best_val_accuracy_mean"]) == rows[other - 1]["val_accuracy"]
+
+
+def test_different_configs_are_separate_rows(make_run, tmp_path):
+    """Under one name, and told apart by what differs; only the seed may differ within a row."""
+    make_run(seed=0)
+    make_run(seed=1)
+    make_run(folder=tmp_path / "runs" / "elsewhere" / "a", seed=2, n_layer=12)
+    make_run(folder=tmp_path / "runs" / "elsewhere" / "b", seed=3, n_layer=12, batch_size=64)
+    make_run(folder=tmp_path / "runs" / "elsewhere" / "c", seed=4, n_layer=12, batch_size=64)
+    lines = read_results(analyze(find_runs(tmp_path / "runs"), tmp_path / "out")[3])
+    assert {(line["differs_in"], line["seeds"]) for line in lines} == {
+        ("batch_size=32, n_layer=6", "2"),
+        ("batch_size=32, n_layer=12", "1"),
+        ("batch_size=64, n_layer=12", "2"),
+    }
+    assert {line["experiment"] for line in lines} == {"v2_cifar10"}
+
+
+def test_equal_configs_under_two_names_stay_apart(make_run, tmp_path):
+    runs = [make_run(name)[0] for name in ("before", "after")]
+    assert sorted(line["experiment"] for line in read_results(analyze(runs, tmp_path)[3])) == ["after", "before"]
+
+
+def test_a_copy_of_a_run_is_no_second_seed(make_run, tmp_path, capsys):
+    make_run(seed=0)
+    make_run(seed=1)
+    copy, _ = make_run(seed=1, folder=tmp_path / "runs" / "z_copy")
+    (line,) = read_results(analyze(find_runs(tmp_path / "runs"), tmp_path / "out")[3])
+    assert line["seeds"] == "2"
+    assert str(copy) in capsys.readouterr().err
+
+
+def test_runs_that_are_not_finished(make_run, tmp_path):
+    _, rows = make_run(seed=0)
+    make_run(seed=1, done=2)
+    _, begun = make_run("v3_cifar10", done=3)
+    paths = analyze(find_runs(tmp_path / "runs"), tmp_path / "out")
+    first, second = read_results(paths[3])
+    assert (first["seeds"], first["seeds_not_finished"], first["epochs_done"]) == ("1", "1", "5")
+    assert float(first["best_val_accuracy_mean"]) == max(row["val_accuracy"] for row in rows)  # of the finished alone
+    assert (second["seeds"], second["seeds_not_finished"], second["epochs_done"]) == ("0", "1", "3")
+    assert second["test_accuracy_mean"] == second["test_accuracy_std"] == ""
+    assert float(second["best_val_accuracy_mean"]) == max(row["val_accuracy"] for row in begun)
+    assert int(float(second["best_epoch_median"])) == max(begun, key=lambda row: row["val_accuracy"])["epoch"]
+    cells = table_rows(paths[2])
+    assert cells[0][2] == "1 and 1 not finished" and " ± " not in cells[0][3]
+    assert cells[1][2:4] == ["1 not finished", "not finished"] and cells[1][6] == "3 of 5"
+
+
+def test_curves_mark_runs_that_are_not_finished(make_run, tmp_path):
+    """Mean, band and the dashed curve are what matplotlib was given."""
+    made = [make_run(seed=seed)[1] for seed in (0, 1)]
+    begun = make_run(seed=2, done=3)[1]
+    rows = make_rows(read_runs(find_runs(tmp_path / "runs")))
+    (block,) = draw_curves({rows[0].task: rows}).subfigs
+    accuracy = np.array([[100 * row["val_accuracy"] for row in each] for each in made])
+    solid, dashed = block.axes[0].lines
+    assert np.allclose(solid.get_ydata(), accuracy.mean(0)) and list(solid.get_xdata()) == [1, 2, 3, 4, 5]
+    assert np.allclose(dashed.get_ydata(), [100 * row["val_accuracy"] for row in begun])
+    assert (solid.get_linestyle(), dashed.get_linestyle()) == ("-", "--")
+    (band,) = block.axes[0].collections
+    corners = band.get_paths()[0].vertices
+    upper = [corners[corners[:, 0] == epoch, 1].max() for epoch in range(1, 6)]
+    lower = [corners[corners[:, 0] == epoch, 1].min() for epoch in range(1, 6)]
+    assert np.allclose(upper, accuracy.mean(0) + accuracy.std(0, ddof=1))
+    assert np.allclose(lower, accuracy.mean(0) - accuracy.std(0, ddof=1))
+    texts = [text.get_text() for text in block.legends[0].get_texts()]
+    assert texts == ["v2_cifar10 (2 seeds)", "v2_cifar10, seed 2: not finished, epoch 3 of 5"]
+    losses = [np.mean([[row[name] for row in each] for each in made], 0) for name in ("val_loss", "train_loss")]
+    assert all(np.allclose(ax.lines[0].get_ydata(), loss) for ax, loss in zip(block.axes[1:], losses, strict=True))
+
+
+def cut_json(folder):
+    (folder / "config.json").write_text((folder / "config.json").read_text()[:-9])
+
+
+def cut_summary(folder):
+    (folder / "summary.json").write_text('{"test": ')
+
+
+def drop_field(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["config"]["train"]["epochs"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def empty_csv(folder):
+    (folder / "metrics.csv").write_text("")
+
+
+def header_only(folder):
+    (folder / "metrics.csv").write_text((folder / "metrics.csv").read_text().splitlines()[0] + "\n")
+
+
+def binary_csv(folder):
+    (folder / "metrics.csv").write_bytes(bytes(range(256)))
+
+
+def word_in_csv(folder):
+    text = (folder / "metrics.csv").read_text().splitlines()
+    (folder / "metrics.csv").write_text("\n".join([*text[:2], "2,much,0.5,0.7,1e-4,50,800,1200", *text[3:], ""]))
+
+
+def lost_epoch(folder):
+    text = (folder / "metrics.csv").read_text().splitlines(keepends=True)
+    (folder / "metrics.csv").write_text("".join(text[:2] + text[3:]))
+
+
+def lost_last_epoch(folder):
+    (folder / "metrics.csv").write_text("".join((folder / "metrics.csv").read_text().splitlines(keepends=True)[:-1]))
+
+
+DAMAGES = (
+    cut_json,
+    cut_summary,
+    drop_field,
+    empty_csv,
+    header_only,
+    binary_csv,
+    word_in_csv,
+    lost_epoch,
+    lost_last_epoch,
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damaged_runs_are_skipped_with_one_line(make_run, tmp_path, capsys, damage):
+    whole, broken = make_run(seed=0)[0], make_run(seed=1)[0]
+    damage(broken)
+    assert [run.folder for run in read_runs([broken, whole])] == [whole]
+    error = capsys.readouterr().err
+    assert error.startswith("warning: ") and str(broken) in error and error.count("\n") == 1
+    damage(whole)
+    with pytest.raises(UserError):
+        analyze([whole, broken], tmp_path / "out")
+
+
+def test_half_a_last_line_is_not_an_epoch(make_run, tmp_path):
+    """What a stop in the middle of writing leaves: the epochs before it count."""
+    folder, _ = make_run(done=3)
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("4,0.5123,0.6")
+    (line,) = read_results(analyze([folder], tmp_path / "out")[3])
+    assert line["epochs_done"] == "3"
+
+
+def test_other_metrics_and_data_sets(make_run, tmp_path):
+    """A block for each data set; the metric is named by its column; a data set may lack a test part."""
+    make_run()
+    make_run("unet", dataset="camvid", metric="miou")
+    untested, _ = make_run("unet", seed=1, dataset="camvid11", metric="miou")
+    summary = json.loads((untested / "summary.json").read_text())
+    (untested / "summary.json").write_text(json.dumps(summary | {"test": None}))
+    paths = analyze(find_runs(tmp_path / "runs"), tmp_path / "out")
+    by_dataset = {line["dataset"]: line for line in read_results(paths[3])}
+    expected = json.loads((tmp_path / "runs/unet/seed0/summary.json").read_text())["test"]["miou"]
+    assert float(by_dataset["camvid"]["test_miou_mean"]) == expected
+    assert by_dataset["camvid"]["test_accuracy_mean"] == by_dataset["camvid11"]["test_miou_mean"] == ""
+    text = paths[2].read_text()
+    assert "test mIoU (%)" in text and "test accuracy (%)" in text and "no test part" in text
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## camvid", "## camvid11", "## cifar10"]
+
+
+def test_pictures(make_run, tmp_path):
+    """From one run of one epoch to twelve experiments with long names."""
+    paths = analyze([make_run("short", epochs=1)[0]], tmp_path / "one")
+    assert all(width > 1200 and height > 200 for width, height in map(png_size, paths[:2]))
+    small = png_size(paths[0])
+    for index in range(12):
+        name = f"v2_cifar10+mlp_internal_dim_multiplier={index}+n_embd=48+learning_rate=0.001"
+        for seed in range(1 + index % 3):
+            make_run(name, seed)
+    paths = analyze(find_runs(tmp_path / "runs"), tmp_path / "many")
+    large = png_size(paths[0])
+    assert large[0] == small[0] and large[1] > small[1] + 100  # the legend takes room of its own
+    png_size(paths[1])
+
+
+def test_labels_leave_out_what_all_share(make_run, tmp_path):
+    make_run("v1+epochs=5+n_embd=48")
+    make_run("v2+epochs=5+n_embd=48", n_layer=3)
+    make_run("v2+epochs=5+n_embd=48", seed=1)
+    rows = make_rows(read_runs(find_runs(tmp_path / "runs")))
+    labels, title = labels_of(rows[0].task, rows)
+    assert sorted(labels) == ["v1", "v2, n_layer=3", "v2, n_layer=6"]
+    assert title == "cifar10, all with epochs=5, n_embd=48"
+
+
+def test_no_runs_is_one_message(run_script, tmp_path):
+    """As typed, from another folder."""
+    (tmp_path / "runs").mkdir()
+    done = run_script(ROOT / "analysis" / "analyze.py", "--runs-dir", "runs", "--output-dir", "out", cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "train_quickstart.py" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_command_line(make_run, call_script, tmp_path, capsys):
+    make_run()
+    assert call_script("analysis/analyze.py", "--runs-dir", "runs", "--output-dir", "out") == 0
+    assert capsys.readouterr().out.split() == [
+        f"out/{name}" for name in ("learning_curves.png", "final_accuracy.png", "results.md", "results.csv")
+    ]
+    assert read_results(tmp_path / "out" / "results.csv")[0]["experiment"] == "v2_cifar10"
