@@ -301,20 +301,20 @@ def _curves(labels: Sequence[str], rows: Sequence[Row]) -> list[Curve]:
         if row.finished:
             curves.append((place, f"{label} ({_seeds(len(row.finished))})", row.finished))
         for run in row.unfinished:
-            seed, epochs = run.train["seed"], run.train["epochs"]
-            curves.append((place, f"{label}, seed {seed}: not finished, epoch {len(run.epochs)} of {epochs}", [run]))
-    return [(place, textwrap.fill(text, 70), runs) for place, text, runs in curves]
+            done = f"not finished, epoch {len(run.epochs)} of {run.train['epochs']}"
+            curves.append((place, f"{label}, seed {run.train['seed']}: {done}", [run]))
+    return [(place, textwrap.fill(text, 66), runs) for place, text, runs in curves]
 
 
 def _legend_shape(texts: Sequence[str]) -> tuple[int, int]:
     """Columns of a legend that fit the figure's width, and lines of text it then has."""
     longest = max(len(line) for text in texts for line in text.splitlines())
-    columns = max(1, min(len(texts), 150 // (longest + 9)))
+    columns = min(len(texts), 150 // (longest + 9))
     return columns, math.ceil(len(texts) / columns) * max(len(text.splitlines()) for text in texts)
 
 
 def _seeds(n: int) -> str:
-    return f"{n} seed" + "s" * (n != 1)
+    return f"{n}\N{NO-BREAK SPACE}seed" + "s" * (n != 1)
 
 
 def _draw_block(block: SubFigure, metric: str, curves: Sequence[Curve], legend_columns: int) -> None:
@@ -349,15 +349,16 @@ def _draw_curve(ax: Axes, curve: Curve, column: str, scale: float) -> None:
 
 def draw_final(tasks: dict[Task, list[Row]]) -> Figure:
     """One block a data set: bars of the test metric with a standard deviation over seeds, and the numbers beside."""
+    labels = {task: [textwrap.fill(each, 38) for each in labels_of(task, rows)[0]] for task, rows in tasks.items()}
+    bar_inches = 0.12 + 0.16 * max(2, *(len(each.splitlines()) for texts in labels.values() for each in texts))
     spans = [len(rows) + 0.2 for rows in tasks.values()]  # in bars
-    figure = Figure((8.5, 0.44 * sum(spans) + 0.8 * len(tasks)), layout="constrained")
+    figure = Figure((8.5, bar_inches * sum(spans) + 0.8 * len(tasks)), layout="constrained")
     axes = figure.subplots(len(tasks), 1, height_ratios=spans, squeeze=False)[:, 0]
     for ax, (task, rows) in zip(axes, tasks.items(), strict=True):
-        labels, title = labels_of(task, rows)
-        ax.set_title(textwrap.fill(title, 85), fontsize=10)
+        ax.set_title(textwrap.fill(labels_of(task, rows)[1], 85), fontsize=10)
         _draw_bars(ax, task[1], rows)
         numbers = [_test_cell(row) + (f" %\n{_seeds(len(row.test))}" if len(row.test) else "") for row in rows]
-        _label_bars(ax, [textwrap.fill(label, 38) for label in labels], numbers)
+        _label_bars(ax, labels[task], numbers)
     return figure
 
 
@@ -391,8 +392,7 @@ def _style(ax: Axes, grid: str) -> None:
 
 
 def main(options: Options) -> None:
-    for path in analyze(find_runs(options.runs_dir), options.output_dir):
-        print(path)
+    print(*analyze(find_runs(options.runs_dir), options.output_dir), sep="\n")
 
 
 if __name__ == "__main__":

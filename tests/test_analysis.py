@@ -193,7 +193,7 @@ def test_curves_mark_runs_that_are_not_finished(make_run, tmp_path):
     assert np.allclose(upper, accuracy.mean(0) + accuracy.std(0, ddof=1))
     assert np.allclose(lower, accuracy.mean(0) - accuracy.std(0, ddof=1))
     texts = [text.get_text() for text in block.legends[0].get_texts()]
-    assert texts == ["v2_cifar10 (2 seeds)", "v2_cifar10, seed 2: not finished, epoch 3 of 5"]
+    assert texts == ["v2_cifar10 (2\N{NO-BREAK SPACE}seeds)", "v2_cifar10, seed 2: not finished, epoch 3 of 5"]
     losses = [np.mean([[row[name] for row in each] for each in made], 0) for name in ("val_loss", "train_loss")]
     assert all(np.allclose(ax.lines[0].get_ydata(), loss) for ax, loss in zip(block.axes[1:], losses, strict=True))
 
