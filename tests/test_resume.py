@@ -85,6 +85,8 @@ def assert_same_run(folder, reference):
     for name in CHECKPOINTS:
         assert_same(load_file(folder / name), load_file(reference / name), name)
     assert metrics(folder) == metrics(reference)
+    line_ends = [(each / "metrics.csv").read_bytes().count(b"\r") for each in (folder, reference)]
+    assert line_ends[0] == line_ends[1], "lines end in two ways"
     assert (folder / "summary.json").read_text() == (reference / "summary.json").read_text()
     for one, other in zip(*(vars(Run(each).read_split()).values() for each in (folder, reference)), strict=True):
         assert one.tolist() == other.tolist()

@@ -144,7 +144,7 @@ class Run:
         is_new = not path.exists() or path.stat().st_size == 0
         try:
             with path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, row)
+                writer = csv.DictWriter(file, row, lineterminator="\n")  # as cut_metrics leaves them
                 if is_new:
                     writer.writeheader()
                 writer.writerow(row)
