@@ -76,7 +76,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"{self.folder} cannot be made ({error.strerror}): name another place with --runs-dir"
+                f"{self.folder} cannot be made ({error.strerror}): "
+                "name another place with --runs-dir, or a shorter name with --name"
             ) from None
         for old in (*FILES, *(path.name for path in self.folder.glob("events.out.tfevents*"))):
             (self.folder / old).unlink(missing_ok=True)
