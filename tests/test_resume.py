@@ -67,6 +67,7 @@ def launch_in_child(trial, sabotage=None):
 
 def _child(trial, sabotage, connection):
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     options = trial.options
     sys.argv = ["train.py", f"--data-dir={options.data_dir}", f"--runs-dir={options.runs_dir}", "--device=cpu"]
     sys.argv += [f"--{flag}" for flag in ("resume", "overwrite") if getattr(options, flag)]

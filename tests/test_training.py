@@ -239,6 +239,16 @@ def test_the_same_seed_repeats_a_run_and_another_does_not(experiment):
     assert not any(torch.equal(one[name], other[name]) for name in ("encoder", "decoder", "head.weight"))
 
 
+def test_dropout_is_drawn_anew_each_epoch_and_seed(experiment, monkeypatch):
+    """Its generator is PyTorch's own, seeded at the start of each epoch."""
+    seen, real = [], loop.optimizer_step
+    monkeypatch.setattr(loop, "optimizer_step", lambda session: seen.append(torch.initial_seed()) or real(session))
+    for seed in (0, 1):
+        fit(experiment(seed=seed))
+    assert [len(set(seen[first : first + 6])) for first in range(0, 24, 6)] == [1, 1, 1, 1]
+    assert len(set(seen)) == 4
+
+
 def test_checkpoints_hold_what_resuming_needs(finished):
     trial, _ = finished
     for name, epoch in (("last.pt", 3), ("previous.pt", 2)):

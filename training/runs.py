@@ -25,6 +25,7 @@ from training.config import ROOT, Experiment, UserError
 from training.data import Split
 
 FILES = ("config.json", "split.npz", "metrics.csv", "last.pt", "previous.pt", "best.pt", "summary.json", "damaged.pt")
+LONGEST_NAME = 255  # bytes, in the usual file systems
 UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
@@ -41,6 +42,8 @@ class Run:
         for a resume with another configuration.
         """
         options = experiment.options
+        if len(experiment.name.encode()) > LONGEST_NAME:
+            raise UserError(f"{experiment.name} is too long for a folder's name: give a shorter one with --name")
         there = [name for name in FILES if (self.folder / name).exists()]
         if not options.resume:
             if there and not options.overwrite:
@@ -76,8 +79,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"{self.folder} cannot be made ({error.strerror}): "
-                "name another place with --runs-dir, or a shorter name with --name"
+                f"{self.folder} cannot be made ({error.strerror}): name another place with --runs-dir"
             ) from None
         for old in (*FILES, *(path.name for path in self.folder.glob("events.out.tfevents*"))):
             (self.folder / old).unlink(missing_ok=True)
