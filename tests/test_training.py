@@ -97,6 +97,27 @@ def test_two_batches_of_16_make_the_step_of_one_of_32(limit, n_train, experiment
         assert found[key] == pytest.approx(expected[key], rel=1e-5)
 
 
+def test_a_step_follows_the_mean_gradient_of_its_own_images(experiment, monkeypatch):
+    """Against gradients taken anew: of the step's 32 images, drawn from two batches, and of none before."""
+    real, checked = loop.optimizer_step, []
+
+    def optimizer_step(session):
+        step = session.step % 6
+        batches = list(session.data.train_batches(session.epoch))[2 * step : 2 * step + 2]
+        images, labels = map(torch.cat, zip(*batches, strict=True))
+        weights = dict(session.model.named_parameters())
+        loss = torch.nn.functional.cross_entropy(session.model(images), labels)
+        expected = torch.autograd.grad(loss, weights.values())
+        for (name, weight), gradient in zip(weights.items(), expected, strict=True):
+            torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        checked.append(session.step)
+        return real(session)
+
+    monkeypatch.setattr(loop, "optimizer_step", optimizer_step)
+    fit(experiment(epochs=2, batch_size=16, grad_accum=2, model={"dropout": 0.0}))
+    assert checked == list(range(12))
+
+
 def test_gradients_are_clipped_to_the_norm(experiment, monkeypatch):
     norms, clip = [], torch.nn.utils.clip_grad_norm_
 
