@@ -10,7 +10,7 @@ a minute on two CPU cores. Then draws the learning curve, and what the centre pa
 from analysis.analyze import analyze
 from interpretability.visualize_attention import visualize
 from models.vision_bdh import v2_config
-from training import TrainConfig, launch
+from training import ClassificationConfig, launch
 
 if __name__ == "__main__":
     run = launch(
@@ -25,7 +25,7 @@ if __name__ == "__main__":
             mlp_internal_dim_multiplier=8,  # 96 neurons a head
             dropout=0.1,
         ),
-        train=TrainConfig(
+        train=ClassificationConfig(
             dataset="digits",
             epochs=40,
             batch_size=64,

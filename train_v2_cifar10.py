@@ -8,7 +8,7 @@ accuracy after 50 epochs (one seed, 40,000 images, about 50 s an epoch on an RTX
 """
 
 from models.vision_bdh import v2_config
-from training import TrainConfig, launch
+from training import ClassificationConfig, launch
 
 if __name__ == "__main__":
     launch(
@@ -22,7 +22,7 @@ if __name__ == "__main__":
             dropout=0.1,
             num_classes=10,
         ),
-        train=TrainConfig(
+        train=ClassificationConfig(
             dataset="cifar10",
             epochs=50,
             batch_size=32,

@@ -8,7 +8,7 @@ result: 76.05 % test accuracy after 50 epochs (one seed, 40,000 images, about 45
 """
 
 from models.baselines import vit_tiny_config
-from training import TrainConfig, launch
+from training import ClassificationConfig, launch
 
 if __name__ == "__main__":
     launch(
@@ -22,7 +22,7 @@ if __name__ == "__main__":
             dropout=0.0,
             num_classes=10,
         ),
-        train=TrainConfig(
+        train=ClassificationConfig(
             dataset="cifar10",
             epochs=50,
             batch_size=32,

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from models.bdh import layer_norm, rope
+from models.bdh import StepWeights, Tables, layer_norm, rope
 from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
 from training.device import (
     describe_hardware,
@@ -69,14 +69,14 @@ class Options:
 class StackedReference(VisionBDH):
     """The step as first written: x broadcast over the stacked weights, one autograd node an operation."""
 
-    def update(self, x: Tensor, weights: tuple[Tensor, ...] | None = None) -> Tensor:
+    def update(self, x: Tensor, weights: StepWeights, tables: Tables, products: StepWeights | None = None) -> Tensor:
         x = x.unsqueeze(1)  # (B, 1, T, D)
-        x_sparse = F.relu(x @ self.encoder)  # (B, H, T, N)
-        q = rope(x_sparse, *self.attn.tables(x.shape[-2])[:2])
+        x_sparse = F.relu(x @ weights.encoder)  # (B, H, T, N)
+        q = rope(x_sparse, tables.cos, tables.sin)
         a = layer_norm((q @ q.mT) @ x)
-        y_sparse = F.relu(a @ self.encoder_v)
+        y_sparse = F.relu(a @ weights.encoder_v)
         gated = F.dropout(x_sparse * y_sparse, self.config.dropout, self.training)
-        return layer_norm(gated.transpose(1, 2).flatten(-2) @ self.decoder)
+        return layer_norm(gated.transpose(1, 2).flatten(-2) @ weights.decoder)
 
 
 def training_step(cls: type[VisionBDH], options: Options, precision: Precision, compiled: bool) -> Callable[[], None]:

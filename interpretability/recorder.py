@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from torchvision.models import VisionTransformer
 
 from models.bdh import BDHCore
+from models.vision_bdh import VisionBDH
 
 Keep = Callable[[int, Tensor], None]  # takes a level, counted from 0, and what enters it, (B, T, D)
 
@@ -42,10 +43,10 @@ class Probe(Protocol):
 class BDHProbe:
     """BDH models, whose one step runs n_layer times: the n-th call of `level_input` in a pass is level n."""
 
-    class_tokens = 0
-
     def __init__(self, model: BDHCore):
         self.model = model
+        self.class_tokens = 0 if getattr(model, "cls_token", None) is None else 1
+        self.grid = (model.config.grid,) * 2 if isinstance(model, VisionBDH) else None
         self.n_levels = model.config.n_layer
         self.signed = not model.attn.softmax
 
@@ -67,7 +68,7 @@ class BDHProbe:
         ]
 
     def scores(self, level: int, x: Tensor) -> Tensor:
-        return self.model.attn.weights(self.model.x_sparse(x))
+        return self.model.attention_weights(x, level, self.grid)
 
 
 class ViTProbe:

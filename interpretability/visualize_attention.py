@@ -91,7 +91,7 @@ def visualize(
         raise UserError(f"the attention of {run} cannot be shown: its model reads no images")
     grid = sizes["img_size"] // sizes["patch_size"]
     patch = _check_patch(patch, grid)
-    dataset = load_dataset(train["dataset"], data_dir)
+    dataset = load_dataset(train["dataset"], data_dir, sizes["img_size"], sizes.get("in_channels", 3))
     chosen = _check_indices(range(images) if indices is None else indices, len(dataset.test_labels))
 
     maps = attention_maps(model, torch.from_numpy(dataset.test_images[chosen]), patch, grid)

@@ -5,7 +5,7 @@ Letters in shapes: B sequences or images, T tokens, D = n_embd, H = n_head, N ne
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from models import kernels
 
 LN_EPS = 1e-5
 WEIGHT_STD = 0.02  # of every weight under init="normal", and of embeddings, patch projection and head always
+ACTIVATIONS = {"relu": F.relu, "relu2": lambda v: F.relu(v).square(), "gelu": F.gelu}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,18 @@ class CoreConfig:
     """LN around the update that is added to x"""
     attention: Literal["raw", "softmax"] = "raw"
     """what the scores q k^T go through"""
+    qk: Literal["tied", "separate"] = "tied"
+    """keys are the queries, or come from an encoder of their own (the gate keeps the queries' neurons)"""
+    gate: Literal["multiplicative", "sigmoid", "none"] = "multiplicative"
+    """what multiplies y_sparse: x_sparse, sigmoid(x E), or nothing"""
+    activation: Literal["relu", "relu2", "gelu"] = "relu"
+    """of the neurons, in both places"""
     init: Literal["normal", "xavier", "xavier_per_head"] = "normal"
     """distribution of the encoders and the decoder at the start"""
+    rotary: Literal["raster", "axial", "none"] = "raster"
+    """what turns the neurons: the token's index, its row and its column, or nothing"""
+    shared: bool = True
+    """one set of weights for all levels, or one a level"""
 
     def __post_init__(self):
         for name in ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier"):
@@ -54,6 +65,11 @@ class CoreConfig:
             raise ValueError(
                 f"{self.n_neurons} neurons a head (mlp_internal_dim_multiplier * n_embd / n_head) is odd, "
                 "and rotary positions turn neurons in pairs: choose sizes that make it even"
+            )
+        if self.rotary == "axial" and self.n_neurons % 4:
+            raise ValueError(
+                f"rotary = axial turns one half of the pairs by the row, the other by the column, but {self.n_neurons} "
+                "neurons a head make an odd number of pairs: choose sizes that make neurons a multiple of 4"
             )
 
     @property
@@ -74,6 +90,11 @@ class BDHConfig(CoreConfig):
     """neurons over all heads, as a multiple of n_embd"""
     vocab_size: int = 256
     """tokens the model knows: bytes"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rotary == "axial":
+            raise ValueError("rotary = axial needs rows and columns, and text has none: use raster or none")
 
     def build(self) -> "BDH":
         return BDH(self)
@@ -99,81 +120,118 @@ def rope(v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (v * cos + turned * sin).to(v.dtype)
 
 
-class RotaryAttention(nn.Module):
-    """Attention of x with Q = K = rope(x_sparse): no projections, so no parameters."""
+class Tables(NamedTuple):
+    """What turns the neurons of T tokens; T rows, one for each."""
 
-    def __init__(self, n_neurons: int, softmax: bool, causal: bool):
+    cos: Tensor
+    """(T, N), of the angles"""
+    sin: Tensor
+    """(T, N)"""
+    phases: Tensor | None
+    """(T, N / 2), exp(i angle) of the pairs, for the fast path; None for a compiler, which does without"""
+
+
+class RotaryAttention(nn.Module):
+    """Attention of x by the neurons' activity, turned by position: no projections, so no parameters."""
+
+    def __init__(self, n_neurons: int, softmax: bool, causal: bool, rotary: str = "raster"):
         super().__init__()
-        self.register_buffer("freqs", rope_frequencies(n_neurons).view(1, 1, 1, -1))
+        if rotary == "axial":  # rows and columns each have the whole range of frequencies, on their half of the pairs
+            freqs = rope_frequencies(n_neurons // 2).repeat(2)
+        else:
+            freqs = rope_frequencies(n_neurons)
+        self.register_buffer("freqs", freqs.view(1, 1, 1, -1))
         self.softmax = softmax
         self.causal = causal
-        self._tables: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}
+        self.rotary = rotary
+        self._tables: dict[tuple, Tables] = {}
 
-    def angles(self, n_tokens: int) -> Tensor:
-        """(T, N) in radians: the fraction of position times frequency, times 2 pi."""
+    def angles(self, n_tokens: int, grid: tuple[int, int] | None = None) -> Tensor:
+        """(T, N) in radians: the fraction of position times frequency, times 2 pi. grid: see `tables`."""
         freqs = self.freqs.view(-1)
-        turns = torch.arange(n_tokens, device=freqs.device, dtype=freqs.dtype)[:, None] * freqs
+        index = torch.arange(n_tokens, device=freqs.device, dtype=freqs.dtype)
+        if self.rotary != "axial":
+            turns = index[:, None] * freqs
+        else:
+            rows, columns = grid
+            extra = n_tokens - rows * columns
+            place = (index - extra).clamp(min=0)
+            row, column = place.div(columns, rounding_mode="floor"), place % columns
+            if extra:  # the class token stands at (0, 0), outside the grid of patches
+                row, column = ((each + 1) * (index >= extra) for each in (row, column))
+            by_row, by_column = freqs.chunk(2)
+            turns = torch.cat((row[:, None] * by_row, column[:, None] * by_column), dim=1)
         return turns.frac() * (2 * math.pi)
 
-    def tables(self, n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """cos and sin (T, N) of the angles, for `rope`, and exp(i angle) (T, N / 2) of the pairs, for the fast path.
+    def tables(self, n_tokens: int, grid: tuple[int, int] | None = None) -> Tables | None:
+        """Kept for the next call; one shape at a time, since shapes rarely change. None where nothing is turned.
 
-        Kept for the next call; one length at a time, since lengths rarely change.
+        grid: (rows, columns) of the patches, which are the last rows * columns of the tokens; only axial needs it.
         """
-        key = (n_tokens, self.freqs.device, self.freqs.dtype)
+        if self.rotary == "none":
+            return None
+        if torch.compiler.is_compiling():  # the compiler makes the tables part of its program
+            angles = self.angles(n_tokens, grid)
+            return Tables(angles.cos(), angles.sin(), None)
+        key = (n_tokens, grid, self.freqs.device, self.freqs.dtype)
         if key not in self._tables:
             with torch.inference_mode(False):  # else a table made in inference mode could not serve training later
-                angles = self.angles(n_tokens)
+                angles = self.angles(n_tokens, grid)
                 cos, sin = angles.cos(), angles.sin()
-            self._tables = {key: (cos, sin, torch.complex(cos[:, 0::2], sin[:, 0::2]))}
+            self._tables = {key: Tables(cos, sin, torch.complex(cos[:, 0::2], sin[:, 0::2]))}
         return self._tables[key]
 
-    def queries(self, x_sparse: Tensor) -> Tensor:
-        """q = k, x_sparse turned by position. x_sparse: (B, H, T, N), returned in that shape."""
-        if torch.compiler.is_compiling():  # the compiler makes the tables part of its program
-            angles = self.angles(x_sparse.shape[-2])
-            return rope(x_sparse, angles.cos(), angles.sin())
-        cos, sin, _ = self.tables(x_sparse.shape[-2])
-        return rope(x_sparse, cos, sin)
-
-    def scores(self, x_sparse: Tensor) -> Tensor:
-        """(B, H, T, T), q k^T as it enters the product with x (or the softmax). x_sparse: (B, H, T, N)."""
-        q = self.queries(x_sparse)
-        return q @ q.mT
-
-    def weights(self, x_sparse: Tensor) -> Tensor:
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """(B, H, T, T), the factors with which tokens enter the output: scores, masked, through the softmax if any.
 
-        The causal model attends to keys strictly before the query: with raw scores the first token receives zero.
+        q, k: (B, H, T, N). The causal model attends to keys strictly before the query: with raw scores the first token
+        receives zero.
         """
-        scores = self.scores(x_sparse)
+        scores = q @ k.mT
         if self.softmax:
-            scores = scores / math.sqrt(x_sparse.shape[-1])
+            scores = scores / math.sqrt(q.shape[-1])
             if self.causal:
                 later = torch.ones_like(scores, dtype=torch.bool).triu()
                 return scores.masked_fill(later, -math.inf).softmax(-1).nan_to_num()
             return scores.softmax(-1)
         return scores.tril(-1) if self.causal else scores
 
-    def forward(self, x_sparse: Tensor, x: Tensor) -> Tensor:
-        """x_sparse: (B, H, T, N), x: (B, T, D) -> (B, H, T, D)."""
+    def forward(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+        """q, k: (B, H, T, N), x: (B, T, D) -> (B, H, T, D)."""
         values = x.unsqueeze(1)
         if self.causal or self.softmax:
-            return self.weights(x_sparse) @ values
-        return kernels.raw_attention(self.queries(x_sparse), values)
+            return self.weights(q, k) @ values
+        return kernels.raw_attention(q, k, values)
+
+
+class StepWeights(NamedTuple):
+    """The weights of one step."""
+
+    encoder: Tensor
+    """(H, D, N)"""
+    encoder_v: Tensor
+    """(H, D, N)"""
+    decoder: Tensor
+    """(H N, D)"""
+    encoder_k: Tensor | None = None
+    """(H, D, N), where keys have an encoder of their own"""
 
 
 class BDHCore(nn.Module):
-    """The recurrent step with its three weights; models inherit it and add what goes in and what comes out."""
+    """The recurrent step with its weights; models inherit it and add what goes in and what comes out."""
 
     def __init__(self, config: CoreConfig, causal: bool):
         super().__init__()
         H, D, N = config.n_head, config.n_embd, config.n_neurons
+        sets = () if config.shared else (config.n_layer,)
         self.config = config
-        self.encoder = nn.Parameter(torch.empty(H, D, N))
-        self.encoder_v = nn.Parameter(torch.empty(H, D, N))
-        self.decoder = nn.Parameter(torch.empty(H * N, D))
-        self.attn = RotaryAttention(N, softmax=config.attention == "softmax", causal=causal)
+        self.encoder = nn.Parameter(torch.empty(*sets, H, D, N))
+        self.encoder_v = nn.Parameter(torch.empty(*sets, H, D, N))
+        self.decoder = nn.Parameter(torch.empty(*sets, H * N, D))
+        if config.qk == "separate":
+            self.encoder_k = nn.Parameter(torch.empty(*sets, H, D, N))
+        self.attn = RotaryAttention(N, config.attention == "softmax", causal, config.rotary)
+        self.activation = ACTIVATIONS[config.activation]
         self.level_input = nn.Identity()  # what enters each level passes here: hooks for looking inside attach to it
         if config.residual == "scaled_pre":
             self.level_norms = nn.ModuleList(nn.LayerNorm(D, eps=LN_EPS) for _ in range(config.n_layer + 1))
@@ -181,91 +239,136 @@ class BDHCore(nn.Module):
         self.reset_core()
 
     def reset_core(self) -> None:
-        """Draws encoder, encoder_v and decoder by `init`."""
-        H, D, N = self.encoder.shape
+        """Draws encoders and decoder by `init`."""
+        H, D, N = self.encoder.shape[-3:]
         bounds = {  # of the uniform distribution; "xavier" is what Xavier's rule makes of the tensors as shaped above
             "xavier": (math.sqrt(6 / (D * N + H * N)), math.sqrt(6 / (H * N + D))),
             "xavier_per_head": (math.sqrt(6 / (D + N)),) * 2,
         }
-        if self.config.init == "normal":
-            for weight in (self.encoder, self.encoder_v, self.decoder):
+        for name in StepWeights._fields:
+            weight = getattr(self, name, None)
+            if weight is None:
+                continue
+            if self.config.init == "normal":
                 nn.init.normal_(weight, std=WEIGHT_STD)
-        else:
-            encoder_bound, decoder_bound = bounds[self.config.init]
-            nn.init.uniform_(self.encoder, -encoder_bound, encoder_bound)
-            nn.init.uniform_(self.encoder_v, -encoder_bound, encoder_bound)
-            nn.init.uniform_(self.decoder, -decoder_bound, decoder_bound)
+            else:
+                bound = bounds[self.config.init][name == "decoder"]
+                nn.init.uniform_(weight, -bound, bound)
 
-    def levels(self, x: Tensor) -> Tensor:
-        """All steps. x: (B, T, D) -> (B, T, D)."""
+    def step_weights(self) -> list[StepWeights]:
+        """The weights of every level: the same ones n_layer times, where they are shared."""
+        weights = [self.encoder, self.encoder_v, self.decoder]
+        if self.config.qk == "separate":
+            weights.append(self.encoder_k)
+        if self.config.shared:
+            return [StepWeights(*weights)] * self.config.n_layer
+        return [StepWeights(*each) for each in zip(*(weight.unbind() for weight in weights), strict=True)]
+
+    def levels(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """All steps. x: (B, T, D) -> (B, T, D). grid: (rows, columns) of the patches, for axial positions."""
         residual = self.config.residual
-        weights = self._compute_weights() if self._fast(x) else None
+        tables = self.attn.tables(x.shape[1], grid)
+        weights = self.step_weights()
+        fast = self.has_fast_path(x.device) and not torch.compiler.is_compiling()  # a compiler fuses the plain path
+        products = self._in_compute_precision(weights) if fast else [None] * len(weights)
         if residual == "post":
             x = layer_norm(x)
         for level in range(self.config.n_layer):
+            step = (weights[level], tables, products[level])
             if residual == "post":
-                x = layer_norm(x + self.update(x, weights))
+                x = layer_norm(x + self.update(x, *step))
             elif residual == "pre":
                 x = layer_norm(x)
-                x = x + self.update(x, weights)
+                x = x + self.update(x, *step)
             elif residual == "true_pre":
-                x = x + self.update(layer_norm(x), weights)
+                x = x + self.update(layer_norm(x), *step)
             elif residual == "scaled_pre":
-                x = x + self.update(self.scaled_norm(x, level), weights)
+                x = x + self.update(self.scaled_norm(x, level), *step)
             else:
-                x = x + self.update(x, weights)
+                x = x + self.update(x, *step)
         return self.scaled_norm(x, self.config.n_layer) if residual == "scaled_pre" else x
 
     def scaled_norm(self, x: Tensor, level: int) -> Tensor:
         """S_l of DESIGN's scaled_pre with l = level + 1: affine LN times 1 / sqrt(l)."""
         return self.level_norms[level](x) / math.sqrt(level + 1)
 
-    def update(self, x: Tensor, weights: tuple[Tensor, ...] | None = None) -> Tensor:
+    def update(
+        self, x: Tensor, weights: StepWeights, tables: Tables | None, products: StepWeights | None = None
+    ) -> Tensor:
         """f(x), what one step adds to the residual stream. x: (B, T, D) -> (B, T, D).
 
-        weights: the three weights in the precision of the products, for the fast path; None takes the plain one.
+        products: the weights in the precision of the products, for the fast path; None takes the plain one.
         """
         x = self.level_input(x)
-        if weights is None:
-            y = self.plain_update(x)
+        if products is None:
+            y = self.plain_update(x, weights, tables)
         else:
             y = kernels.raw_update(
                 x,
-                (self.encoder, self.encoder_v, self.decoder),
-                weights,
-                self.attn.tables(x.shape[1])[-1],
+                weights[:3],
+                products[:3],
+                tables.phases,
                 attn_eps=LN_EPS if self.config.attn_norm else None,
                 dropout=self.config.dropout if self.training else 0.0,
             )
         return layer_norm(y) if self.config.update_norm else y
 
-    def plain_update(self, x: Tensor) -> Tensor:
+    def plain_update(self, x: Tensor, weights: StepWeights, tables: Tables | None) -> Tensor:
         """The step from x E to the decoder product, as its equations read. x: (B, T, D) -> (B, T, D)."""
-        x_sparse = self.x_sparse(x)
-        a = self.attn(x_sparse, x)
+        before = _all_heads(x, weights.encoder)  # (B, H, T, N)
+        x_sparse = self.activation(before)
+        a = self.attn(*self.queries_and_keys(x, x_sparse, weights, tables), x)
         if self.config.attn_norm:
             a = layer_norm(a)
-        y_sparse = F.relu(torch.einsum("bhtd,hdn->bhtn", a, self.encoder_v))
-        gated = F.dropout(x_sparse * y_sparse, self.config.dropout, self.training)
-        decoder = self.decoder.view(self.config.n_head, -1, self.config.n_embd)  # (H, N, D)
+        y_sparse = self.activation(torch.einsum("bhtd,hdn->bhtn", a, weights.encoder_v))
+        if self.config.gate == "multiplicative":
+            y_sparse = x_sparse * y_sparse
+        elif self.config.gate == "sigmoid":
+            y_sparse = before.sigmoid() * y_sparse
+        gated = F.dropout(y_sparse, self.config.dropout, self.training)
+        decoder = weights.decoder.view(self.config.n_head, -1, self.config.n_embd)  # (H, N, D)
         return torch.einsum("bhtn,hnd->btd", gated, decoder)
 
-    def x_sparse(self, x: Tensor) -> Tensor:
-        """relu(x E). x: (B, T, D) -> (B, H, T, N), one (B T, D) x (D, H N) product for all heads."""
-        return F.relu(torch.einsum("btd,hdn->bhtn", x, self.encoder))
+    def queries_and_keys(
+        self, x: Tensor, x_sparse: Tensor, weights: StepWeights, tables: Tables | None
+    ) -> tuple[Tensor, Tensor]:
+        """q and k, both (B, H, T, N), turned by position. x: (B, T, D), x_sparse: (B, H, T, N)."""
 
-    def _fast(self, x: Tensor) -> bool:
-        """Whether `kernels.raw_update` serves this setting. A compiler fuses the plain path itself."""
-        plain_only = self.attn.causal or self.attn.softmax or torch.compiler.is_compiling()
-        return self.use_fast_path and not plain_only and x.device.type in ("cpu", "cuda")
+        def turned(v: Tensor) -> Tensor:
+            return v if tables is None else rope(v, tables.cos, tables.sin)
 
-    def _compute_weights(self) -> tuple[Tensor, ...]:
-        """encoder, encoder_v, decoder in autocast's precision, cast once for all levels."""
-        weights = (self.encoder, self.encoder_v, self.decoder)
+        q = turned(x_sparse)
+        if weights.encoder_k is None:
+            return q, q
+        return q, turned(self.activation(_all_heads(x, weights.encoder_k)))
+
+    def attention_weights(self, x: Tensor, level: int, grid: tuple[int, int] | None = None) -> Tensor:
+        """(B, H, T, T), with which factor each query (row) receives each key at a level. x: (B, T, D), its input."""
+        weights = self.step_weights()[level]
+        x_sparse = self.activation(_all_heads(x, weights.encoder))
+        return self.attn.weights(*self.queries_and_keys(x, x_sparse, weights, self.attn.tables(x.shape[1], grid)))
+
+    def has_fast_path(self, device: torch.device) -> bool:
+        """Whether `kernels.raw_update` serves this setting there."""
+        config = self.config
+        design = (config.attention, config.qk, config.gate, config.activation)
+        serves = design == ("raw", "tied", "multiplicative", "relu") and config.rotary != "none"
+        return self.use_fast_path and serves and not self.attn.causal and device.type in ("cpu", "cuda")
+
+    def _in_compute_precision(self, weights: list[StepWeights]) -> list[StepWeights]:
+        """The weights in autocast's precision, without gradient; shared ones are cast once for all levels."""
         device = self.encoder.device.type
-        if torch.is_autocast_enabled(device):
-            return tuple(weight.detach().to(torch.get_autocast_dtype(device)) for weight in weights)
-        return tuple(weight.detach() for weight in weights)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.encoder.dtype
+
+        def cast(step: StepWeights) -> StepWeights:
+            return StepWeights(*(weight.detach().to(dtype) for weight in step[:3]))
+
+        return [cast(weights[0])] * len(weights) if self.config.shared else [cast(step) for step in weights]
+
+
+def _all_heads(x: Tensor, encoder: Tensor) -> Tensor:
+    """x E of all heads as one (B T, D) x (D, H N) product. x: (B, T, D), encoder: (H, D, N) -> (B, H, T, N)."""
+    return torch.einsum("btd,hdn->bhtn", x, encoder)
 
 
 class BDH(BDHCore):

@@ -66,11 +66,11 @@ def scores_are_cheaper(n_tokens: int, n_neurons: int, n_embd: int) -> bool:
     return n_tokens * (n_neurons + n_embd) <= 2 * n_neurons * n_embd
 
 
-def raw_attention(q: Tensor, x: Tensor) -> Tensor:
-    """(q q^T) x in the cheaper of its two orders. q: (..., T, N), x: (..., T, D) -> (..., T, D)."""
+def raw_attention(q: Tensor, k: Tensor, x: Tensor) -> Tensor:
+    """(q k^T) x in the cheaper of its two orders. q, k: (..., T, N), x: (..., T, D) -> (..., T, D)."""
     if scores_are_cheaper(q.shape[-2], q.shape[-1], x.shape[-1]):
-        return (q @ q.mT) @ x
-    return q @ (q.mT @ x)
+        return (q @ k.mT) @ x
+    return q @ (k.mT @ x)
 
 
 def raw_update(

@@ -7,9 +7,13 @@ The named variants differ in a few fields of `CoreConfig` and in nothing else:
     v2_softmax  v2 with scaled softmax attention, the documents' "baseline"
     v2_as_run   what the published code of v2 computed: v1 with Xavier weights
     v3          affine LN scaled by 1 / sqrt(level) before each step, no other LN
+    pre_ln      of the published ablation: LN before each step and around its attention
+    post_ln     of the published ablation: LN after each step and nowhere in it
+    double_ln   of the published ablation: LN after each step and around its update
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +33,10 @@ class VisionBDHConfig(CoreConfig):
     """colour channels of the images"""
     num_classes: int = 10
     """outputs of the classification head"""
+    pos_embed: bool = True
+    """a learned position is added to every patch"""
+    pool: Literal["mean", "cls"] = "mean"
+    """what the head reads: the mean over the patches, or a class token in front of them"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,25 +58,40 @@ class VisionBDHConfig(CoreConfig):
 
 
 class VisionBDH(BDHCore):
-    """Patch embedding, learned positions, the BDH steps without a mask, mean over tokens, LN, linear head."""
+    """Patch embedding, learned positions, the BDH steps without a mask, mean over tokens, LN, linear head.
+
+    A class token has no learned position beyond its own value; by rotary positions it stands before the first patch.
+    """
 
     def __init__(self, config: VisionBDHConfig):
         super().__init__(config, causal=False)
         self.patch_embed = nn.Conv2d(config.in_channels, config.n_embd, config.patch_size, stride=config.patch_size)
-        self.pos_embed = nn.Parameter(torch.empty(1, config.grid**2, config.n_embd))
+        self.pos_embed = self.cls_token = None
+        if config.pos_embed:
+            self.pos_embed = nn.Parameter(torch.empty(1, config.grid**2, config.n_embd))
+        if config.pool == "cls":
+            self.cls_token = nn.Parameter(torch.empty(1, 1, config.n_embd))
         self.head = nn.Linear(config.n_embd, config.num_classes)
-        for weight in (self.patch_embed.weight, self.pos_embed, self.head.weight):
-            nn.init.normal_(weight, std=WEIGHT_STD)
+        for weight in (self.patch_embed.weight, self.pos_embed, self.cls_token, self.head.weight):
+            if weight is not None:
+                nn.init.normal_(weight, std=WEIGHT_STD)
         nn.init.zeros_(self.patch_embed.bias)
         nn.init.zeros_(self.head.bias)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """The last state. images: (B, C, img_size, img_size) -> (B, T, D), T = grid ** 2."""
-        return self.levels(self.patch_embed(images).flatten(2).mT + self.pos_embed)
+        """The last state. images: (B, C, img_size, img_size) -> (B, T, D), T = grid ** 2, and 1 for a class token."""
+        patches = self.patch_embed(images)  # (B, D, rows, columns)
+        x = patches.flatten(2).mT
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        if self.cls_token is not None:
+            x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        return self.levels(x, grid=tuple(patches.shape[2:]))
 
     def features(self, images: Tensor) -> Tensor:
         """What the head reads. images: (B, C, img_size, img_size) -> (B, D)."""
-        pooled = self.tokens(images).mean(1)
+        tokens = self.tokens(images)
+        pooled = tokens[:, 0] if self.config.pool == "cls" else tokens.mean(1)
         # scaled_pre has normalised its tokens already, by S_{n_layer + 1}
         return pooled if self.config.residual == "scaled_pre" else layer_norm(pooled)
 
@@ -98,6 +121,18 @@ def v3_config(**overrides) -> VisionBDHConfig:
     return VisionBDHConfig(**(fields | overrides))
 
 
+def pre_ln_config(**overrides) -> VisionBDHConfig:
+    return v2_config(**(dict(residual="true_pre", update_norm=False) | overrides))
+
+
+def post_ln_config(**overrides) -> VisionBDHConfig:
+    return v2_config(**(dict(residual="post", attn_norm=False, update_norm=False) | overrides))
+
+
+def double_ln_config(**overrides) -> VisionBDHConfig:
+    return v2_config(**(dict(residual="post", attn_norm=False) | overrides))
+
+
 def vision_bdh_v1(**overrides) -> VisionBDH:
     return v1_config(**overrides).build()
 
@@ -116,3 +151,15 @@ def vision_bdh_v2_as_run(**overrides) -> VisionBDH:
 
 def vision_bdh_v3(**overrides) -> VisionBDH:
     return v3_config(**overrides).build()
+
+
+def vision_bdh_pre_ln(**overrides) -> VisionBDH:
+    return pre_ln_config(**overrides).build()
+
+
+def vision_bdh_post_ln(**overrides) -> VisionBDH:
+    return post_ln_config(**overrides).build()
+
+
+def vision_bdh_double_ln(**overrides) -> VisionBDH:
+    return double_ln_config(**overrides).build()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from models.vision_bdh import v2_config
-from training import Experiment, RunOptions, TrainConfig
+from training import ClassificationConfig, Experiment, RunOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = dict(patch_size=8, n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4)  # 16 tokens, N = 16
@@ -56,7 +56,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def experiment_in(data_dir):
-    """Makes a tiny Experiment on the made-up images; keywords are fields of TrainConfig but for model and options."""
+    """Makes a tiny Experiment on the made-up images; keywords but model and options are fields of its training."""
 
     def make(runs_dir, name="trial", model=None, options=None, **train):
         defaults = dict(dataset="cifar10", epochs=2, batch_size=32, learning_rate=1e-2, weight_decay=0.05)
@@ -64,7 +64,7 @@ def experiment_in(data_dir):
         return Experiment(
             name,
             v2_config(**(TINY_MODEL | (model or {}))),
-            TrainConfig(**(defaults | train)),
+            ClassificationConfig(**(defaults | train)),
             RunOptions(**(where | (options or {}))),
         )
 

@@ -6,7 +6,7 @@ import torch
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2.functional import horizontal_flip, resized_crop
 
-from training import TrainConfig, augment
+from training import ClassificationConfig, augment
 from training.data import DataSet, ImageBatches, Split
 
 CROPS_AND_FLIPS = dict(crop_scale_min=0.5, horizontal_flip=True)
@@ -116,9 +116,9 @@ def make_batches(n=50, height=8, width=8, eval_batch_size=16, **train):
     rng = np.random.default_rng(1)
     images = rng.integers(0, 256, (n + 20, 3, height, width), dtype=np.uint8)
     labels = np.arange(n + 20)
-    dataset = DataSet(images[: n + 10], labels[: n + 10], images[n + 10 :], labels[n + 10 :], ("a", "b"))
+    dataset = DataSet("noise", images[: n + 10], labels[: n + 10], images[n + 10 :], labels[n + 10 :], ("a", "b"))
     split = Split(train=np.arange(n), val=np.arange(n, n + 10))
-    config = TrainConfig(
+    config = ClassificationConfig(
         **(dict(dataset="cifar10", epochs=9, batch_size=16, learning_rate=1.0, weight_decay=0.0) | train)
     )
     return dataset, ImageBatches(dataset, split, config, eval_batch_size, torch.device("cpu"))
@@ -176,8 +176,8 @@ def test_crops_and_flips_are_drawn_anew_each_epoch_and_seed():
     drawn = []
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):
         _, data = make_batches(seed=seed, **CROPS_AND_FLIPS)
-        images, labels = data.parts["train"]
-        data.parts["train"] = (images[:1].expand_as(images), labels)
+        part = data.parts["train"]
+        part.images = part.images[:1].expand_as(part.images)
         drawn.append(whole(data.train_batches(epoch))[0])
     assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
@@ -189,10 +189,8 @@ def test_batch_size_changes_neither_order_nor_draws():
 
 def test_labels_stay_with_their_augmented_images():
     _, data = make_batches(**CROPS_AND_FLIPS)
-    data.parts["train"] = (
-        data.parts["train"][1].byte()[:, None, None, None].expand(50, 3, 8, 8),
-        data.parts["train"][1],
-    )
+    part = data.parts["train"]
+    part.images = part.labels.byte()[:, None, None, None].expand(50, 3, 8, 8)
     images, labels = whole(data.train_batches(0))  # each image one grey, its label's: any crop of it is that grey
     torch.testing.assert_close((images + 1) * 127.5, labels[:, None, None, None].expand(50, 3, 8, 8).float())
 

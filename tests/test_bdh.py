@@ -215,8 +215,8 @@ def test_a_token_reaches_only_itself_and_later_ones(attention, changed):
 @pytest.mark.parametrize("attention", ["raw", "softmax"])
 def test_first_token_gets_zero_attention(attention):
     model = small_model(attention=attention)
-    x_sparse, x = torch.rand(2, 3, 7, 16, dtype=torch.float64), torch.randn(2, 7, 12, dtype=torch.float64)
-    a = model.attn(x_sparse, x)
+    q, x = torch.rand(2, 3, 7, 16, dtype=torch.float64), torch.randn(2, 7, 12, dtype=torch.float64)
+    a = model.attn(q, q, x)
     assert (a[:, :, 0] == 0).all()
     assert (a[:, :, 1:].abs().amax(-1) > 0).all()
 
@@ -224,7 +224,8 @@ def test_first_token_gets_zero_attention(attention):
 @pytest.mark.parametrize("attention", ["raw", "softmax"])
 def test_attention_weights_are_zero_except_for_earlier_keys(attention):
     model = small_model(attention=attention)
-    weights = model.attn.weights(torch.rand(2, 3, 7, 16, dtype=torch.float64))
+    q = torch.rand(2, 3, 7, 16, dtype=torch.float64)
+    weights = model.attn.weights(q, q)
     assert weights.shape == (2, 3, 7, 7)
     for query in range(7):
         assert (weights[:, :, query, query:] == 0).all()
@@ -330,7 +331,7 @@ def test_angles_are_the_fraction_of_turns():
 def test_phases_are_unit_numbers_at_the_angles():
     attn = small_model().attn
     for n_tokens in (5, 9, 5):  # a table is kept: another length must not get it
-        phases, angles = attn.tables(n_tokens)[-1], attn.angles(n_tokens)[:, 0::2]
+        phases, angles = attn.tables(n_tokens).phases, attn.angles(n_tokens)[:, 0::2]
         assert phases.shape == (n_tokens, 8)
         assert torch.allclose(torch.view_as_real(phases), torch.stack((angles.cos(), angles.sin()), -1), atol=1e-12)
 

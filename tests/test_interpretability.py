@@ -17,7 +17,7 @@ from interpretability.visualize_attention import attention_maps, draw, latest_ru
 from models.baselines import vit_tiny
 from models.bdh import BDH, BDHConfig
 from models.vision_bdh import v2_config, vision_bdh_v1, vision_bdh_v2, vision_bdh_v2_softmax, vision_bdh_v3
-from training import Experiment, RunOptions, TrainConfig, UserError, fit
+from training import ClassificationConfig, Experiment, RunOptions, UserError, fit
 from training.config import ROOT
 from training.data import load_dataset
 from training.runs import load_model
@@ -132,7 +132,7 @@ def test_scores_are_made_when_asked_for(images, monkeypatch):
     """One level at a time, so that memory never holds all of them."""
     model = vision_bdh_v2(**BDH_SIZES).eval()
     calls, real = [], model.attn.weights
-    monkeypatch.setattr(model.attn, "weights", lambda x_sparse: calls.append(1) or real(x_sparse))
+    monkeypatch.setattr(model.attn, "weights", lambda q, k: calls.append(1) or real(q, k))
     with torch.no_grad(), record(model) as trace:
         model(images)
     assert not calls
@@ -262,7 +262,9 @@ def run(tmp_path_factory):
 
 def fit_digits(runs_dir, name, **model):
     sizes = dict(img_size=8, patch_size=2, in_channels=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4)
-    train = TrainConfig(dataset="digits", epochs=1, batch_size=64, learning_rate=1e-3, weight_decay=0.05, seed=2)
+    train = ClassificationConfig(
+        dataset="digits", epochs=1, batch_size=64, learning_rate=1e-3, weight_decay=0.05, seed=2
+    )
     options = RunOptions(runs_dir=runs_dir, device="cpu")
     experiment = Experiment(name, v2_config(**(sizes | model)), train, options)
     fit(experiment)

@@ -56,7 +56,9 @@ def draw(images, tokens, width, heads, multiplier, dtype=torch.float64, margin=1
         x = torch.randn(images, tokens, width, dtype=dtype, requires_grad=True)
         with torch.no_grad():
             into_gate = torch.einsum("btd,hdn->bhtn", x, core.encoder)
-            a = core.attn(into_gate.relu(), x)
+            tables = core.attn.tables(x.shape[1])
+            q = rope(into_gate.relu(), tables.cos, tables.sin)
+            a = core.attn(q, q, x)
             a = layer_norm(a) if core.config.attn_norm else a
             into_y = torch.einsum("bhtd,hdn->bhtn", a, core.encoder_v)[into_gate > 0]  # a shut gate hides the other
         if into_gate.abs().min() > margin and (into_y.numel() == 0 or into_y.abs().min() > margin):
@@ -73,11 +75,16 @@ def fast_update(core, x, *, masters=None, images_per_slice=None, dropout=0.0):
         x,
         masters,
         tuple(master.detach() for master in masters),
-        core.attn.tables(x.shape[1])[-1],
+        core.attn.tables(x.shape[1]).phases,
         attn_eps=LN_EPS if core.config.attn_norm else None,
         dropout=dropout,
         **slices,
     )
+
+
+def plain_update(core, x):
+    """The plain twin."""
+    return core.plain_update(x, core.step_weights()[0], core.attn.tables(x.shape[1]))
 
 
 def gradients(y, core, x, cotangent):
@@ -93,7 +100,7 @@ def relative_error(actual, expected):
 
 def assert_same(core, x, y, tolerance):
     """y and its gradients are those of the plain path."""
-    expected = core.plain_update(x)
+    expected = plain_update(core, x)
     assert y.dtype == expected.dtype
     assert relative_error(y, expected) <= tolerance
     cotangent = torch.randn_like(expected)
@@ -164,7 +171,7 @@ def test_dropout_keeps_the_mean(images_per_slice):
     core, copies = make_core(6, 3, 5), 1000
     x = torch.randn(1, 4, 6, dtype=torch.float64)
     with torch.no_grad():
-        expected = core.eval().plain_update(x)[0]
+        expected = plain_update(core.eval(), x)[0]
         samples = fast_update(core, x.expand(copies, -1, -1), images_per_slice=images_per_slice, dropout=0.25)
     # gradcheck cannot see a factor missing from both passes; this can
     assert (samples.std(0) > 0).any()
@@ -177,7 +184,7 @@ def test_dropout_is_as_wide_as_the_plain_path():
     core, copies = make_core(6, 3, 5, dropout=0.25).train(), 2000
     x = torch.randn(1, 4, 6, dtype=torch.float64).expand(copies, -1, -1)
     with torch.no_grad():
-        fast, plain = fast_update(core, x, dropout=0.25), core.plain_update(x)
+        fast, plain = fast_update(core, x, dropout=0.25), plain_update(core, x)
     deviations = fast.std(0), plain.std(0)
     # few neurons make y's distribution lumpy, its kurtosis up to some 10: relative error sqrt(9 / 4 / 2000) = 0.034
     assert torch.allclose(*deviations, rtol=5 * 0.034 * math.sqrt(2), atol=1e-12)
@@ -217,11 +224,13 @@ def test_backward_leaves_what_it_needs_intact():
 
 def test_inputs_are_not_written_to():
     core, x = draw(3, 9, 6, 3, 5)
-    kept = [t.detach().clone() for t in (x, core.encoder, core.encoder_v, core.decoder, core.attn.tables(9)[-1])]
+    kept = [t.detach().clone() for t in (x, core.encoder, core.encoder_v, core.decoder, core.attn.tables(9).phases)]
     cotangent = torch.randn_like(x)
     kept_cotangent = cotangent.clone()
     fast_update(core, x, images_per_slice=2, dropout=0.4).backward(cotangent)
-    for now, before in zip((x, core.encoder, core.encoder_v, core.decoder, core.attn.tables(9)[-1]), kept, strict=True):
+    for now, before in zip(
+        (x, core.encoder, core.encoder_v, core.decoder, core.attn.tables(9).phases), kept, strict=True
+    ):
         assert torch.equal(now, before)
     assert torch.equal(cotangent, kept_cotangent)
 
@@ -232,7 +241,7 @@ def test_strided_input_and_expanded_cotangent(tokens):
     x = torch.randn(5, 6, tokens, dtype=torch.float64).mT.requires_grad_()  # as patch embedding hands it on
     assert not x.is_contiguous()
     actual = torch.autograd.grad(fast_update(core, x, images_per_slice=2).sum(), (x, core.encoder))
-    expected = torch.autograd.grad(core.plain_update(x).sum(), (x, core.encoder))
+    expected = torch.autograd.grad(plain_update(core, x).sum(), (x, core.encoder))
     for fast, plain in zip(actual, expected, strict=True):
         assert relative_error(fast, plain) < 1e-11
 
@@ -240,7 +249,7 @@ def test_strided_input_and_expanded_cotangent(tokens):
 def test_frozen_weights_get_no_gradient_and_others_the_right_one():
     core, x = make_core(6, 3, 5), torch.randn(2, 9, 6, dtype=torch.float64)
     core.encoder.requires_grad_(False)
-    expected = torch.autograd.grad(core.plain_update(x).sum(), (core.encoder_v, core.decoder))
+    expected = torch.autograd.grad(plain_update(core, x).sum(), (core.encoder_v, core.decoder))
     fast_update(core, x).sum().backward()
     assert core.encoder.grad is None
     assert relative_error(core.encoder_v.grad, expected[0]) < 1e-11
@@ -251,14 +260,14 @@ def test_gradients_go_to_the_masters():
     core, x = make_core(6, 3, 5), torch.randn(2, 9, 6, dtype=torch.float64)
     masters = core.encoder, core.encoder_v, core.decoder
     weights = tuple((2 * master).detach().requires_grad_() for master in masters)
-    y = kernels.raw_update(x, masters, weights, core.attn.tables(9)[-1], attn_eps=LN_EPS, dropout=0.0)
+    y = kernels.raw_update(x, masters, weights, core.attn.tables(9).phases, attn_eps=LN_EPS, dropout=0.0)
     y.sum().backward()
     assert all(master.grad is not None for master in masters)
     assert all(weight.grad is None for weight in weights)
     with torch.no_grad():  # and the products were taken with the weights
         for master in masters:
             master.mul_(2)
-        assert relative_error(y, core.plain_update(x)) < 1e-11
+        assert relative_error(y, plain_update(core, x)) < 1e-11
 
 
 # ---------------------------------------------------------------------------- whole models
@@ -389,7 +398,7 @@ def test_bfloat16_weight_gradients_are_summed_in_float32(tokens, images_per_slic
             repeated,
             masters,
             weights,
-            core.attn.tables(tokens)[-1],
+            core.attn.tables(tokens).phases,
             attn_eps=LN_EPS,
             dropout=0.0,
             slice_bytes=slice_bytes,
@@ -564,7 +573,7 @@ def test_raw_attention_equals_the_explicit_product_at_the_lower_cost(tokens, neu
         for key in range(tokens):
             expected[:, :, query] += (q[:, :, query] * q[:, :, key]).sum(-1, keepdim=True) * x[:, :, key]
     with FlopCounterMode(display=False) as counter:
-        actual = kernels.raw_attention(q, x)
+        actual = kernels.raw_attention(q, q, x)
     assert relative_error(actual, expected) < 1e-12
     cost = {"scores": tokens * (neurons + width), "state": 2 * neurons * width}
     assert cost[order] == min(cost.values())

@@ -14,7 +14,7 @@ import torch
 import training
 from models.baselines import ViTConfig, vit_tiny_config
 from models.vision_bdh import VisionBDHConfig, v1_config, v2_config, v3_config
-from training import TrainConfig
+from training import ClassificationConfig
 from training.runs import load_file, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -218,7 +218,7 @@ def test_a_script_trains_the_named_variant_under_the_protocol(script, variant, p
     assert model == variant and type(model) is type(variant)
     with torch.device("meta"):
         assert sum(p.numel() for p in model.build().parameters()) == parameters
-    assert train == TrainConfig(
+    assert train == ClassificationConfig(
         dataset="cifar10",
         epochs=50,
         batch_size=32,

@@ -280,6 +280,14 @@ def test_checkpoints_hold_what_resuming_needs(finished):
         assert state["optimizer"]["state"][0]["step"] == 6 * epoch
 
 
+def test_a_cpu_does_not_compile_what_has_a_step_of_its_own(experiment, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda *args: pytest.fail("compiled"))
+    fit(experiment("plain", epochs=1)), fit(experiment("compiled", epochs=1, compile=True))
+    plain, compiled = (load_file(experiment(name).folder / "last.pt")["model"] for name in ("plain", "compiled"))
+    assert all(torch.equal(value, compiled[name]) for name, value in plain.items())
+    assert "--compile" in capsys.readouterr().out
+
+
 class Compiled(torch.nn.Module):
     """What torch.compile returns, without the making of kernels: a module that holds the model as _orig_mod."""
 
@@ -296,7 +304,8 @@ class Compiled(torch.nn.Module):
 def test_a_compiled_run_writes_plain_keys(experiment, monkeypatch):
     made = []
     monkeypatch.setattr(torch, "compile", lambda model, *args, **kwargs: made.append(Compiled(model)) or made[-1])
-    plain, trial = experiment("plain", epochs=1), experiment("compiled", epochs=1, compile=True)
+    softmax = dict(attention="softmax")  # has no fast path
+    plain, trial = experiment("plain", softmax, epochs=1), experiment("compiled", softmax, epochs=1, compile=True)
     fit(plain)
     assert not made
     fit(trial)

@@ -1,10 +1,21 @@
 """Vision-BDH: every design choice against an implementation written here from DESIGN's table; names, counts, starts."""
 
-import itertools
 import math
 
 import pytest
 import torch
+from reference import (
+    SMALL,
+    assert_close,
+    count,
+    norm,
+    randomised,
+    reference_embedding,
+    reference_outputs,
+    reference_tokens,
+    reference_update,
+    small_images,
+)
 
 from models.vision_bdh import (
     VisionBDHConfig,
@@ -22,17 +33,6 @@ from models.vision_bdh import (
 
 BUILDERS = [vision_bdh_v1, vision_bdh_v2, vision_bdh_v2_softmax, vision_bdh_v2_as_run, vision_bdh_v3]
 RESIDUALS = ["post", "pre", "true_pre", "scaled_pre", "none"]
-# 9 tokens of width 12, 3 heads of N = 16 neurons, 5 classes, 2 channels: no two sizes alike
-SMALL = dict(
-    n_layer=3,
-    n_embd=12,
-    n_head=3,
-    mlp_internal_dim_multiplier=4,
-    img_size=6,
-    patch_size=2,
-    in_channels=2,
-    num_classes=5,
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,133 +42,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-# ---------------------------------------------------------------------------- the reference
-
-
-def norm(x):
-    """LN over the last axis, no affine parameters, eps 1e-5."""
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-
-
-def keep(x):
-    """No LN."""
-    return x
-
-
-def formula_frequencies(n_neurons):
-    """Turns per position of each neuron, 2^16 ** (-2 floor(j / 2) / N) / (2 pi)."""
-    return torch.tensor(
-        [65536.0 ** (-2 * (j // 2) / n_neurons) / (2 * math.pi) for j in range(n_neurons)], dtype=torch.float64
-    )
-
-
-def turn(v):
-    """Rotary positions, raster order. v: (B, T, N)."""
-    angle = 2 * math.pi * torch.arange(v.shape[1], dtype=v.dtype)[:, None] * formula_frequencies(v.shape[2])[0::2]
-    even, odd = v[..., 0::2], v[..., 1::2]
-    rotated = (even * angle.cos() - odd * angle.sin(), odd * angle.cos() + even * angle.sin())
-    return torch.stack(rotated, dim=-1).reshape(v.shape)
-
-
-def reference_update(weights, x, *, attn_norm, update_norm, attention):
-    """f of DESIGN's table: everything from x E to y, a head at a time. x: (B, T, D)."""
-    gated = []
-    for encoder, encoder_v in zip(weights["encoder"], weights["encoder_v"], strict=True):
-        x_sparse = (x @ encoder).clamp(min=0)
-        q = turn(x_sparse)
-        scores = torch.einsum("btn,bun->btu", q, q)
-        if attention == "softmax":
-            scores = scores / math.sqrt(q.shape[-1])
-            powers = (scores - scores.amax(-1, keepdim=True)).exp()
-            scores = powers / powers.sum(-1, keepdim=True)
-        a = (norm if attn_norm else keep)(scores @ x)
-        gated.append(x_sparse * (a @ encoder_v).clamp(min=0))
-    return (norm if update_norm else keep)(torch.cat(gated, dim=-1) @ weights["decoder"])
-
-
-def reference_embedding(weights, images):
-    """Patches, row by row, as tokens with their positions: (B, C, height, width) -> (B, T, D)."""
-    kernel, bias = weights["patch_embed.weight"], weights["patch_embed.bias"]
-    p = kernel.shape[-1]
-    tokens = []
-    for row, column in itertools.product(range(0, images.shape[2], p), range(0, images.shape[3], p)):
-        patch = images[:, :, row : row + p, column : column + p].flatten(1)
-        tokens.append(patch @ kernel.flatten(1).T + bias)
-    return torch.stack(tokens, dim=1) + weights["pos_embed"]
-
-
-def reference_tokens(weights, images, *, n_layer, residual, **step):
-    """The last state, by DESIGN's table of residuals."""
-
-    def f(x):
-        return reference_update(weights, x, **step)
-
-    def scaled(x, level):  # S_l, l from 1
-        affine = weights[f"level_norms.{level - 1}.weight"], weights[f"level_norms.{level - 1}.bias"]
-        return (norm(x) * affine[0] + affine[1]) / math.sqrt(level)
-
-    x = reference_embedding(weights, images)
-    if residual == "post":
-        x = norm(x)
-    for level in range(1, n_layer + 1):
-        if residual == "post":
-            x = norm(x + f(x))
-        elif residual == "pre":
-            x = norm(x)
-            x = x + f(x)
-        elif residual == "true_pre":
-            x = x + f(norm(x))
-        elif residual == "scaled_pre":
-            x = x + f(scaled(x, level))
-        else:
-            x = x + f(x)
-    return scaled(x, n_layer + 1) if residual == "scaled_pre" else x
-
-
-def reference_outputs(weights, images, *, residual, **choices):
-    """(tokens, features, logits) of the whole model."""
-    tokens = reference_tokens(weights, images, residual=residual, **choices)
-    pooled = tokens.mean(1)
-    features = pooled if residual == "scaled_pre" else norm(pooled)
-    return tokens, features, features @ weights["head.weight"].T + weights["head.bias"]
-
-
-# ---------------------------------------------------------------------------- helpers
-
-
-def randomised(model):
-    """The model in float64 and evaluation mode, every parameter random, of a size that lets every term count."""
-    model = model.double().eval()
-    D, width = model.config.n_embd, len(model.decoder)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            fan_in = {"encoder": D, "encoder_v": D, "decoder": width}.get(name, 1)
-            parameter.normal_(std=fan_in**-0.5)
-            if name.startswith("level_norms") and name.endswith("weight"):
-                parameter.add_(1)
-        # the buffer is drawn up in float32; the exact values allow tolerances of float64
-        model.attn.freqs.copy_(formula_frequencies(model.config.n_neurons).view(1, 1, 1, -1))
-    return model
-
-
-def small_images(batch=2):
-    """(B, 2, 6, 6) float64."""
-    return torch.randn(batch, 2, 6, 6, dtype=torch.float64)
-
-
-def assert_close(actual, expected, tolerance):
-    """Equal up to tolerance relative to the whole tensor's norm."""
-    assert actual.shape == expected.shape
-    assert torch.isfinite(actual).all()
-    assert (actual - expected).norm() <= tolerance * expected.norm(), (actual - expected).norm() / expected.norm()
-
-
-def count(model):
-    """Trainable numbers."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 # ---------------------------------------------------------------------------- the function
@@ -229,9 +102,11 @@ def test_built_variant_in_float32_equals_reference(build, path):
 @pytest.mark.parametrize("attention", ["raw", "softmax"])
 def test_attention_weights_are_those_of_the_output(attention):
     model = randomised(VisionBDHConfig(**SMALL, attention=attention).build())
-    x_sparse, x = torch.rand(2, 3, 9, 16, dtype=torch.float64), torch.randn(2, 9, 12, dtype=torch.float64)
-    weights = model.attn.weights(x_sparse)
-    assert_close(model.attn(x_sparse, x), weights @ x[:, None], 1e-12)
+    x = torch.randn(2, 9, 12, dtype=torch.float64)
+    x_sparse = (x[:, None] @ model.encoder).relu()  # (B, H, T, N)
+    weights = model.attention_weights(x, level=1)
+    q, _ = model.queries_and_keys(x, x_sparse, model.step_weights()[1], model.attn.tables(9))
+    assert_close(model.attn(q, q, x), weights @ x[:, None], 1e-12)
     if attention == "softmax":
         assert torch.allclose(weights.sum(-1), torch.ones((), dtype=torch.float64))
     else:

@@ -1,7 +1,7 @@
 """Training: what a script needs."""
 
-from training.config import Experiment, RunOptions, TrainConfig, UserError
+from training.config import ClassificationConfig, Experiment, RunOptions, TextConfig, UserError
 from training.launch import launch
 from training.loop import fit
 
-__all__ = ["Experiment", "RunOptions", "TrainConfig", "UserError", "fit", "launch"]
+__all__ = ["ClassificationConfig", "Experiment", "RunOptions", "TextConfig", "UserError", "fit", "launch"]

@@ -17,14 +17,12 @@ class UserError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything beside the model that decides a run's result."""
+    """Everything beside the model that decides a run's result, for any task; each task adds its own."""
 
-    dataset: Literal["digits", "cifar10", "cifar100"]
-    """images to train on"""
     epochs: int
-    """passes over the training images"""
+    """passes over the training part"""
     batch_size: int
-    """images a forward pass"""
+    """images (or texts) a forward pass"""
     learning_rate: float
     """peak rate of AdamW"""
     weight_decay: float
@@ -36,13 +34,7 @@ class TrainConfig:
     grad_accum: int = 1
     """batches whose gradients are averaged into one optimiser step"""
     val_fraction: float = 0.2
-    """share of the training images held out for validation"""
-    crop_scale_min: float = 1.0
-    """smallest area of a random crop, as a share of the image; 1 for no crops"""
-    horizontal_flip: bool = False
-    """mirror half of the training images"""
-    train_limit: int | None = None
-    """use only this many of the training images (validation included), drawn by the seed"""
+    """share of the training data held out for validation"""
     precision: Literal["float32", "tf32", "bf16"] = "tf32"
     """of matrix products; tf32 is float32 where the device has none"""
     compile: bool = False
@@ -56,10 +48,45 @@ class TrainConfig:
         _require(self.learning_rate > 0, self, "learning_rate", "must be above 0")
         _require(self.max_grad_norm > 0, self, "max_grad_norm", "must be above 0")
         _require(0 < self.val_fraction < 1, self, "val_fraction", "must be above 0 and below 1")
-        _require(0 < self.crop_scale_min <= 1, self, "crop_scale_min", "must be above 0 and at most 1")
         for name in ("weight_decay", "warmup_steps", "seed"):
             _require(getattr(self, name) >= 0, self, name, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationConfig(TrainConfig):
+    """Training on images with one class each."""
+
+    dataset: Literal["digits", "cifar10", "cifar100", "folder"]
+    """images to train on; folder: those in data-dir, train/CLASS/IMAGE and test/CLASS/IMAGE"""
+    crop_scale_min: float = 1.0
+    """smallest area of a random crop, as a share of the image; 1 for no crops"""
+    horizontal_flip: bool = False
+    """mirror half of the training images"""
+    train_limit: int | None = None
+    """use only this many of the training images (validation included), drawn by the seed"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(0 < self.crop_scale_min <= 1, self, "crop_scale_min", "must be above 0 and at most 1")
         _require(self.train_limit is None or self.train_limit >= 2, self, "train_limit", "must be at least 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(TrainConfig):
+    """Training a language model on the bytes of one text."""
+
+    text: Path | None = None
+    """file to read; default: the English text that ships with Python, pydoc_data.topics"""
+    context: int = 128
+    """bytes the model sees at once"""
+    test_fraction: float = 0.1
+    """share of the text, at its end, that is the test part; the validation part comes before it"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(self.context >= 2, self, "context", "must be at least 2")
+        _require(0 < self.test_fraction < 1, self, "test_fraction", "must be above 0 and below 1")
+        _require(self.test_fraction + self.val_fraction < 1, self, "test_fraction", "and val_fraction leave no text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +103,12 @@ class RunOptions:
     """auto, cuda, cuda:1, mps or cpu"""
     data_dir: Path | None = None
     """folder that holds data_cifar10 and the like; default: $VISION_BDH_DATA, else beside the scripts"""
+    num_workers: int = 4
+    """processes that read images which do not fit in memory"""
     runs_dir: Path = ROOT / "runs"
     """folder of all runs"""
     eval_batch_size: int = 256
-    """images a forward pass in validation and test"""
+    """images (or texts) a forward pass in validation and test"""
     log_every: int = 50
     """steps between two readings of the loss"""
     tensorboard: bool = False
@@ -90,6 +119,7 @@ class RunOptions:
     def __post_init__(self):
         for name in ("eval_batch_size", "log_every"):
             _require(getattr(self, name) >= 1, self, name, "must be at least 1")
+        _require(self.num_workers >= 0, self, "num_workers", "must not be negative")
         if self.name is not None and (not re.fullmatch(r"[\w+=.,-]+", self.name) or self.name in (".", "..")):
             raise ValueError(f"name = {self.name!r} must be a plain folder name of letters, digits and _ + = . , -")
         if self.resume and self.overwrite:
@@ -116,25 +146,34 @@ class Experiment:
         return {"model": plain_fields(self.model), "train": plain_fields(self.train)}
 
 
-def parse_experiment(name: str, model: Any, train: TrainConfig, description: str, args: list[str]) -> Experiment:
+def parse_experiment(
+    name: str, model: Any, train: TrainConfig, description: str, args: list[str], options: RunOptions | None = None
+) -> Experiment:
     """The script's experiment with the command line's changes; every field is a flag of its own name.
 
     tyro prints help, and refuses unknown flags and values at which a config raises ValueError, with exit code 2.
     """
+    options = options or RunOptions()
     defaults = dataclasses.make_dataclass(
-        "Flags", [("model", type(model)), ("train", TrainConfig), ("options", RunOptions)], frozen=True
+        "Flags", [("model", type(model)), ("train", type(train)), ("options", type(options))], frozen=True
     )
     flags = tyro.cli(
         defaults,
-        default=defaults(model, train, RunOptions()),
+        default=defaults(model, train, options),
         description=description,
         args=args,
         config=(tyro.conf.OmitArgPrefixes,),
     )
     changed = changed_fields(model, flags.model) | changed_fields(train, flags.train)
     changed.pop("seed", None)
-    full_name = "+".join([name, *(f"{key}={value}" for key, value in sorted(changed.items()))])
+    full_name = full_experiment_name(name, changed)
     return Experiment(flags.options.name or full_name, flags.model, flags.train, flags.options)
+
+
+def full_experiment_name(name: str, changed: dict[str, Any]) -> str:
+    """The experiment's name and every changed field; of a path the last part."""
+    parts = (f"{key}={Path(value).name if key == 'text' else value}" for key, value in sorted(changed.items()))
+    return "+".join([name, *parts])
 
 
 def plain_fields(config: Any) -> dict:

@@ -13,18 +13,25 @@ import numpy as np
 import torch
 import torchvision
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from training import augment, seeds
-from training.config import ROOT, TrainConfig, UserError
+from training.config import ROOT, ClassificationConfig, UserError
+from training.device import fits_in_memory
+from training.folder import ImageFiles, UnreadableImage, find_images, read_images
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Images (N, C, H, W) uint8 and labels (N,) int64 of the official training and test parts, in memory."""
+    """Images (N, C, H, W) uint8 and labels (N,) int64 of the official training and test parts.
 
-    train_images: np.ndarray
+    The test part may be empty. Images of a folder are files that stand in for such an array until they are read.
+    """
+
+    name: str
+    train_images: np.ndarray | ImageFiles
     train_labels: np.ndarray
-    test_images: np.ndarray
+    test_images: np.ndarray | ImageFiles
     test_labels: np.ndarray
     class_names: tuple[str, ...]
 
@@ -37,10 +44,15 @@ class Split:
     val: np.ndarray
 
 
-def load_dataset(name: str, data_dir: Path | None) -> DataSet:
-    """The data set called name. CIFAR is read from its folder, or downloaded into it once. Raises UserError."""
+def load_dataset(name: str, data_dir: Path | None, img_size: int = 32, in_channels: int = 3) -> DataSet:
+    """The data set called name. CIFAR is read from its folder, or downloaded into it once. Raises UserError.
+
+    img_size, in_channels: what the images of a folder are brought to; the other data sets are as they are.
+    """
     if name == "digits":
         return _load_digits()
+    if name == "folder":
+        return _load_folder(data_dir, img_size, in_channels)
     return _load_cifar(name, data_folder(name, data_dir))
 
 
@@ -84,56 +96,112 @@ def _draw_stratified(indices: np.ndarray, labels: np.ndarray, n: int, generator:
     return np.sort(np.concatenate(drawn))
 
 
+class MemoryPart:
+    """Images on the device as uint8."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, device: torch.device):
+        self.images = torch.from_numpy(images).to(device)
+        self.labels = torch.from_numpy(labels).to(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (B, C, H, W) uint8 and labels (B,) in that order, both on the device."""
+        for here in order.to(self.images.device).split(batch_size):
+            yield self.images[here], self.labels[here]
+
+
+class StreamedPart:
+    """Image files that other processes read ahead, for what does not fit in memory; gives what MemoryPart gives."""
+
+    def __init__(self, images: ImageFiles, labels: np.ndarray, device: torch.device, num_workers: int):
+        self.images, self.device, self.num_workers = images, device, num_workers
+        self.labels = torch.from_numpy(labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        orders = order.split(batch_size)
+        loader = DataLoader(self.images, batch_sampler=[each.tolist() for each in orders], num_workers=self.num_workers)
+        try:
+            for images, here in zip(loader, orders, strict=True):
+                yield images.to(self.device, non_blocking=True), self.labels[here].to(self.device)
+        except UnreadableImage as error:
+            message = str(error).rpartition(f"{UnreadableImage.__name__}: ")[2]  # a worker puts its traceback in front
+            raise UserError(message.strip()) from None
+
+
 class ImageBatches:
-    """A data set on the device as uint8, given out in batches ready for the model.
+    """A data set given out in batches ready for the model: `tasks.Batches`.
 
     Order, crops and flips of an epoch are drawn at its start from the run's seed and the epoch; validation and test
-    images are only normalised.
+    images are only normalised. Images stay on the device as uint8 and are augmented there, a batch at a time.
     """
 
-    def __init__(self, dataset: DataSet, split: Split, config: TrainConfig, eval_batch_size: int, device: torch.device):
-        def part(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-            return torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
+    def __init__(
+        self,
+        dataset: DataSet,
+        split: Split,
+        config: ClassificationConfig,
+        eval_batch_size: int,
+        device: torch.device,
+        num_workers: int = 0,
+    ):
+        n_bytes = math.prod(dataset.train_images.shape) + math.prod(dataset.test_images.shape)
+        in_memory = isinstance(dataset.train_images, np.ndarray) or fits_in_memory(n_bytes, device)
+
+        def part(images: np.ndarray | ImageFiles, labels: np.ndarray) -> MemoryPart | StreamedPart:
+            if isinstance(images, ImageFiles) and not in_memory:
+                return StreamedPart(images, labels, device, num_workers)
+            return MemoryPart(read_images(images), labels, device)
 
         self.config = config
         self.eval_batch_size = eval_batch_size
         self.device = device
-        self.class_names = dataset.class_names
+        self.split = split
+        self.description = {
+            "name": dataset.name,
+            "class_names": list(dataset.class_names),
+            "images": {"train": len(dataset.train_labels), "test": len(dataset.test_labels)},
+        }
         self.parts = {
             "train": part(dataset.train_images[split.train], dataset.train_labels[split.train]),
             "val": part(dataset.train_images[split.val], dataset.train_labels[split.val]),
             "test": part(dataset.test_images, dataset.test_labels),
         }
+        if not in_memory:
+            print(f"{n_bytes / 1e9:.1f} GB of images do not fit in memory: {num_workers} processes read them anew")
 
     def size(self, part: str) -> int:
         """Images of "train", "val" or "test"."""
-        return len(self.parts[part][1])
+        return len(self.parts[part])
 
     def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Every training image once: images (B, C, H, W) float32 in [-1, 1], labels (B,)."""
-        config, (images, labels) = self.config, self.parts["train"]
-        n, (height, width) = len(labels), images.shape[-2:]
+        config, part = self.config, self.parts["train"]
+        n, (height, width) = len(part), part.images.shape[-2:]
         draws = seeds.generator("augmentation", config.seed, epoch)
-        order = torch.randperm(n, generator=seeds.generator("order", config.seed, epoch)).to(self.device)
+        order = torch.randperm(n, generator=seeds.generator("order", config.seed, epoch))
         boxes = augment.draw_crops(n, height, width, config.crop_scale_min, draws).to(self.device)
         flips = augment.draw_flips(n, draws).to(self.device)
         crop = config.crop_scale_min < 1
         if not crop:
             boxes[:] = boxes.new_tensor((0, 0, height, width))
         flips &= config.horizontal_flip
-        for first in range(0, n, config.batch_size):
-            here = slice(first, first + config.batch_size)
-            batch = augment.normalise(images[order[here]])
+        for i, (images, labels) in enumerate(part.batches(order, config.batch_size)):
+            here = slice(i * config.batch_size, (i + 1) * config.batch_size)
+            images = augment.normalise(images)
             if crop or config.horizontal_flip:
-                batch = augment.crop_and_flip(batch, boxes[here], flips[here])
-            yield batch, labels[order[here]]
+                images = augment.crop_and_flip(images, boxes[here], flips[here])
+            yield images, labels
 
     def eval_batches(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Every image of a part once, in order, without augmentation."""
-        images, labels = self.parts[part]
-        for first in range(0, len(labels), self.eval_batch_size):
-            here = slice(first, first + self.eval_batch_size)
-            yield augment.normalise(images[here]), labels[here]
+        in_order = torch.arange(self.size(part))
+        for images, labels in self.parts[part].batches(in_order, self.eval_batch_size):
+            yield augment.normalise(images), labels
 
 
 def _load_digits() -> DataSet:
@@ -148,7 +216,25 @@ def _load_digits() -> DataSet:
     test = np.zeros(len(labels), dtype=bool)
     for label in range(10):
         test[np.flatnonzero(labels == label)[::5]] = True
-    return DataSet(images[~test], labels[~test], images[test], labels[test], tuple(map(str, digits.target_names)))
+    return DataSet(
+        "digits", images[~test], labels[~test], images[test], labels[test], tuple(map(str, digits.target_names))
+    )
+
+
+def _load_folder(data_dir: Path | None, img_size: int, in_channels: int) -> DataSet:
+    """DIR/train/CLASS/IMAGE with DIR/test (or DIR/val) beside it, or DIR/CLASS/IMAGE and no test part."""
+    if data_dir is None:
+        raise UserError("--dataset folder reads your own images: say where with --data-dir DIR")
+    train_root = data_dir / "train" if (data_dir / "train").is_dir() else data_dir
+    train, labels, names = find_images(train_root, img_size, in_channels)
+    test, test_labels = train[[]], labels[:0]
+    test_root = next((data_dir / part for part in ("test", "val") if (data_dir / part).is_dir()), None)
+    if train_root != data_dir and test_root is not None:
+        test, test_labels, test_names = find_images(test_root, img_size, in_channels)
+        if test_names != names:
+            odd = ", ".join(sorted(set(names) ^ set(test_names)))
+            raise UserError(f"{train_root} and {test_root} hold different classes ({odd}): give both the same folders")
+    return DataSet(f"folder {data_dir.resolve().name}", train, labels, test, test_labels, names)
 
 
 def _load_cifar(name: str, folder: Path) -> DataSet:
@@ -166,7 +252,7 @@ def _load_cifar(name: str, folder: Path) -> DataSet:
         raise UserError(f"{path} does not hold {name}: {problem}. {mend}")
     images = {part: np.ascontiguousarray(data[f"{part}_images"].transpose(0, 3, 1, 2)) for part in ("train", "test")}
     class_names = tuple(str(each) for each in data["class_names"])
-    return DataSet(images["train"], data["train_labels"], images["test"], data["test_labels"], class_names)
+    return DataSet(name, images["train"], data["train_labels"], images["test"], data["test_labels"], class_names)
 
 
 def _cifar_problem(data: dict[str, np.ndarray]) -> str | None:
@@ -220,8 +306,3 @@ def _download_cifar(name: str, path: Path) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             Path(partial).unlink()
-
-
-def count_steps(n_images: int, config: TrainConfig) -> int:
-    """Optimiser steps of one epoch; the last may see fewer images."""
-    return math.ceil(n_images / (config.batch_size * config.grad_accum))

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import platform
 import resource
 import sys
@@ -67,6 +68,13 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def fits_in_memory(n_bytes: int, device: torch.device) -> bool:
+    """Whether data of that size take at most half of the memory that is free where they would stay."""
+    if device.type == "cuda":
+        return n_bytes <= torch.cuda.mem_get_info(device)[0] / 2
+    return n_bytes <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2  # of a CPU: half of all there is
 
 
 def peak_memory_mb(device: torch.device) -> float:

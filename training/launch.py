@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -10,6 +10,7 @@ from rich.table import Table
 
 from training.config import Experiment, TrainConfig, UserError, parse_experiment
 from training.loop import fit
+from training.metrics import METRICS
 
 
 def launch(name: str, model: Any, train: TrainConfig) -> Path:
@@ -19,21 +20,25 @@ def launch(name: str, model: Any, train: TrainConfig) -> Path:
     where the run failed, 2 where the command line is wrong, 130 after Ctrl-C, each with one message.
     """
     description = getattr(sys.modules["__main__"], "__doc__", None) or name
-    experiment = parse_experiment(name, model, train, description, sys.argv[1:])
+    return launch_experiment(parse_experiment(name, model, train, description, sys.argv[1:]))
+
+
+def launch_experiment(experiment: Experiment) -> Path:
+    """Trains and shows the result; returns the run's folder. Ends the process as `launch` says where that fails."""
     try:
         summary = fit(experiment)
     except UserError as error:
-        _fail(str(error), 1)
+        exit_with(str(error), 1)
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
-        _fail(
+        exit_with(
             "the device's memory is full: try a smaller --batch-size with a larger --grad-accum (their product is what "
             "one optimiser step sees), or --precision bf16",
             1,
         )
     except KeyboardInterrupt:
-        _fail(
+        exit_with(
             f"stopped. The same command with --resume goes on from the last finished epoch of {experiment.folder}", 130
         )
     show_summary(experiment, summary)
@@ -43,11 +48,15 @@ def launch(name: str, model: Any, train: TrainConfig) -> Path:
 def show_summary(experiment: Experiment, summary: dict[str, Any]) -> None:
     """The closing table."""
     table = Table(title=f"{experiment.name}, seed {experiment.train.seed}", show_header=False)
-    for metric, value in (summary["test"] or {}).items():
-        table.add_row(f"test {metric}", f"{value:.4f}" if metric == "loss" else f"{value:.2%}")
+    for key, value in (summary["test"] or {}).items():
+        table.add_row(f"test {METRICS[key].label}", METRICS[key].show(value))
+    if summary["test"] is None:
+        table.add_row("test", "the data have no test part: the validation is the result")
+    table.add_row("best epoch", str(summary["best"]["epoch"]))
     for key, value in summary["best"].items():
-        shown = f"{value:.4f}" if isinstance(value, float) else value
-        table.add_row(f"best epoch's {key}" if key != "epoch" else "best epoch", str(shown))
+        if key != "epoch":
+            metric = METRICS[key.removeprefix("val_")]
+            table.add_row(f"its validation {metric.label}", metric.show(value))
     table.add_row("parameters", f"{summary['parameters']:,}")
     Console().print(table)
     print(f"run: {experiment.folder}")
@@ -59,6 +68,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
 
 
-def _fail(message: str, code: int) -> None:
+def exit_with(message: str, code: int) -> NoReturn:
+    """Ends the process with a message for the user."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(code)

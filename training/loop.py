@@ -1,7 +1,6 @@
 """fit(): the only training loop."""
 
 import contextlib
-import dataclasses
 import math
 import time
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from tqdm import tqdm
 
 from training import seeds
 from training.config import Experiment, UserError
-from training.data import ImageBatches, count_steps, load_dataset, split_train
 from training.device import (
     describe_hardware,
     effective_precision,
@@ -23,9 +21,9 @@ from training.device import (
     synchronize,
     tune_cpu_allocator,
 )
-from training.metrics import Sums
+from training.metrics import METRICS, Sums
 from training.runs import Run
-from training.tasks import Classification
+from training.tasks import Batches, Task, make_task
 from training.trackers import open_trackers, require_packages
 
 
@@ -50,8 +48,8 @@ class Session:
 
     experiment: Experiment
     device: torch.device
-    data: ImageBatches
-    task: Classification
+    data: Batches
+    task: Task
     model: nn.Module  # holds the weights
     forward: nn.Module  # the same, compiled where asked
     optimizer: torch.optim.Optimizer
@@ -63,7 +61,8 @@ class Session:
     @property
     def total_steps(self) -> int:
         train = self.experiment.train
-        return train.epochs * count_steps(self.data.size("train"), train)
+        # the last step of an epoch may see fewer samples
+        return train.epochs * math.ceil(self.data.size("train") / (train.batch_size * train.grad_accum))
 
     def state(self) -> dict[str, Any]:
         """What last.pt holds. Random draws follow from the seed and the epoch, the schedule from the step."""
@@ -113,13 +112,10 @@ def _set_up(experiment: Experiment, run: Run, resuming: bool) -> Session:
     device = pick_device(options.device)
     if device.type == "cpu" and tune_cpu_allocator():
         print("CPU: freed memory is kept for the next step (glibc mallopt; benchmarks/step_time.py shows its worth)")
-    dataset = load_dataset(train.dataset, options.data_dir)
-    _check_fit(experiment.model, dataset)
+    task = make_task(train)
+    data = task.load(experiment, run.read_split() if resuming else None, device)
     if resuming:
-        split = run.read_split()
-    else:
-        split = split_train(dataset.train_labels, train.val_fraction, train.train_limit, train.seed)
-    data = ImageBatches(dataset, split, train, options.eval_batch_size, device)
+        run.check_data(data.description)
 
     torch.manual_seed(seeds.derive("weights", train.seed))
     model = experiment.model.build().to(device)
@@ -133,9 +129,9 @@ def _set_up(experiment: Experiment, run: Run, resuming: bool) -> Session:
         experiment,
         device,
         data,
-        Classification(),
+        task,
         model,
-        torch.compile(model) if train.compile else model,
+        _compile(model, device) if train.compile else model,
         optimizer,
         set_precision(train.precision, device),
     )
@@ -145,27 +141,23 @@ def _set_up(experiment: Experiment, run: Run, resuming: bool) -> Session:
         run.cut_metrics(session.epoch)
         print(f"resuming after epoch {session.epoch} of {train.epochs}")
     else:
-        run.start(experiment, split, describe_hardware(device), parameters)
+        run.start(experiment, data, describe_hardware(device), parameters)
         run.save_checkpoint(session.state())  # so that a run stopped in its first epoch can be resumed too
     print(
-        f"{experiment.name}, seed {train.seed}: {parameters:,} parameters; {data.size('train'):,} images to train, "
+        f"{experiment.name}, seed {train.seed}: {parameters:,} parameters; "
+        f"{data.size('train'):,} {task.samples} to train, "
         f"{data.size('val'):,} to validate, {data.size('test'):,} to test; "
         f"{device}, {effective_precision(train.precision, device)}\n{run.folder}"
     )
     return session
 
 
-def _check_fit(model: Any, dataset: Any) -> None:
-    """Raises UserError where the model's input or output does not suit the images."""
-    channels, height, width = dataset.train_images.shape[1:]
-    images = f"the images are {height} x {width} with {channels} channels and {len(dataset.class_names)} classes"
-    if height != width:
-        raise UserError(f"{images}, but the models here read square images only")
-    for name, value in {"img_size": height, "in_channels": channels, "num_classes": len(dataset.class_names)}.items():
-        if getattr(model, name) != value:
-            is_flag = name in {field.name for field in dataclasses.fields(model)}
-            mend = f"set --{name.replace('_', '-')} {value}" if is_flag else "choose another --dataset or model"
-            raise UserError(f"{images}, but the model has {name} = {getattr(model, name)}: {mend}")
+def _compile(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model through torch.compile; on a CPU as it is where it has a step written by hand, which is faster there."""
+    if device.type == "cpu" and getattr(model, "has_fast_path", lambda device: False)(device):
+        print("--compile: not on a CPU, where this model's own step is faster (benchmarks/step_time.py --compile)")
+        return model
+    return torch.compile(model)
 
 
 def _epoch(session: Session, run: Run) -> dict[str, Any]:
@@ -186,7 +178,7 @@ def _epoch(session: Session, run: Run) -> dict[str, Any]:
         "epoch": session.epoch,
         "train_loss": training["loss"],
         "val_loss": validation["loss"],
-        f"val_{task.metric}": validation[task.metric],
+        f"val_{task.metric.key}": validation[task.metric.key],
         "learning_rate": session.optimizer.param_groups[0]["lr"],
         "epoch_time_sec": round(ended - started, 3),
         "images_per_sec": round(session.data.size("train") / (trained - started), 1),
@@ -197,7 +189,7 @@ def _epoch(session: Session, run: Run) -> dict[str, Any]:
         session.best = {
             "epoch": session.epoch,
             "val_loss": row["val_loss"],
-            f"val_{task.metric}": validation[task.metric],
+            f"val_{task.metric.key}": validation[task.metric.key],
         }
         run.save_best(session.best | {"model": session.model.state_dict(), "config": session.experiment.fields()})
     run.save_checkpoint(session.state())
@@ -205,39 +197,43 @@ def _epoch(session: Session, run: Run) -> dict[str, Any]:
     tqdm.write(
         f"epoch {session.epoch:3d}/{train.epochs}  "
         f"train loss {training['loss']:.4f}  val loss {validation['loss']:.4f}  "
-        f"val {task.metric} {validation[task.metric]:.2%}  {row['images_per_sec']:,.0f} images/s  "
+        f"val {task.metric.label} {task.metric.show(validation[task.metric.key])}  "
+        f"{row['images_per_sec']:,.0f} {task.unit}/s  "
         f"left {tqdm.format_interval(left)}"
     )
     return row
 
 
-def _score(row: dict[str, Any], task: Classification) -> tuple[float, float]:
+def _score(row: dict[str, Any], task: Task) -> tuple[float, float]:
     """What the best epoch has most of: the metric, and among equals the lower validation loss."""
-    return row[f"val_{task.metric}"], -row["val_loss"]
+    sign = 1 if task.metric.higher_is_better else -1
+    return sign * row[f"val_{task.metric.key}"], -row["val_loss"]
 
 
 def train_epoch(session: Session) -> dict[str, float]:
-    """All training images once; returns mean loss and metric. Waits for the device only where progress is read."""
+    """All training samples once; returns mean loss and metric. Waits for the device only where progress is read."""
     train, task = session.experiment.train, session.task
     torch.manual_seed(seeds.derive("model", train.seed, session.epoch))  # dropout
     session.forward.train()
-    n_images, group = session.data.size("train"), train.batch_size * train.grad_accum
+    n_samples, group = session.data.size("train"), train.batch_size * train.grad_accum
     sums = Sums()
     first_bad = torch.full((), -1, device=session.device)  # step whose loss or gradient was the first to be not finite
-    bar = tqdm(total=n_images, unit="img", desc=f"epoch {session.epoch + 1}/{train.epochs}", leave=False, disable=None)
+    bar = tqdm(
+        total=n_samples, unit=task.unit, desc=f"epoch {session.epoch + 1}/{train.epochs}", leave=False, disable=None
+    )
     batches = session.data.train_batches(session.epoch)
     with bar:
-        for first in range(0, n_images, group):
-            in_group = min(group, n_images - first)
+        for first in range(0, n_samples, group):
+            in_group = min(group, n_samples - first)
             finite = torch.ones((), dtype=torch.bool, device=session.device)
             for _ in range(math.ceil(in_group / train.batch_size)):
-                images, labels = next(batches)
+                inputs, targets = next(batches)
                 with session.autocast:
-                    outputs = session.forward(images)
-                    loss = task.loss(outputs, labels)
-                (loss * (len(labels) / in_group)).backward()
+                    outputs = session.forward(inputs)
+                    loss = task.loss(outputs, targets)
+                (loss * (len(targets) / in_group)).backward()
                 finite &= loss.detach().isfinite()
-                sums.add(task.counts(loss, outputs, labels))
+                sums.add(task.counts(loss, outputs, targets))
             finite &= optimizer_step(session).isfinite()
             first_bad = torch.where((first_bad < 0) & ~finite, session.step, first_bad)
             session.step += 1
@@ -265,7 +261,7 @@ def _read_progress(session: Session, bar: tqdm, sums: Sums, first_bad: Tensor) -
         raise TrainingError(_not_finite(session, f"the loss or its gradient at step {step}"))
     read = sums.read()
     ratios = session.task.ratios(read)
-    bar.set_postfix({"loss": f"{ratios['loss']:.3f}", session.task.metric: f"{ratios[session.task.metric]:.1%}"})
+    bar.set_postfix({METRICS[key].label: METRICS[key].show(value) for key, value in ratios.items()})
     bar.update(int(read["images"]) - bar.n)
 
 
@@ -282,19 +278,19 @@ def evaluate(session: Session, part: str) -> dict[str, float]:
     """Mean loss and metric on "val" or "test"."""
     session.forward.eval()
     sums = Sums()
-    for images, labels in session.data.eval_batches(part):
+    for inputs, targets in session.data.eval_batches(part):
         with session.autocast:
-            outputs = session.forward(images)
-            loss = session.task.loss(outputs, labels)
-        sums.add(session.task.counts(loss, outputs, labels))
+            outputs = session.forward(inputs)
+            loss = session.task.loss(outputs, targets)
+        sums.add(session.task.counts(loss, outputs, targets))
     return session.task.ratios(sums.read())
 
 
 def _finish(session: Session, run: Run) -> dict[str, Any]:
-    """The test part, once, with the weights of the best validation epoch; writes summary.json."""
+    """The test part, if there is one, once, with the weights of the best validation epoch; writes summary.json."""
     best = run.load_best()
     session.model.load_state_dict(best["model"])
-    test = evaluate(session, "test")
+    test = evaluate(session, "test") if session.data.size("test") else None  # then validation is the result
     summary = {
         "test": test,
         "best": {key: value for key, value in best.items() if key not in ("model", "config")},

@@ -1,7 +1,43 @@
 """Metrics: counts are summed on the device, batch by batch; ratios are taken once, at the end."""
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is called and read; runs store it under its key, as a fraction where it is shown in percent."""
+
+    key: str
+    label: str
+    percent: bool
+    higher_is_better: bool
+
+    @property
+    def scale(self) -> int:
+        """From what is stored to what is shown."""
+        return 100 if self.percent else 1
+
+    @property
+    def title(self) -> str:
+        return f"{self.label} (%)" if self.percent else self.label
+
+    def show(self, value: float) -> str:
+        return f"{value:.2%}" if self.percent else f"{value:.4f}"
+
+
+METRICS = {
+    metric.key: metric
+    for metric in (
+        Metric("loss", "loss", percent=False, higher_is_better=False),
+        Metric("accuracy", "accuracy", percent=True, higher_is_better=True),
+        Metric("miou", "mIoU", percent=True, higher_is_better=True),
+        Metric("bits_per_byte", "bits per byte", percent=False, higher_is_better=False),
+    )
+}
 
 
 class Sums:
@@ -23,3 +59,9 @@ class Sums:
 def classification_ratios(sums: dict[str, float]) -> dict[str, float]:
     """Mean loss in nats and accuracy between 0 and 1, from the sums that `tasks.Classification` counts."""
     return {"loss": sums["loss"] / sums["images"], "accuracy": sums["correct"] / sums["images"]}
+
+
+def text_ratios(sums: dict[str, float]) -> dict[str, float]:
+    """Mean loss in nats and the same in bits a byte, from the sums that `tasks.LanguageModelling` counts."""
+    loss = sums["loss"] / sums["images"]
+    return {"loss": loss, "bits_per_byte": loss / math.log(2)}

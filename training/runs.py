@@ -73,8 +73,11 @@ class Run:
             )
         return True
 
-    def start(self, experiment: Experiment, split: Split, hardware: dict, parameters: int) -> None:
-        """Makes the folder, removes what an overwritten run left there, and writes config.json and split.npz."""
+    def start(self, experiment: Experiment, data: Any, hardware: dict, parameters: int) -> None:
+        """Makes the folder, removes what an overwritten run left there, and writes config.json and split.npz.
+
+        data: `tasks.Batches`; split.npz is there if its split is.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -87,18 +90,32 @@ class Run:
             "experiment": experiment.name,
             "config": experiment.fields(),
             "model_class": type(experiment.model).__name__,
+            "data": data.description,
             "parameters": parameters,
             "hardware": hardware,
             "versions": _versions(),
             "commit": _commit(),
         }
-        self._replace("split.npz", lambda path: _save_split(path, split))
+        if data.split is not None:
+            self._replace("split.npz", lambda path: _save_split(path, data.split))
         self._write_json("config.json", config)
 
     def read_config(self) -> dict[str, Any]:
         return json.loads((self.folder / "config.json").read_text())
 
-    def read_split(self) -> Split:
+    def check_data(self, description: dict[str, Any]) -> None:
+        """Raises UserError where these are not the data that the run was started with."""
+        before, now = self.read_config().get("data"), json.loads(json.dumps(description))
+        if before != now:
+            raise UserError(
+                f"{self.folder} was started on other data ({before}) than are there now ({now}): "
+                "bring them back, or start another run without --resume under another --name"
+            )
+
+    def read_split(self) -> Split | None:
+        """Which images train and which validate; None for a run whose data are not split by a draw."""
+        if not (self.folder / "split.npz").exists():
+            return None
         try:
             with np.load(self.folder / "split.npz") as arrays:
                 return Split(train=arrays["train"], val=arrays["val"])
