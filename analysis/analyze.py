@@ -8,7 +8,6 @@ n - 1. A run that is not finished shows in the curves, dashed, and enters no ave
     python analysis/analyze.py --runs-dir results --output-dir plots
 """
 
-import json
 import math
 import sys
 import textwrap
@@ -19,25 +18,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
+from analysis.reading import Row, RunFiles, Task, find_runs, make_rows, read_runs
 from training.config import ROOT, UserError
+from training.metrics import METRICS
 from training.script import run_script
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")  # Okabe and Ito; grey for yellow
 MARKERS = "os^DvP*X"  # no common factor with the 7 colours: 56 looks before one comes again
 NOTE = "Means over seeds ± standard deviation (n - 1); best epoch and seconds are medians. Tested at the best epoch."
 OUTPUTS = ("learning_curves.png", "final_accuracy.png", "results.md", "results.csv")
-METRIC_NAMES = {"miou": "mIoU"}
 DPI = 200
 FONT = 8.5  # points, of legends and of what stands beside bars
-Task = tuple[str, str]  # data set and metric: results of one task can be compared
 Curve = tuple[int, str, list["RunFiles"]]  # place of its row, which gives the colour; legend entry; runs it averages
-DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a damaged file can raise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,83 +45,6 @@ class Options:
     """folder with runs, at any depth"""
     output_dir: Path = ROOT / "analysis_results"
     """folder of the tables and plots"""
-
-
-@dataclass(frozen=True)
-class RunFiles:
-    """What the files of one run say."""
-
-    folder: Path
-    config: dict
-    """config.json"""
-    epochs: pd.DataFrame
-    """metrics.csv, indexed by epoch, from 1"""
-    summary: dict | None
-    """summary.json, None where the run is not finished"""
-
-    @property
-    def fields(self) -> dict:
-        """All fields that decide the result, but the seed; names are unique over model and training."""
-        model_class = {"model_class": self.config["model_class"]}
-        return model_class | self.config["config"]["model"] | self.train | {"seed": None}
-
-    @property
-    def train(self) -> dict:
-        return self.config["config"]["train"]
-
-    @property
-    def metric(self) -> str:
-        """The name in the column val_<name> that is not the loss: accuracy, miou. Raises ValueError without one."""
-        names = [name.removeprefix("val_") for name in self.epochs if name.startswith("val_") and name != "val_loss"]
-        if len(names) != 1:
-            raise ValueError("metrics.csv has not just one column val_<metric> beside val_loss")
-        return names[0]
-
-    @property
-    def best_epoch(self) -> int:
-        """The epoch whose weights were tested; before the end, the one that would be: best metric, then lowest loss."""
-        if self.summary is not None:
-            return self.summary["best"]["epoch"]
-        ranked = self.epochs.sort_values([f"val_{self.metric}", "val_loss"], ascending=[False, True], kind="stable")
-        return int(ranked.index[0])
-
-    @property
-    def hardware(self) -> str:
-        about = self.config["hardware"]
-        return about["name"] + (f", {about['threads']} threads" if "threads" in about else "")
-
-
-@dataclass(frozen=True)
-class Row:
-    """Runs that are averaged: one experiment, one configuration, several seeds."""
-
-    experiment: str
-    differs: tuple[str, ...]
-    """fields that tell it from other configurations of the same experiment name, as "n_layer=12"; mostly none"""
-    runs: tuple[RunFiles, ...]
-
-    @property
-    def finished(self) -> list[RunFiles]:
-        return [run for run in self.runs if run.summary is not None]
-
-    @property
-    def unfinished(self) -> list[RunFiles]:
-        return [run for run in self.runs if run.summary is None]
-
-    @property
-    def task(self) -> Task:
-        return self.runs[0].train["dataset"], self.runs[0].metric
-
-    @property
-    def test(self) -> pd.Series:
-        """(seeds,) test metric as fractions, empty where there is none; its std() has n - 1, NaN for one seed."""
-        tests = [run.summary["test"] for run in self.finished]  # None for data without a test part
-        return pd.Series([test[self.task[1]] for test in tests if test is not None], dtype=float)
-
-    @property
-    def parts(self) -> list[str]:
-        """The experiment's name, its changed fields, what it differs in."""
-        return [*self.experiment.split("+"), *self.differs]
 
 
 def analyze(runs: Sequence[Path], output: Path) -> tuple[Path, ...]:
@@ -141,100 +61,16 @@ def analyze(runs: Sequence[Path], output: Path) -> tuple[Path, ...]:
     draw_curves(tasks).savefig(paths[0], dpi=DPI)
     draw_final(tasks).savefig(paths[1], dpi=DPI)
     paths[2].write_text("\n".join(markdown_lines(tasks)) + "\n")
-    pd.DataFrame([record_of(row) for row in rows]).to_csv(paths[3], index=False)
+    pd.DataFrame([row.record() for row in rows]).to_csv(paths[3], index=False)
     return paths
-
-
-def find_runs(root: Path) -> list[Path]:
-    """Folders at any depth below root, or root itself, with the files of a run that has begun."""
-    return sorted(path.parent for path in root.rglob("config.json") if (path.parent / "metrics.csv").is_file())
-
-
-def read_runs(folders: Iterable[Path]) -> list[RunFiles]:
-    """The runs that can be read; one line on stderr for each that cannot."""
-    runs = []
-    for folder in folders:
-        try:
-            runs.append(read_run(folder))
-        except DAMAGED as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"warning: {folder} is left out, it cannot be read ({reason})", file=sys.stderr)
-    return runs
-
-
-def read_run(folder: Path) -> RunFiles:
-    """Reads and checks one run. Raises one of DAMAGED."""
-    epochs = pd.read_csv(folder / "metrics.csv")
-    if len(epochs) and epochs.iloc[-1].isna().any():
-        epochs = epochs.iloc[:-1]  # the process was stopped while it wrote its last line
-    config = json.loads((folder / "config.json").read_text())
-    summary = folder / "summary.json"
-    summary = json.loads(summary.read_text()) if summary.exists() else None
-    run = RunFiles(folder, config, epochs.set_index("epoch"), summary)
-    numbers = run.epochs[["train_loss", "val_loss", f"val_{run.metric}", "epoch_time_sec"]].to_numpy(float)
-    if not len(numbers) or not np.isfinite(numbers).all():
-        raise ValueError("metrics.csv has no epoch, or one without its numbers")
-    last = run.summary["epochs"] if run.summary else len(numbers)
-    if run.epochs.index.tolist() != list(range(1, last + 1)):
-        raise ValueError(f"the epochs in metrics.csv do not count from 1 to {last}")
-    record_of(Row(run.config["experiment"], (), (run,)))  # raises where something the tables need is missing
-    return run
-
-
-def make_rows(runs: Iterable[RunFiles]) -> list[Row]:
-    """Groups runs by experiment and configuration; sorted by data set, then test metric, best first."""
-    configurations: dict[str, dict[str, list[RunFiles]]] = {}
-    for run in runs:
-        key = json.dumps(run.fields, sort_keys=True)
-        configurations.setdefault(run.config["experiment"], {}).setdefault(key, []).append(run)
-    rows = []
-    for experiment, groups in configurations.items():
-        variants = [group[0].fields for group in groups.values()]
-        varied = sorted(key for key in set().union(*variants) if len({str(each.get(key)) for each in variants}) > 1)
-        for group, fields in zip(groups.values(), variants, strict=True):
-            differs = tuple(f"{key}={fields.get(key)}" for key in varied)
-            rows.append(Row(experiment, differs, _one_run_a_seed(group)))
-    return sorted(rows, key=lambda row: (row.task, -row.test.mean() if len(row.test) else math.inf, row.parts))
-
-
-def _one_run_a_seed(runs: Iterable[RunFiles]) -> tuple[RunFiles, ...]:
-    """A copy of a run is no further seed: of several, the one that got furthest counts."""
-    kept: dict[int, RunFiles] = {}
-    for run in sorted(runs, key=lambda run: (run.summary is None, -len(run.epochs), run.folder)):
-        first = kept.setdefault(run.train["seed"], run)
-        if first is not run:
-            print(f"warning: {run.folder} is left out, it has the seed and fields of {first.folder}", file=sys.stderr)
-    return tuple(kept[seed] for seed in sorted(kept))
-
-
-def record_of(row: Row) -> dict:
-    """One line of results.csv; metrics are fractions."""
-    runs, metric = row.finished or row.unfinished, row.task[1]
-    best = [run.epochs.loc[run.best_epoch, f"val_{metric}"] for run in runs]
-    return {
-        "experiment": row.experiment,
-        "differs_in": ", ".join(row.differs),
-        "dataset": row.task[0],
-        "parameters": runs[0].config["parameters"],
-        "seeds": len(row.finished),
-        "seeds_not_finished": len(row.unfinished),
-        f"test_{metric}_mean": row.test.mean(),
-        f"test_{metric}_std": row.test.std(),
-        f"best_val_{metric}_mean": np.mean(best),
-        "best_epoch_median": np.median([run.best_epoch for run in runs]),
-        "epochs": runs[0].train["epochs"],
-        "epochs_done": min(len(run.epochs) for run in runs),
-        "epoch_time_sec_median": pd.concat([run.epochs["epoch_time_sec"] for run in runs]).median(),
-        "hardware": "; ".join(sorted({run.hardware for run in runs})),
-    }
 
 
 def markdown_lines(tasks: dict[Task, list[Row]]) -> list[str]:
     """results.md: one table a data set, in percent."""
     lines = ["# Results", ""]
     for (dataset, metric), rows in tasks.items():
-        name = METRIC_NAMES.get(metric, metric)
-        titles = ("experiment", "parameters", "seeds", f"test {name} (%)", f"best validation {name} (%)")
+        title = METRICS[metric].title
+        titles = ("experiment", "parameters", "seeds", f"test {title}", f"best validation {title}")
         titles += ("best epoch", "epochs", "seconds an epoch", "hardware")
         lines += [f"## {dataset}", "", _table_line(titles), "| --- |" + " ---: |" * 7 + " --- |"]
         lines += [*(_table_line(_cells(row, metric)) for row in rows), ""]
@@ -246,7 +82,7 @@ def _table_line(cells: Iterable[str]) -> str:
 
 
 def _cells(row: Row, metric: str) -> list[str]:
-    line = record_of(row)
+    line = row.record()
     counts = [str(line["seeds"])] * bool(row.finished)
     counts += [f"{line['seeds_not_finished']} not finished"] * bool(row.unfinished)
     done = "" if line["epochs_done"] == line["epochs"] else f"{line['epochs_done']} of "
@@ -255,7 +91,7 @@ def _cells(row: Row, metric: str) -> list[str]:
         f"{line['parameters']:,}",
         " and ".join(counts),
         _test_cell(row),
-        f"{100 * line[f'best_val_{metric}_mean']:.2f}",
+        _number(row, line[f"best_val_{metric}_mean"]),
         f"{line['best_epoch_median']:g}",
         f"{done}{line['epochs']}",
         f"{line['epoch_time_sec_median']:.3g}",
@@ -267,8 +103,13 @@ def _test_cell(row: Row) -> str:
     """The test result in percent, or why there is none."""
     if not len(row.test):
         return "no test part" if row.finished else "not finished"
-    spread = f" ± {100 * row.test.std():.2f}" if len(row.test) > 1 else ""
-    return f"{100 * row.test.mean():.2f}{spread}"
+    spread = f" ± {_number(row, row.test.std())}" if len(row.test) > 1 else ""
+    return f"{_number(row, row.test.mean())}{spread}"
+
+
+def _number(row: Row, value: float) -> str:
+    """A value of the row's metric in the unit that its title names."""
+    return f"{100 * value:.2f}" if row.metric.percent else f"{value:.4f}"
 
 
 def labels_of(task: Task, rows: Sequence[Row]) -> tuple[list[str], str]:
@@ -320,10 +161,10 @@ def _seeds(n: int) -> str:
 def _draw_block(block: SubFigure, metric: str, curves: Sequence[Curve], legend_columns: int) -> None:
     axes = block.subplots(1, 3)
     axes[2].sharey(axes[1])
-    titles = (f"validation {METRIC_NAMES.get(metric, metric)} (%)", "validation loss (nats)", "training loss (nats)")
+    titles = (f"validation {METRICS[metric].title}", "validation loss (nats)", "training loss (nats)")
     for ax, column, title in zip(axes, (f"val_{metric}", "val_loss", "train_loss"), titles, strict=True):
         for curve in curves:
-            _draw_curve(ax, curve, column, 1 if column.endswith("_loss") else 100)
+            _draw_curve(ax, curve, column, METRICS[column.partition("_")[2]].scale)
         _style(ax, "y")
         ax.set_xlabel("epoch")
         ax.set_ylabel(title)
@@ -357,20 +198,25 @@ def draw_final(tasks: dict[Task, list[Row]]) -> Figure:
     for ax, (task, rows) in zip(axes, tasks.items(), strict=True):
         ax.set_title(textwrap.fill(labels_of(task, rows)[1], 85), fontsize=10)
         _draw_bars(ax, task[1], rows)
-        numbers = [_test_cell(row) + (f" %\n{_seeds(len(row.test))}" if len(row.test) else "") for row in rows]
-        _label_bars(ax, labels[task], numbers)
+        _label_bars(ax, labels[task], [_test_cell(row) + _unit_and_seeds(row) for row in rows])
     return figure
 
 
+def _unit_and_seeds(row: Row) -> str:
+    unit = " %" if row.metric.percent else ""
+    return f"{unit}\n{_seeds(len(row.test))}" if len(row.test) else ""
+
+
 def _draw_bars(ax: Axes, metric: str, rows: Sequence[Row]) -> None:
-    for place, values in enumerate(100 * row.test for row in rows):
+    scale = METRICS[metric].scale
+    for place, values in enumerate(scale * row.test for row in rows):
         if len(values):
             ax.barh(place, values.mean(), height=0.62, color=COLORS[place % len(COLORS)])
         if len(values) > 1:
             ax.errorbar(values.mean(), place, xerr=values.std(), color="black", capsize=4, linewidth=1.3)
             ax.scatter(values, [place] * len(values), s=12, color="white", edgecolor="black", zorder=3)
     note = ", with one standard deviation; a dot is a seed" if any(len(row.test) > 1 for row in rows) else ""
-    ax.set_xlabel(f"test {METRIC_NAMES.get(metric, metric)} (%){note}")
+    ax.set_xlabel(f"test {METRICS[metric].title}{note}")
     ax.set_xlim(left=0)
     _style(ax, "x")
 

@@ -1,6 +1,8 @@
-"""What several test files share: made-up images in CIFAR-10's format, tiny experiments, scripts run as users do."""
+"""What several test files share: made-up images in CIFAR's format, tiny experiments, scripts run as users do."""
 
+import csv
 import functools
+import json
 import os
 import runpy
 import subprocess
@@ -13,6 +15,7 @@ import torch
 
 from models.vision_bdh import v2_config
 from training import ClassificationConfig, Experiment, RunOptions
+from training.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = dict(patch_size=8, n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4)  # 16 tokens, N = 16
@@ -47,10 +50,14 @@ def cifar_arrays():
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """A folder that holds data_cifar10/cifar10.npz: 240 + 40 made-up images, 10 classes. For reading only."""
+    """A folder of made-up images, for reading only.
+
+    data_cifar10/cifar10.npz holds 240 + 40 in 10 classes, data_cifar100/cifar100.npz 300 + 100 in 100.
+    """
     folder = tmp_path_factory.mktemp("data")
-    (folder / "data_cifar10").mkdir()
-    np.savez(folder / "data_cifar10" / "cifar10.npz", **made_up_cifar())
+    for name, sizes in (("cifar10", {}), ("cifar100", dict(n_train=300, n_test=100, n_classes=100))):
+        (folder / f"data_{name}").mkdir()
+        np.savez(folder / f"data_{name}" / f"{name}.npz", **made_up_cifar(**sizes))
     return folder
 
 
@@ -107,3 +114,57 @@ def run_script():
         )
 
     return run
+
+
+# ---------------------------------------------------------------------------- runs without training
+
+RUN_MODEL = dict(n_layer=6, n_embd=192, attention="raw")
+RUN_TRAIN = dict(dataset="cifar10", epochs=5, batch_size=32, learning_rate=1e-4)
+HARDWARE = {"device": "cuda", "name": "GPU X", "memory_gb": 8.0}
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Writes a run's folder; returns it and its rows of metrics.csv. Keywords are fields of model or training.
+
+    done: epochs of a run that is not finished; test: its test result, None for data without a test part.
+    """
+
+    def make(
+        name="v2_cifar10", seed=0, done=None, metric="accuracy", test=0.75, folder=None, hardware=HARDWARE, **changed
+    ):
+        model = RUN_MODEL | {key: value for key, value in changed.items() if key in RUN_MODEL}
+        train = RUN_TRAIN | {key: value for key, value in changed.items() if key in RUN_TRAIN} | {"seed": seed}
+        folder = folder or tmp_path / "runs" / name / f"seed{seed}"
+        folder.mkdir(parents=True)
+        config = {"experiment": name, "config": {"model": model, "train": train}, "model_class": "VisionBDHConfig"}
+        config["data"] = {"name": train["dataset"]}
+        (folder / "config.json").write_text(json.dumps(config | {"parameters": 3_233_482, "hardware": hardware}))
+        rng = np.random.default_rng([seed, len(name), model["n_layer"]])
+        rows = [
+            {
+                "epoch": epoch,
+                "train_loss": rng.uniform(0.5, 1.0),
+                "val_loss": rng.uniform(0.5, 1.0),
+                f"val_{metric}": rng.uniform(0.7, 0.8),
+                "learning_rate": 1e-4,
+                "epoch_time_sec": rng.uniform(40.0, 60.0),
+                "images_per_sec": 800.0,
+                "peak_memory_mb": 1200.0,
+            }
+            for epoch in range(1, (done or train["epochs"]) + 1)
+        ]
+        with (folder / "metrics.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        if done is None:
+            pick = max if METRICS[metric].higher_is_better else min
+            best = pick(rows, key=lambda row: row[f"val_{metric}"])
+            best = {key: best[key] for key in ("epoch", "val_loss", f"val_{metric}")}
+            tested = None if test is None else {"loss": 0.6, metric: test}
+            summary = {"test": tested, "best": best, "epochs": len(rows), "parameters": 3_233_482}
+            (folder / "summary.json").write_text(json.dumps(summary))
+        return folder, rows
+
+    return make

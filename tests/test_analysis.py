@@ -7,53 +7,10 @@ import struct
 import numpy as np
 import pytest
 
-from analysis.analyze import analyze, draw_curves, find_runs, labels_of, make_rows, read_runs
+from analysis.analyze import analyze, draw_curves, labels_of
+from analysis.reading import find_runs, make_rows, read_runs
 from training import UserError
 from training.config import ROOT
-
-MODEL = dict(n_layer=6, n_embd=192, attention="raw")
-TRAIN = dict(dataset="cifar10", epochs=5, batch_size=32, learning_rate=1e-4)
-HARDWARE = {"device": "cuda", "name": "GPU X", "memory_gb": 8.0}
-
-
-@pytest.fixture
-def make_run(tmp_path):
-    """Writes a run's folder; returns it and its rows of metrics.csv. Keywords are fields of model or training."""
-
-    def make(name="v2_cifar10", seed=0, done=None, metric="accuracy", folder=None, hardware=HARDWARE, **changed):
-        model = MODEL | {key: value for key, value in changed.items() if key in MODEL}
-        train = TRAIN | {key: value for key, value in changed.items() if key in TRAIN} | {"seed": seed}
-        folder = folder or tmp_path / "runs" / name / f"seed{seed}"
-        folder.mkdir(parents=True)
-        config = {"experiment": name, "config": {"model": model, "train": train}, "model_class": "VisionBDHConfig"}
-        (folder / "config.json").write_text(json.dumps(config | {"parameters": 3_233_482, "hardware": hardware}))
-        rng = np.random.default_rng([seed, len(name), model["n_layer"]])
-        rows = [
-            {
-                "epoch": epoch,
-                "train_loss": rng.uniform(0.5, 1.0),
-                "val_loss": rng.uniform(0.5, 1.0),
-                f"val_{metric}": rng.uniform(0.7, 0.8),
-                "learning_rate": 1e-4,
-                "epoch_time_sec": rng.uniform(40.0, 60.0),
-                "images_per_sec": 800.0,
-                "peak_memory_mb": 1200.0,
-            }
-            for epoch in range(1, (done or train["epochs"]) + 1)
-        ]
-        with (folder / "metrics.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        if done is None:
-            best = max(rows, key=lambda row: row[f"val_{metric}"])
-            best = {key: best[key] for key in ("epoch", "val_loss", f"val_{metric}")}
-            test = {"loss": 0.6, metric: rng.uniform(0.7, 0.8)}
-            summary = {"test": test, "best": best, "epochs": len(rows), "parameters": 3_233_482}
-            (folder / "summary.json").write_text(json.dumps(summary))
-        return folder, rows
-
-    return make
 
 
 def read_results(path):

@@ -1,0 +1,155 @@
+"""What a change is worth: each experiment against one default, paired by seed.
+
+The difference is the mean over the seeds that both have, with a 95 % confidence interval from Student's t of the paired
+differences. Runs of one seed share their split, and so the luck of it, which the pairing takes out. Of data without a
+test part, the best validation result counts. Writes a table in Markdown (in percent) and CSV (in fractions).
+
+    python analysis/compare.py --default v2_cifar10
+    python analysis/compare.py --runs-dir results/ablation_small_cpu --default ablation --output results/ablation
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from analysis.reading import Row, find_runs, make_rows, read_runs
+from training.config import ROOT, UserError
+from training.script import run_script
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Which runs are compared with what."""
+
+    default: str
+    """experiment that the others are compared with"""
+    runs_dir: Path = ROOT / "runs"
+    """folder with runs, at any depth"""
+    output: Path = ROOT / "analysis_results" / "comparison"
+    """file of the table, without .md and .csv"""
+
+
+def compare(runs: Sequence[Path], default: str, output: Path) -> pd.DataFrame:
+    """Compares the finished runs in these folders; shows and writes the table, and returns it with metrics as stored.
+
+    default: name of the experiment to compare with. output: the files are this with .md and .csv. Raises UserError
+    where the default has no finished run.
+    """
+    rows = [row for row in make_rows(read_runs(runs)) if row.finished]
+    defaults = [row for row in rows if row.experiment == default]
+    if len(defaults) != 1:
+        problem = "has no finished run" if not defaults else "has runs of several configurations"
+        raise UserError(
+            f"{default} {problem}: name another --default ({', '.join(sorted({r.experiment for r in rows}))})"
+        )
+    compared = [row for row in rows if row.task == defaults[0].task]
+    table = pd.DataFrame([_line(row, defaults[0]) for row in compared])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(output.with_name(f"{output.name}.csv"), index=False)
+    markdown = "\n".join(_markdown(table, defaults[0]))
+    output.with_name(f"{output.name}.md").write_text(markdown + "\n")
+    print(f"{markdown}\n\n{output}.md\n{output}.csv")
+    return table
+
+
+def difference_interval(values: Sequence[float], defaults: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of the paired differences and the ends of its confidence interval; NaN ends for a single pair.
+
+    values, defaults: (seeds,), of the same seeds in the same order.
+    """
+    differences = np.subtract(values, defaults)
+    mean, n = differences.mean(), len(differences)
+    if n < 2:
+        return mean, np.nan, np.nan
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * stats.sem(differences)  # sem divides by n - 1
+    return mean, mean - half, mean + half
+
+
+def results_by_seed(row: Row) -> dict[int, float]:
+    """The test metric of each finished run, or its best validation metric where there is no test part."""
+    key = row.metric.key
+    return {
+        run.train["seed"]: run.summary["test"][key] if run.summary["test"] else run.summary["best"][f"val_{key}"]
+        for run in row.finished
+    }
+
+
+def _line(row: Row, default: Row) -> dict:
+    own, others = results_by_seed(row), results_by_seed(default)
+    both = sorted(own.keys() & others.keys())
+    mean = low = high = np.nan
+    if row is not default and both:
+        mean, low, high = difference_interval([own[seed] for seed in both], [others[seed] for seed in both])
+    values = np.array(list(own.values()))
+    return {
+        "experiment": row.experiment,
+        "differs_in": ", ".join(row.differs),
+        "parameters": row.runs[0].config["parameters"],
+        "seeds": len(own),
+        "mean": values.mean(),
+        "std": values.std(ddof=1) if len(values) > 1 else np.nan,
+        "difference": mean,
+        "difference_low": low,
+        "difference_high": high,
+        "pairs": 0 if row is default else len(both),
+    }
+
+
+def _markdown(table: pd.DataFrame, default: Row) -> list[str]:
+    name, metric = default.experiment, default.metric
+    data = default.task[0]
+    digits = 2 if metric.percent else 4
+
+    def number(value: float, sign: str = "") -> str:
+        return "" if np.isnan(value) else f"{metric.scale * value:{sign}.{digits}f}"
+
+    titles = (
+        "setting",
+        "parameters",
+        "seeds",
+        f"test {metric.title}",
+        "standard deviation",
+        "difference",
+        "95 % interval",
+    )
+    lines = ["# What each change is worth", "", f"Default: `{name}`, on {data}.", ""]
+    lines += [f"| {' | '.join(titles)} |", "| --- |" + " ---: |" * 6]
+    for line in table.to_dict("records"):
+        is_default = line["experiment"] == name and not line["pairs"]
+        setting = "default" if is_default else _changes(line["experiment"], name)
+        interval = f"{number(line['difference_low'], '+')} to {number(line['difference_high'], '+')}"
+        cells = [
+            f"{setting} ({line['differs_in']})" if line["differs_in"] else setting,
+            f"{line['parameters']:,}",
+            str(line["seeds"]),
+            number(line["mean"]),
+            number(line["std"]),
+            number(line["difference"], "+"),
+            "" if np.isnan(line["difference_low"]) else interval,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    pairs = "differences are paired by seed; the interval is Student's t over seeds"
+    return [*lines, "", f"Standard deviations over seeds (n - 1); {pairs}."]
+
+
+def _changes(experiment: str, default: str) -> str:
+    """What the name says beyond the default's."""
+    shared = default.split("+")
+    return ", ".join(part for part in experiment.split("+") if part not in shared) or experiment
+
+
+def main(options: Options) -> None:
+    compare(find_runs(options.runs_dir), options.default, options.output)
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__)
