@@ -82,10 +82,7 @@ class ViTProbe:
         self.n_levels = len(self.blocks)
 
     def attach(self, keep: Keep) -> list[RemovableHandle]:
-        def at(level: int) -> Callable[[nn.Module, tuple, Tensor], None]:
-            return lambda module, args, output: keep(level, output)
-
-        return [block.ln_1.register_forward_hook(at(level)) for level, block in enumerate(self.blocks)]
+        return _keep_outputs((block.ln_1 for block in self.blocks), keep)
 
     def scores(self, level: int, x: Tensor) -> Tensor:
         attention = self.blocks[level].self_attention
@@ -95,7 +92,41 @@ class ViTProbe:
         return (q @ k.mT / math.sqrt(D // H)).softmax(-1)
 
 
-PROBES: dict[type[nn.Module], Callable[..., Probe]] = {BDHCore: BDHProbe, VisionTransformer: ViTProbe}
+class TimmViTProbe:
+    """timm's VisionTransformer: what enters a level is what its attention reads, the output of `norm1`."""
+
+    signed = False
+
+    def __init__(self, model: nn.Module):
+        self.blocks = list(model.blocks)
+        self.n_levels = len(self.blocks)
+        self.class_tokens = model.num_prefix_tokens
+
+    def attach(self, keep: Keep) -> list[RemovableHandle]:
+        return _keep_outputs((block.norm1 for block in self.blocks), keep)
+
+    def scores(self, level: int, x: Tensor) -> Tensor:
+        attention = self.blocks[level].attn
+        qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))  # (B, T, 3, H, D / H)
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D / H)
+        return (attention.q_norm(q) @ attention.k_norm(k).mT * attention.scale).softmax(-1)
+
+
+def _keep_outputs(modules: Iterable[nn.Module], keep: Keep) -> list[RemovableHandle]:
+    """Hooks that keep what each of the modules gives as that level's input."""
+
+    def at(level: int) -> Callable[[nn.Module, tuple, Tensor], None]:
+        return lambda module, args, output: keep(level, output)
+
+    return [module.register_forward_hook(at(level)) for level, module in enumerate(modules)]
+
+
+# by the family's full name, because importing timm takes seconds and it need not be installed
+PROBES: dict[str, Callable[..., Probe]] = {
+    "models.bdh.BDHCore": BDHProbe,
+    "torchvision.models.vision_transformer.VisionTransformer": ViTProbe,
+    "timm.models.vision_transformer.VisionTransformer": TimmViTProbe,
+}
 
 
 @dataclass
@@ -128,10 +159,10 @@ class Trace:
 
 def make_probe(model: nn.Module) -> Probe:
     """The probe of the model's family. Raises TypeError for an unknown one."""
-    for family, probe in PROBES.items():
-        if isinstance(model, family):
+    for family in type(model).__mro__:
+        if probe := PROBES.get(f"{family.__module__}.{family.__name__}"):
             return probe(model)
-    known = ", ".join(family.__name__ for family in PROBES)
+    known = ", ".join(PROBES)
     raise TypeError(f"{type(model).__name__} has no probe, only models of {known} have")
 
 

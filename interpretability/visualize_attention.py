@@ -26,9 +26,11 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from interpretability.recorder import make_probe, record
+from models import build_config
 from training.augment import normalise
 from training.config import ROOT, UserError
 from training.data import DataSet, load_dataset
+from training.folder import read_images
 from training.runs import load_model
 from training.script import run_script
 
@@ -82,21 +84,21 @@ def visualize(
     data_dir: as in training. Raises UserError for a folder that is no run, a patch or an image that is not there.
     """
     model, config = load_model(run)
-    sizes, train = config["config"]["model"], config["config"]["train"]
+    sizes, train = build_config(config["model_class"], config["config"]["model"]), config["config"]["train"]
     try:
         make_probe(model)
     except TypeError as error:
         raise UserError(f"the attention of {run} cannot be shown: {error}") from None
-    if "patch_size" not in sizes:
+    if not hasattr(sizes, "patch_size"):
         raise UserError(f"the attention of {run} cannot be shown: its model reads no images")
-    grid = sizes["img_size"] // sizes["patch_size"]
+    grid = sizes.img_size // sizes.patch_size
     patch = _check_patch(patch, grid)
-    dataset = load_dataset(train["dataset"], data_dir, sizes["img_size"], sizes.get("in_channels", 3))
+    dataset = load_dataset(train["dataset"], data_dir, sizes.img_size, sizes.in_channels)
     chosen = _check_indices(range(images) if indices is None else indices, len(dataset.test_labels))
 
-    maps = attention_maps(model, torch.from_numpy(dataset.test_images[chosen]), patch, grid)
+    maps = attention_maps(model, torch.from_numpy(read_images(dataset.test_images[chosen])), patch, grid)
     title = f"{config['experiment'].replace('+', ', ')}, seed {train['seed']}"
-    figure = draw(maps, dataset, chosen, patch, sizes["patch_size"], title)
+    figure = draw(maps, dataset, chosen, patch, sizes.patch_size, title)
     experiment = config["experiment"][:200]  # file systems allow names of 255 bytes
     path = output / f"attention_{experiment}_seed{train['seed']}_patch{patch[0]}-{patch[1]}.png"
     output.mkdir(parents=True, exist_ok=True)

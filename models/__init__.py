@@ -2,11 +2,22 @@
 
 from typing import Any
 
-from models.baselines import ViTConfig
+from models.baselines import DeiTTinyConfig, EfficientNetB0Config, MobileNetV2Config, ResNet20Config, ViTConfig
 from models.bdh import BDHConfig
 from models.vision_bdh import VisionBDHConfig
 
-CONFIG_CLASSES = {cls.__name__: cls for cls in (BDHConfig, VisionBDHConfig, ViTConfig)}
+CONFIG_CLASSES = {
+    cls.__name__: cls
+    for cls in (
+        BDHConfig,
+        VisionBDHConfig,
+        ViTConfig,
+        DeiTTinyConfig,
+        ResNet20Config,
+        MobileNetV2Config,
+        EfficientNetB0Config,
+    )
+}
 
 
 def build_config(class_name: str, fields: dict[str, Any]) -> Any:

@@ -367,7 +367,7 @@ def test_bad_input(run, tmp_path):
 def test_models_that_cannot_be_shown(run, tmp_path, monkeypatch):
     text = BDH(BDHConfig(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4))
     for model, said in ((nn.Linear(2, 2), "Linear has no probe"), (text, "reads no images")):
-        config = {"config": {"model": {"n_layer": 1}, "train": {"dataset": "digits"}}}
+        config = {"model_class": "BDHConfig", "config": {"model": {"n_layer": 1}, "train": {}}}
         monkeypatch.setattr("interpretability.visualize_attention.load_model", lambda _: (model, config))  # noqa: B023
         with pytest.raises(UserError, match=said):
             visualize(run, tmp_path)

@@ -12,21 +12,36 @@ import pytest
 import torch
 
 import training
-from models.baselines import ViTConfig, vit_tiny_config
-from models.vision_bdh import VisionBDHConfig, v1_config, v2_config, v3_config
+from models.baselines import (
+    ViTConfig,
+    deit_tiny_config,
+    efficientnet_b0_config,
+    mobilenetv2_config,
+    resnet20_config,
+    vit_tiny_config,
+)
+from models.vision_bdh import VisionBDHConfig, v1_config, v2_config, v2_softmax_config, v3_config
 from training import ClassificationConfig
 from training.runs import load_file, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted(path.name for path in ROOT.glob("train_*.py"))
-CIFAR_SCRIPTS = [script for script in SCRIPTS if script.endswith("_cifar10.py")]
+TESTED_ELSEWHERE = {"train_ablation.py", "train_bdh_text.py"}
+SCRIPTS = sorted({path.name for path in ROOT.glob("train_*.py")} - TESTED_ELSEWHERE)
 VIT, QUICKSTART = "train_vit_tiny_cifar10.py", "train_quickstart.py"
-BDH_SCRIPTS = [script for script in CIFAR_SCRIPTS if script != VIT]
+BDH_SCRIPTS = [script for script in SCRIPTS if re.match(r"train_v\d_", script)]
+VITS = [VIT, "train_vit_tiny_cifar100.py"]
+WITH_SETTINGS = [f"train_{model}_cifar100.py" for model in ("deit_tiny", "mobilenetv2", "efficientnet")]
+FIXED_SIZE = ["train_resnet20_cifar100.py", *WITH_SETTINGS]  # models that no flag makes small
 
 IMPORTS_SEEN = "train_v1_cifar10.py"
 
 TINY = "--epochs 1 --patch-size 8 --n-layer 1 --n-embd 8 --n-head 2".split()
-TINY_OF = {VIT: [*TINY, "--mlp-dim", "16"], QUICKSTART: "--epochs 1 --n-layer 1 --train-limit 200".split()}
+TINY_OF = {
+    **{script: [*TINY, "--mlp-internal-dim-multiplier", "4"] for script in BDH_SCRIPTS},
+    **{script: [*TINY, "--mlp-dim", "16"] for script in VITS},
+    **{script: "--epochs 1 --train-limit 160".split() for script in FIXED_SIZE},
+    QUICKSTART: "--epochs 1 --n-layer 1 --train-limit 200".split(),
+}
 FILES = {"config.json", "metrics.csv", "last.pt", "previous.pt", "best.pt", "summary.json", "split.npz"}
 
 
@@ -39,10 +54,7 @@ def processes(run_script, data_dir, tmp_path_factory):
     """Everything here that has to be a process of its own, two at a time: results by script, and the folder of runs."""
     runs, elsewhere = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("elsewhere")
     where = ["--data-dir", data_dir, "--runs-dir", runs, "--device", "cpu"]
-    tasks = {
-        script: [ROOT / script, *TINY_OF.get(script, [*TINY, "--mlp-internal-dim-multiplier", "4"]), *where]
-        for script in SCRIPTS
-    }
+    tasks = {script: [ROOT / script, *TINY_OF[script], *where] for script in SCRIPTS}
     tasks[IMPORTS_SEEN] = ["-X", "importtime", *tasks[IMPORTS_SEEN]]  # every import is a line on stderr
     with ThreadPoolExecutor(2) as pool:
         results = dict(zip(tasks, pool.map(lambda args: run_script(*args, cwd=elsewhere), tasks.values()), strict=True))
@@ -87,7 +99,8 @@ def test_training_imports_nothing_that_only_analysis_needs(processes):
     lines = [line for line in results[IMPORTS_SEEN].stderr.splitlines() if line.startswith("import time:")]
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
     assert {"torch", "training", "models"} < imported
-    assert not imported & {"matplotlib", "pandas", "sklearn", "tensorboard", "wandb", "analysis", "interpretability"}
+    unneeded = {"matplotlib", "pandas", "sklearn", "tensorboard", "wandb", "timm", "analysis", "interpretability"}
+    assert not imported & unneeded
 
 
 # ---------------------------------------------------------------------------- the command line
@@ -116,6 +129,11 @@ def test_help_shows_every_field_with_its_default(script, call_script, captured_l
         *((script, "--epoch 5", "--epochs") for script in SCRIPTS),
         (VIT, "--attention softmax", "attention"),  # it concerns another model
         (VIT, "--in-channels 1", "in-channels"),
+        ("train_resnet20_cifar100.py", "--setting fitted", "setting"),  # it has one only
+        ("train_deit_tiny_cifar100.py", "--patch-size 4", "patch-size"),  # the setting decides
+        *((script, "--setting fited", "fitted") for script in WITH_SETTINGS),
+        ("train_deit_tiny_cifar100.py", "--img-size 40", "not a multiple of 16"),
+        ("train_efficientnet_cifar100.py", "--stochastic-depth-prob 1", "stochastic_depth_prob = 1.0"),
         ("train_v2_cifar10.py", "--attention sofmax", "softmax"),
         ("train_v2_cifar10.py", "--vocab-size 10", "vocab-size"),
         ("train_v2_cifar10.py", "--epochs five", "epochs"),
@@ -167,6 +185,7 @@ def test_an_ablation_is_a_flag(script, call_script, fitted):
         ("train_v3_cifar10.py", "--attn-norm", "v3_cifar10+attn_norm=True"),
         ("train_v1_cifar10.py", "--learning-rate 3e-4", "v1_cifar10+learning_rate=0.0003"),
         (VIT, "--dropout 0.1 --seed 2", "vit_tiny_cifar10+dropout=0.1"),
+        *((script, "--setting fitted", f"{script[6:-3]}+setting=fitted") for script in WITH_SETTINGS),
     ],
 )
 def test_the_folder_names_every_change_but_the_seed(script, flags, name, call_script, fitted):
@@ -208,8 +227,15 @@ def captured_launch(call_script, monkeypatch):
     [
         ("train_v1_cifar10.py", v1_config(), 3_562_570),
         ("train_v2_cifar10.py", v2_config(), 3_562_570),
+        ("train_v2_softmax_cifar10.py", v2_softmax_config(), 3_562_570),
+        ("train_v2_cifar100.py", v2_config(num_classes=100), 3_579_940),
         ("train_v3_cifar10.py", v3_config(), 3_565_258),
         (VIT, vit_tiny_config(), 5_362_762),
+        ("train_vit_tiny_cifar100.py", vit_tiny_config(num_classes=100), 5_380_132),
+        ("train_resnet20_cifar100.py", resnet20_config(num_classes=100), 275_572),
+        ("train_mobilenetv2_cifar100.py", mobilenetv2_config(setting="published", num_classes=100), 2_351_972),
+        ("train_deit_tiny_cifar100.py", deit_tiny_config(setting="published", num_classes=100), 5_506_852),
+        ("train_efficientnet_cifar100.py", efficientnet_b0_config(setting="published", num_classes=100), 4_135_648),
     ],
 )
 def test_a_script_trains_the_named_variant_under_the_protocol(script, variant, parameters, captured_launch):
@@ -219,7 +245,7 @@ def test_a_script_trains_the_named_variant_under_the_protocol(script, variant, p
     with torch.device("meta"):
         assert sum(p.numel() for p in model.build().parameters()) == parameters
     assert train == ClassificationConfig(
-        dataset="cifar10",
+        dataset="cifar100" if script.endswith("_cifar100.py") else "cifar10",
         epochs=50,
         batch_size=32,
         learning_rate=1e-4,
@@ -256,7 +282,8 @@ def test_a_script_is_short_and_shows_its_whole_model_and_protocol(script):
 
 def test_every_experiment_has_a_script_here():
     """So that the tests above, which go by what they find, cannot pass for having found nothing."""
-    assert {*BDH_SCRIPTS, VIT, QUICKSTART} == set(SCRIPTS)
-    assert {"train_v1_cifar10.py", "train_v2_cifar10.py", "train_v3_cifar10.py"} <= set(BDH_SCRIPTS)
+    assert {*BDH_SCRIPTS, *VITS, *FIXED_SIZE, QUICKSTART} == set(SCRIPTS)
+    variants = ("v1_cifar10", "v2_cifar10", "v2_softmax_cifar10", "v3_cifar10", "v2_cifar100")
+    assert {f"train_{variant}.py" for variant in variants} <= set(BDH_SCRIPTS)
     assert {field.name for field in dataclasses.fields(VisionBDHConfig)} > {"attention"}
     assert "attention" not in {field.name for field in dataclasses.fields(ViTConfig)}

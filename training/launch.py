@@ -37,6 +37,14 @@ def launch_experiment(experiment: Experiment) -> Path:
             "one optimiser step sees), or --precision bf16",
             1,
         )
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # BatchNorm's words
+            raise
+        exit_with(
+            "the last batch of an epoch holds one image, of which this model's BatchNorm cannot take a deviation: "
+            "choose a --batch-size (or --train-limit) that leaves more",
+            1,
+        )
     except KeyboardInterrupt:
         exit_with(
             f"stopped. The same command with --resume goes on from the last finished epoch of {experiment.folder}", 130

@@ -225,7 +225,7 @@ def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         best = load_file(folder / "best.pt")
         model = build_config(config["model_class"], config["config"]["model"]).build()
         model.load_state_dict(best["model"])
-    except (*UNREADABLE, TypeError) as error:  # TypeError: a field that this version does not know
+    except (*UNREADABLE, TypeError, ImportError) as error:  # TypeError: a field that this version does not know
         raise UserError(
             f"{folder} is no run whose model can be read ({_first_line(error)}): "
             "give a folder with config.json and best.pt, such as runs/v2_cifar10/seed0"

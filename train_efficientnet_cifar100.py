@@ -1,0 +1,38 @@
+"""EfficientNet-B0 on CIFAR-100, by default as the published number was made: `setting="published"`.
+
+That is torchvision's model with its strides for ImageNet. They halve a 32 x 32 image five times, so that the last
+blocks see 1 x 1 and pooling has nothing left to pool: a weak baseline. `--setting fitted` sets the first two of these
+strides to 1, which leaves 4 x 4 with the same weights, and is the fairer comparison. Documented result, published:
+40.20 % test accuracy after 50 epochs (one seed, 40,000 images); for fitted there is none. Cost: 0.02 GFLOP an image
+forward, fitted 0.23; v2 takes 3.1.
+
+    python train_efficientnet_cifar100.py --seed 1
+    python train_efficientnet_cifar100.py --setting fitted
+"""
+
+from models.baselines import efficientnet_b0_config
+from training import ClassificationConfig, launch
+
+if __name__ == "__main__":
+    launch(
+        "efficientnet_cifar100",
+        model=efficientnet_b0_config(
+            setting="published",  # 1 x 1 before pooling; fitted: 4 x 4
+            dropout=0.2,
+            stochastic_depth_prob=0.2,
+            num_classes=100,
+        ),
+        train=ClassificationConfig(
+            dataset="cifar100",
+            epochs=50,
+            batch_size=32,
+            learning_rate=1e-4,
+            weight_decay=0.05,
+            warmup_steps=500,
+            max_grad_norm=1.0,
+            val_fraction=0.2,
+            crop_scale_min=0.8,
+            horizontal_flip=True,
+            precision="tf32",
+        ),
+    )

@@ -1,0 +1,39 @@
+"""Vision-BDH v2 with softmax attention on CIFAR-10: what the raw scores are worth.
+
+Scores are scaled by 1 / sqrt(neurons a head) and go through softmax; everything else is as in train_v2_cifar10.py.
+Documented result: 80.45 % test accuracy after 50 epochs, where raw scores reach 81.73 % (one seed each, 40,000 images).
+An epoch should cost what v2's does, about 50 s on an RTX 4060.
+
+    python train_v2_softmax_cifar10.py --seed 1 --precision bf16
+    python train_v2_softmax_cifar10.py --epochs 5 --qk separate
+"""
+
+from models.vision_bdh import v2_softmax_config
+from training import ClassificationConfig, launch
+
+if __name__ == "__main__":
+    launch(
+        "v2_softmax_cifar10",
+        model=v2_softmax_config(  # residual="pre", attention="softmax", init="xavier"
+            patch_size=4,  # 64 tokens an image
+            n_layer=6,
+            n_embd=192,
+            n_head=6,
+            mlp_internal_dim_multiplier=32,  # 1,024 neurons a head
+            dropout=0.1,
+            num_classes=10,
+        ),
+        train=ClassificationConfig(
+            dataset="cifar10",
+            epochs=50,
+            batch_size=32,
+            learning_rate=1e-4,
+            weight_decay=0.05,
+            warmup_steps=500,
+            max_grad_norm=1.0,
+            val_fraction=0.2,
+            crop_scale_min=0.8,
+            horizontal_flip=True,
+            precision="tf32",
+        ),
+    )
