@@ -2,7 +2,7 @@
 
 Starts from v2 on CIFAR-10 (see train_v2_cifar10.py for cost and result); every choice is a flag. A sweep makes the runs
 that are not complete yet, goes on where it was stopped, and writes a table of means and differences over seeds. Three
-seeds of one field with five values are fifteen runs: on one GPU some eleven hours at 50 seconds an epoch.
+seeds of one field with five values are fifteen runs: on one GPU some ten hours at 50 seconds an epoch.
 
     python train_ablation.py --gate none --rotary axial
     python train_ablation.py --sweep residual,init,attention --seeds 3 --jobs 4

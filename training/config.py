@@ -142,8 +142,9 @@ class Experiment:
         return self.options.runs_dir / self.name / f"seed{self.train.seed}"
 
     def fields(self) -> dict[str, dict]:
-        """The fields that decide the result, as plain values."""
-        return {"model": plain_fields(self.model), "train": plain_fields(self.train)}
+        """The fields that decide the result, as plain values; of a file its name, wherever it lies."""
+        fields = {"model": dataclasses.asdict(self.model), "train": dataclasses.asdict(self.train)}
+        return {part: {key: _name_of_file(value) for key, value in of.items()} for part, of in fields.items()}
 
 
 def parse_experiment(
@@ -171,20 +172,18 @@ def parse_experiment(
 
 
 def full_experiment_name(name: str, changed: dict[str, Any]) -> str:
-    """The experiment's name and every changed field; of a path the last part."""
-    parts = (f"{key}={Path(value).name if key == 'text' else value}" for key, value in sorted(changed.items()))
-    return "+".join([name, *parts])
-
-
-def plain_fields(config: Any) -> dict:
-    """A config's fields, paths as text."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()}
+    """The experiment's name and every changed field; of a file its name."""
+    return "+".join([name, *(f"{key}={_name_of_file(value)}" for key, value in sorted(changed.items()))])
 
 
 def changed_fields(before: Any, after: Any) -> dict:
     """The fields of `after` that differ from `before`, two configs of one class."""
-    old, new = plain_fields(before), plain_fields(after)
+    old, new = dataclasses.asdict(before), dataclasses.asdict(after)
     return {key: new[key] for key in new if new[key] != old[key]}
+
+
+def _name_of_file(value: Any) -> Any:
+    return value.name if isinstance(value, Path) else value
 
 
 def _require(holds: bool, config: Any, name: str, rule: str) -> None:

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,15 @@ class DataSet:
     test_images: np.ndarray | ImageFiles
     test_labels: np.ndarray
     class_names: tuple[str, ...]
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What tells these data from others, for the run's config.json."""
+        return {
+            "name": self.name,
+            "class_names": list(self.class_names),
+            "images": {"train": len(self.train_labels), "test": len(self.test_labels)},
+        }
 
 
 @dataclass(frozen=True)
@@ -124,12 +134,18 @@ class StreamedPart:
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         orders = order.split(batch_size)
-        loader = DataLoader(self.images, batch_sampler=[each.tolist() for each in orders], num_workers=self.num_workers)
+        loader = DataLoader(
+            self.images,
+            batch_sampler=[each.tolist() for each in orders],
+            num_workers=min(self.num_workers, os.cpu_count() or 1),
+            generator=torch.Generator(),  # else it draws from PyTorch's own, which dropout follows
+        )
         try:
             for images, here in zip(loader, orders, strict=True):
                 yield images.to(self.device, non_blocking=True), self.labels[here].to(self.device)
         except UnreadableImage as error:
             message = str(error).rpartition(f"{UnreadableImage.__name__}: ")[2]  # a worker puts its traceback in front
+            error.__traceback__ = None  # it holds the workers, which would end only seconds later
             raise UserError(message.strip()) from None
 
 
@@ -149,30 +165,27 @@ class ImageBatches:
         device: torch.device,
         num_workers: int = 0,
     ):
-        n_bytes = math.prod(dataset.train_images.shape) + math.prod(dataset.test_images.shape)
-        in_memory = isinstance(dataset.train_images, np.ndarray) or fits_in_memory(n_bytes, device)
-
-        def part(images: np.ndarray | ImageFiles, labels: np.ndarray) -> MemoryPart | StreamedPart:
-            if isinstance(images, ImageFiles) and not in_memory:
-                return StreamedPart(images, labels, device, num_workers)
-            return MemoryPart(read_images(images), labels, device)
-
+        parts = {
+            "train": (dataset.train_images[split.train], dataset.train_labels[split.train]),
+            "val": (dataset.train_images[split.val], dataset.train_labels[split.val]),
+            "test": (dataset.test_images, dataset.test_labels),
+        }
+        n_bytes = sum(math.prod(images.shape) for images, _ in parts.values())
+        ways = {device, torch.device("cpu")}  # images pass through the computer's memory to a GPU's
+        in_memory = isinstance(dataset.train_images, np.ndarray) or all(fits_in_memory(n_bytes, way) for way in ways)
         self.config = config
         self.eval_batch_size = eval_batch_size
         self.device = device
         self.split = split
-        self.description = {
-            "name": dataset.name,
-            "class_names": list(dataset.class_names),
-            "images": {"train": len(dataset.train_labels), "test": len(dataset.test_labels)},
-        }
+        self.description = dataset.description
         self.parts = {
-            "train": part(dataset.train_images[split.train], dataset.train_labels[split.train]),
-            "val": part(dataset.train_images[split.val], dataset.train_labels[split.val]),
-            "test": part(dataset.test_images, dataset.test_labels),
+            name: MemoryPart(read_images(images), labels, device)
+            if in_memory
+            else StreamedPart(images, labels, device, num_workers)
+            for name, (images, labels) in parts.items()
         }
         if not in_memory:
-            print(f"{n_bytes / 1e9:.1f} GB of images do not fit in memory: {num_workers} processes read them anew")
+            print(f"{n_bytes / 1e9:.1f} GB of images do not fit in memory: they are read anew in every epoch")
 
     def size(self, part: str) -> int:
         """Images of "train", "val" or "test"."""
@@ -226,10 +239,12 @@ def _load_folder(data_dir: Path | None, img_size: int, in_channels: int) -> Data
     if data_dir is None:
         raise UserError("--dataset folder reads your own images: say where with --data-dir DIR")
     train_root = data_dir / "train" if (data_dir / "train").is_dir() else data_dir
+    test_root = next((data_dir / part for part in ("test", "val") if (data_dir / part).is_dir()), None)
+    if train_root == data_dir and test_root is not None:
+        raise UserError(f"{test_root} is there, but {data_dir / 'train'} is not: put the training images into it")
     train, labels, names = find_images(train_root, img_size, in_channels)
     test, test_labels = train[[]], labels[:0]
-    test_root = next((data_dir / part for part in ("test", "val") if (data_dir / part).is_dir()), None)
-    if train_root != data_dir and test_root is not None:
+    if test_root is not None:
         test, test_labels, test_names = find_images(test_root, img_size, in_channels)
         if test_names != names:
             odd = ", ".join(sorted(set(names) ^ set(test_names)))

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from training.config import UserError
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's names, by channels
+DAMAGED = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises at files that are
 
 
 class UnreadableImage(Exception):
@@ -32,18 +33,20 @@ class ImageFiles:
         return len(self.paths)
 
     def __getitem__(self, index: int | Sequence[int]) -> "np.ndarray | ImageFiles":
-        """One image, (C, S, S) uint8, or the files of several. Raises UnreadableImage."""
+        """One image, (C, S, S) uint8, or the files of several. Raises UnreadableImage, also at 16 bits a channel."""
         _, channels, size, _ = self.shape
         if not isinstance(index, int | np.integer):
             return ImageFiles(self.paths[index], size, channels)
         path = self.paths[index]
         try:
             with Image.open(path) as image:
+                if image.mode[0] in "IF":  # Pillow would cut off what is above 255, and most of the image be white
+                    raise ValueError("more than 8 bits a channel")
                 fitted = ImageOps.fit(image.convert(MODES[channels]), (size, size), Image.Resampling.BICUBIC)
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises at files that are damaged
+        except DAMAGED as error:
             raise UnreadableImage(f"{path} cannot be read as an image ({error}): mend or remove it") from None
-        pixels = np.asarray(fitted)
-        return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        pixels = np.array(fitted).reshape(size, size, channels)  # a copy: PyTorch warns of memory that is Pillow's own
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def find_images(root: Path, img_size: int, in_channels: int) -> tuple[ImageFiles, np.ndarray, tuple[str, ...]]:

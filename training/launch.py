@@ -34,7 +34,7 @@ def launch_experiment(experiment: Experiment) -> Path:
             raise
         exit_with(
             "the device's memory is full: try a smaller --batch-size with a larger --grad-accum (their product is what "
-            "one optimiser step sees), or --precision bf16",
+            "one optimiser step sees), a smaller --eval-batch-size, or --precision bf16",
             1,
         )
     except ValueError as error:

@@ -113,12 +113,16 @@ def _set_up(experiment: Experiment, run: Run, resuming: bool) -> Session:
     if device.type == "cpu" and tune_cpu_allocator():
         print("CPU: freed memory is kept for the next step (glibc mallopt; benchmarks/step_time.py shows its worth)")
     task = make_task(train)
-    data = task.load(experiment, run.read_split() if resuming else None, device)
     if resuming:
-        run.check_data(data.description)
+        data = task.load(experiment, run.read_split(), device, check=run.check_data)
+    else:
+        data = task.load(experiment, None, device, check=lambda description: None)
 
     torch.manual_seed(seeds.derive("weights", train.seed))
-    model = experiment.model.build().to(device)
+    try:
+        model = experiment.model.build().to(device)
+    except ImportError as error:  # of a library that only this model needs
+        raise UserError(str(error)) from None
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=train.learning_rate,

@@ -105,10 +105,15 @@ class Run:
 
     def check_data(self, description: dict[str, Any]) -> None:
         """Raises UserError where these are not the data that the run was started with."""
-        before, now = self.read_config().get("data"), json.loads(json.dumps(description))
-        if before != now:
+        before, now = self.read_config().get("data", {}), json.loads(json.dumps(description))
+        changes = [
+            f"{key}: {_shorten(before.get(key))} -> {_shorten(now.get(key))}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if changes:
             raise UserError(
-                f"{self.folder} was started on other data ({before}) than are there now ({now}): "
+                f"{self.folder} was started on other data than are there now ({'; '.join(changes)}): "
                 "bring them back, or start another run without --resume under another --name"
             )
 
@@ -249,6 +254,11 @@ def _disk_error(path: Path, error: Exception) -> UserError:
         f"{path} could not be written ({reason}); what was there before is untouched. "
         "Free some space, then go on with --resume"
     )
+
+
+def _shorten(value: Any, longest: int = 120) -> str:
+    text = str(value)
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """What differs between tasks: the data, the loss, what is counted, and the metric that picks the best epoch."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 from training.config import ClassificationConfig, Experiment, TextConfig, TrainConfig, UserError
 from training.data import DataSet, ImageBatches, Split, load_dataset, split_train
 from training.metrics import METRICS, Metric, classification_ratios, text_ratios
-from training.text import TextBatches, load_text
+from training.text import TextBatches, describe, load_text
+
+Check = Callable[[dict[str, Any]], None]
 
 
 class Batches(Protocol):
@@ -40,8 +42,11 @@ class Task(Protocol):
     unit: str
     """one of them in the progress bar"""
 
-    def load(self, experiment: Experiment, split: Split | None, device: torch.device) -> Batches:
-        """The data. split: of the run that is resumed. Raises UserError where they are missing or the model misfits."""
+    def load(self, experiment: Experiment, split: Split | None, device: torch.device, check: Check) -> Batches:
+        """The data. split: of the run that is resumed. Raises UserError where they are missing or the model misfits.
+
+        check: called with their description before anything is made of them.
+        """
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
         """What training lowers, averaged over the batch."""
@@ -59,10 +64,11 @@ class Classification:
     metric = METRICS["accuracy"]
     samples, unit = "images", "img"
 
-    def load(self, experiment: Experiment, split: Split | None, device: torch.device) -> ImageBatches:
+    def load(self, experiment: Experiment, split: Split | None, device: torch.device, check: Check) -> ImageBatches:
         train, options = experiment.train, experiment.options
         img_size, in_channels = experiment.model.img_size, experiment.model.in_channels
         dataset = load_dataset(train.dataset, options.data_dir, img_size, in_channels)
+        check(dataset.description)
         _check_fit(experiment.model, dataset)
         split = split or split_train(dataset.train_labels, train.val_fraction, train.train_limit, train.seed)
         return ImageBatches(dataset, split, train, options.eval_batch_size, device, options.num_workers)
@@ -85,8 +91,13 @@ class LanguageModelling:
     metric = METRICS["bits_per_byte"]
     samples, unit = "pieces of text", "piece"
 
-    def load(self, experiment: Experiment, split: Split | None, device: torch.device) -> TextBatches:
+    def load(self, experiment: Experiment, split: Split | None, device: torch.device, check: Check) -> TextBatches:
         text, name = load_text(experiment.train.text)
+        check(describe(text, name))
+        if experiment.model.vocab_size < 256:
+            raise UserError(
+                f"text is bytes, and the model knows {experiment.model.vocab_size} tokens: set --vocab-size 256"
+            )
         return TextBatches(text, name, experiment.train, experiment.options.eval_batch_size, device)
 
     def loss(self, outputs: tuple[Tensor, Any], targets: Tensor) -> Tensor:

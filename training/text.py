@@ -3,7 +3,9 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,16 +16,26 @@ from training.config import TextConfig, UserError
 def load_text(path: Path | None) -> tuple[bytes, str]:
     """The bytes of a file, and what to call them; without a path, the help topics of Python in English.
 
-    Those differ a little between versions of Python. Raises UserError for a file that cannot be read.
+    Those differ a little between versions of Python. They repeat each other, and each paragraph is taken once: else a
+    twelfth of the test part would stand in the training part word for word. Raises UserError for a file that cannot be
+    read.
     """
     if path is None:
-        from pydoc_data.topics import topics
-
-        return "\n".join(topics[name] for name in sorted(topics)).encode(), "python topics"
+        try:
+            from pydoc_data.topics import topics
+        except ImportError:
+            raise UserError("this Python comes without pydoc_data.topics: give a file with --text") from None
+        paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
+        return "\n\n".join(dict.fromkeys(paragraphs)).encode(), "python topics"
     try:
         return path.read_bytes(), path.name
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a file with --text") from None
+
+
+def describe(text: bytes, name: str) -> dict[str, Any]:
+    """What tells this text from others, for the run's config.json."""
+    return {"name": name, "bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
 
 
 class TextBatches:
@@ -40,14 +52,14 @@ class TextBatches:
         self.eval_batch_size = eval_batch_size
         n_test, n_val = (round(share * len(text)) for share in (config.test_fraction, config.val_fraction))
         ends = (len(text) - n_val - n_test, len(text) - n_test, len(text))
-        codes = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(device, torch.int64) if text else torch.empty(0)
+        codes = torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy()).to(device)
         self.parts = dict(zip(("train", "val", "test"), codes.tensor_split(ends)[:3], strict=True))
         if any(self.size(part) < 1 for part in self.parts):
             raise UserError(
                 f"{len(text):,} bytes are too few for pieces of {config.context} in each of the training, validation "
                 "and test part: give a longer --text or a smaller --context"
             )
-        self.description = {"name": name, "bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+        self.description = describe(text, name)
 
     def size(self, part: str) -> int:
         """Pieces of "train", "val" or "test"; of training text, one less than fit, to leave room for the offset."""
@@ -69,5 +81,5 @@ class TextBatches:
         text = self.parts[part]
         window = torch.arange(self.config.context + 1, device=text.device)
         for first in starts.to(text.device).split(batch_size):
-            pieces = text[first[:, None] + window]  # (B, T + 1)
+            pieces = text[first[:, None] + window].long()  # (B, T + 1)
             yield pieces[:, :-1], pieces[:, 1:]
