@@ -35,7 +35,7 @@ def made_up_cifar(n_train=240, n_test=40, n_classes=10):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """PyTorch computes in one thread, for the tests of a file."""
+    """PyTorch computes in one thread, for the tests of a file: threads gain nothing on tensors this small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -6,7 +6,7 @@ import typing
 
 import pytest
 import torch
-from reference import SMALL, assert_close, count, randomised, reference_outputs, small_images
+from reference import SMALL, STEP_FIELDS, assert_close, assert_equals_reference, count, randomised, small_images
 
 from interpretability.recorder import record
 from models.bdh import BDHConfig, CoreConfig
@@ -47,7 +47,6 @@ TOGETHER = [
     dict(qk="separate", shared=False, residual="scaled_pre", attn_norm=False),
     dict(rotary="none", pos_embed=False, pool="cls", gate="sigmoid", init="xavier"),
 ]
-STEP_FIELDS = ["residual", "attn_norm", "update_norm", "attention", "qk", "gate", "activation", "rotary", "shared"]
 
 
 def short(choices):
@@ -62,20 +61,7 @@ def short(choices):
 def test_a_choice_equals_the_reference(choices, fast):
     model = randomised(VisionBDHConfig(**(SMALL | choices)).build())
     model.use_fast_path = fast
-    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    images = small_images()
-    step = {name: getattr(model.config, name) for name in STEP_FIELDS}
-    tokens, features, logits = reference_outputs(weights, images, n_layer=SMALL["n_layer"], **step)
-    assert_close(model.tokens(images), tokens, 1e-9)
-    assert_close(model.features(images), features, 1e-9)
-    actual = model(images)
-    assert_close(actual, logits, 1e-9)
-    cotangent = torch.randn_like(logits)
-    expected_grads = torch.autograd.grad(logits, list(weights.values()), cotangent)
-    actual.backward(cotangent)
-    for (name, parameter), expected in zip(model.named_parameters(), expected_grads, strict=True):
-        assert expected.norm() > 0, name
-        assert_close(parameter.grad, expected, 1e-7)
+    assert_equals_reference(model, small_images())
 
 
 @pytest.mark.parametrize("choices", ALONE, ids=short)

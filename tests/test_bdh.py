@@ -12,13 +12,7 @@ from models.bdh import BDHConfig
 SMALL = dict(n_layer=3, n_embd=12, n_head=3, mlp_internal_dim_multiplier=4, vocab_size=11)  # N = 16 neurons a head
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads gain nothing on tensors this small, and on a busy machine they wait for each other, 20 times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------------------------------------------------------------------------- the reference

@@ -34,13 +34,7 @@ BUILDERS = {
 SCRIPT = ROOT / "interpretability" / "visualize_attention.py"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are tiny here: on a busy machine, threads that wait for each other take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=BUILDERS)

@@ -7,6 +7,7 @@ import torch
 from reference import (
     SMALL,
     assert_close,
+    assert_equals_reference,
     count,
     norm,
     randomised,
@@ -35,13 +36,7 @@ BUILDERS = [vision_bdh_v1, vision_bdh_v2, vision_bdh_v2_softmax, vision_bdh_v2_a
 RESIDUALS = ["post", "pre", "true_pre", "scaled_pre", "none"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads gain nothing on tensors this small, and on a busy machine they wait for each other, 20 times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------------------------------------------------------------------------- the function
@@ -60,21 +55,7 @@ def test_every_design_choice_equals_reference(residual, attn_norm, update_norm, 
     )
     model = randomised(VisionBDHConfig(**SMALL, **choices).build())
     model.use_fast_path = path == "fast"
-    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    images = small_images()
-    # Without LN a raw step multiplies x by a fourth-degree product, so three steps magnify relative rounding some 4^3
-    # times; LN of a nearly constant row by up to 1 / sqrt(1e-5). Both leave 1e-9 of float64's 1e-16 easily.
-    tokens, features, logits = reference_outputs(weights, images, n_layer=SMALL["n_layer"], **choices)
-    assert_close(model.tokens(images), tokens, 1e-9)
-    assert_close(model.features(images), features, 1e-9)
-    actual = model(images)
-    assert_close(actual, logits, 1e-9)
-    cotangent = torch.randn_like(logits)
-    expected_grads = torch.autograd.grad(logits, list(weights.values()), cotangent)
-    actual.backward(cotangent)
-    for (name, parameter), expected_grad in zip(model.named_parameters(), expected_grads, strict=True):
-        assert expected_grad.norm() > 0, name
-        assert_close(parameter.grad, expected_grad, 1e-7)
+    assert_equals_reference(model, small_images())
 
 
 @pytest.mark.parametrize("path", ["fast", "plain"])
