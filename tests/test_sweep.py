@@ -220,7 +220,7 @@ def calls(tmp_path):
 def test_a_run_that_fails_stops_no_other_and_is_listed_with_its_error(stand_in, tmp_path, capsys):
     stand_in |= {"ablation+gate=sigmoid": "fail", "ablation+n_layer=2": "die"}
     plan = plan_of(tmp_path, "gate,n_layer=2,n_head=7", "--seeds", "2")
-    failures = run_all(plan, "ablation", MODEL, TRAIN)
+    failures = run_all(plan, MODEL, TRAIN)
     assert len(calls(tmp_path)) == 8 and failures.keys() == {
         "n_head=7",
         *(f"{name}, seed {seed}" for name in stand_in for seed in (0, 1)),
@@ -233,29 +233,30 @@ def test_a_run_that_fails_stops_no_other_and_is_listed_with_its_error(stand_in, 
 
 def test_what_is_complete_is_not_repeated(stand_in, tmp_path, capsys):
     stand_in["ablation+gate=none"] = "fail"
-    run_all(plan_of(tmp_path, "gate"), "ablation", MODEL, TRAIN)
+    run_all(plan_of(tmp_path, "gate"), MODEL, TRAIN)
     stand_in.clear()
-    assert run_all(plan_of(tmp_path, "gate", "--seeds", "2"), "ablation", MODEL, TRAIN) == {}
+    assert run_all(plan_of(tmp_path, "gate", "--seeds", "2"), MODEL, TRAIN) == {}
     made = calls(tmp_path)
     assert len(made) == 3 + 4  # again: what had failed, and the new seed's three
     assert [call for call in set(made) if made.count(call) > 1] == ["ablation+gate=none seed0"]
     assert "6 runs, 2 of them complete" in capsys.readouterr().out
-    assert run_all(plan_of(tmp_path, "gate", "--overwrite"), "ablation", MODEL, TRAIN) == {}
+    assert run_all(plan_of(tmp_path, "gate", "--overwrite"), MODEL, TRAIN) == {}
     assert len(calls(tmp_path)) == 7 + 3
 
 
 def test_a_complete_run_of_another_configuration_is_not_taken_for_this_one(stand_in, tmp_path):
     plan = plan_of(tmp_path, "gate=none")
-    run_all(plan, "ablation", MODEL, TRAIN)
+    run_all(plan, MODEL, TRAIN)
     path = plan.experiments[0].folder / "config.json"
     path.write_text(path.read_text().replace('"n_layer": 6', '"n_layer": 5'))
-    with pytest.raises(UserError, match="n_layer: 5 -> 6"):
-        run_all(plan, "ablation", MODEL, TRAIN)
+    failures = run_all(plan_of(tmp_path, "gate=none/sigmoid"), MODEL, TRAIN)
+    assert failures.keys() == {"ablation, seed 0"} and "n_layer: 5 -> 6" in failures["ablation, seed 0"]
+    assert len(calls(tmp_path)) == 2 + 1  # the others are made all the same
 
 
 def test_jobs_run_at_the_same_time(stand_in, tmp_path):
     stand_in |= {"ablation": "meet", "ablation+gate=none": "meet"}
-    assert run_all(plan_of(tmp_path, "gate=none", "--jobs", "2"), "ablation", MODEL, TRAIN) == {}
+    assert run_all(plan_of(tmp_path, "gate=none", "--jobs", "2"), MODEL, TRAIN) == {}
 
 
 # ---------------------------------------------------------------------------- a real one

@@ -90,14 +90,17 @@ def launch_sweep(name: str, model: Any, train: TrainConfig, report: Report) -> N
         return
     try:
         plan = make_plan(name, model, train, experiment)
-        failures = run_all(plan, name, model, train)
+        failures = run_all(plan, model, train)
     except UserError as error:
         exit_with(str(error), 1)
     except KeyboardInterrupt:
         exit_with("stopped. The same command goes on where this one was", 130)
     done = [each.folder for each in plan.experiments if Run(each.folder).read_summary()]
     if done:
-        report(done, plan.default, experiment.options.runs_dir / plan.default / f"sweep_{'_'.join(plan.fields)}")
+        try:
+            report(done, plan.default, experiment.options.runs_dir / plan.default / f"sweep_{'_'.join(plan.fields)}")
+        except UserError as error:
+            failures["the table"] = str(error)
     if failures:
         exit_with("\n".join(["these did not run:", *(f"  {what}: {why}" for what, why in failures.items())]), 1)
 
@@ -189,11 +192,18 @@ def _full_name(name: str, model: Any, train: TrainConfig, changed_model: Any, ch
     return full_experiment_name(name, changed)
 
 
-def run_all(plan: Plan, name: str, model: Any, train: TrainConfig) -> dict[str, str]:
+def run_all(plan: Plan, model: Any, train: TrainConfig) -> dict[str, str]:
     """Makes every run that is not complete; returns what failed, and why. Raises KeyboardInterrupt when stopped."""
-    failures = dict(plan.refused)
-    todo = [each for each in plan.experiments if each.options.overwrite or not _is_complete(each)]
-    print(f"{len(plan.experiments)} runs, {len(plan.experiments) - len(todo)} of them complete")
+    failures, todo, complete = dict(plan.refused), [], 0
+    for each in plan.experiments:
+        try:
+            if each.options.overwrite or not _is_complete(each):
+                todo.append(each)
+            else:
+                complete += 1
+        except UserError as error:  # a run of this name, but of another configuration
+            failures[_label(each)] = str(error)
+    print(f"{len(plan.experiments)} runs, {complete} of them complete")
     running = Running(threads=_threads(plan.experiments[0].options))
     signal.signal(signal.SIGTERM, _interrupt)
     pool = ThreadPoolExecutor(plan.experiments[0].options.jobs)
@@ -201,18 +211,21 @@ def run_all(plan: Plan, name: str, model: Any, train: TrainConfig) -> dict[str, 
         futures = {pool.submit(running.run, each, command_of(each, model, train)): each for each in todo}
         for count, future in enumerate(as_completed(futures), 1):
             each = futures[future]
-            label = f"{each.name}, seed {each.train.seed}"
             seconds, problem = future.result()
             if problem:
-                failures[label] = problem
+                failures[_label(each)] = problem
             outcome = f"failed: {problem}" if problem else "done"
-            print(f"[{count}/{len(todo)}] {label}: {outcome} ({seconds:.0f} s)", flush=True)
+            print(f"[{count}/{len(todo)}] {_label(each)}: {outcome} ({seconds:.0f} s)", flush=True)
     except KeyboardInterrupt:
         running.stop()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
     return failures
+
+
+def _label(experiment: Experiment) -> str:
+    return f"{experiment.name}, seed {experiment.train.seed}"
 
 
 def _interrupt(*_: Any) -> None:
