@@ -91,7 +91,7 @@ def _cells(row: Row, metric: str) -> list[str]:
         f"{line['parameters']:,}",
         " and ".join(counts),
         _test_cell(row),
-        _number(row, line[f"best_val_{metric}_mean"]),
+        row.metric.number(line[f"best_val_{metric}_mean"]),
         f"{line['best_epoch_median']:g}",
         f"{done}{line['epochs']}",
         f"{line['epoch_time_sec_median']:.3g}",
@@ -103,13 +103,8 @@ def _test_cell(row: Row) -> str:
     """The test result in percent, or why there is none."""
     if not len(row.test):
         return "no test part" if row.finished else "not finished"
-    spread = f" ± {_number(row, row.test.std())}" if len(row.test) > 1 else ""
-    return f"{_number(row, row.test.mean())}{spread}"
-
-
-def _number(row: Row, value: float) -> str:
-    """A value of the row's metric in the unit that its title names."""
-    return f"{100 * value:.2f}" if row.metric.percent else f"{value:.4f}"
+    spread = f" ± {row.metric.number(row.test.std())}" if len(row.test) > 1 else ""
+    return f"{row.metric.number(row.test.mean())}{spread}"
 
 
 def labels_of(task: Task, rows: Sequence[Row]) -> tuple[list[str], str]:

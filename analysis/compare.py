@@ -107,10 +107,9 @@ def _line(row: Row, default: Row) -> dict:
 def _markdown(table: pd.DataFrame, default: Row) -> list[str]:
     name, metric = default.experiment, default.metric
     data = default.task[0]
-    digits = 2 if metric.percent else 4
 
     def number(value: float, sign: str = "") -> str:
-        return "" if np.isnan(value) else f"{metric.scale * value:{sign}.{digits}f}"
+        return "" if np.isnan(value) else metric.number(value, sign)
 
     titles = (
         "setting",

@@ -165,14 +165,14 @@ def parse_experiment(
         args=args,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    changed = changed_fields(model, flags.model) | changed_fields(train, flags.train)
-    changed.pop("seed", None)
-    full_name = full_experiment_name(name, changed)
+    full_name = full_experiment_name(name, (model, train), (flags.model, flags.train))
     return Experiment(flags.options.name or full_name, flags.model, flags.train, flags.options)
 
 
-def full_experiment_name(name: str, changed: dict[str, Any]) -> str:
-    """The experiment's name and every changed field; of a file its name."""
+def full_experiment_name(name: str, before: tuple, after: tuple) -> str:
+    """The experiment's name and every field but the seed that was changed in its configs; of a file its name."""
+    changed = {key: value for pair in zip(before, after, strict=True) for key, value in changed_fields(*pair).items()}
+    changed.pop("seed", None)
     return "+".join([name, *(f"{key}={_name_of_file(value)}" for key, value in sorted(changed.items()))])
 
 

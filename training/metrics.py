@@ -25,8 +25,12 @@ class Metric:
     def title(self) -> str:
         return f"{self.label} (%)" if self.percent else self.label
 
+    def number(self, value: float, sign: str = "") -> str:
+        """A stored value in the title's unit. sign: "+" shows it for positive values, too."""
+        return f"{self.scale * value:{sign}.{2 if self.percent else 4}f}"
+
     def show(self, value: float) -> str:
-        return f"{value:.2%}" if self.percent else f"{value:.4f}"
+        return self.number(value) + "%" * self.percent
 
 
 METRICS = {

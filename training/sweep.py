@@ -121,7 +121,7 @@ def make_plan(name: str, model: Any, train: TrainConfig, experiment: Experiment)
         except ValueError as error:
             refused[", ".join(f"{key}={value}" for key, value in changes.items())] = str(error)
             continue
-        full_name = _full_name(name, model, train, changed_model, changed_train)
+        full_name = full_experiment_name(name, (model, train), (changed_model, changed_train))
         experiments.append(Experiment(full_name, changed_model, changed_train, options))
     seeded = [
         dataclasses.replace(each, train=dataclasses.replace(each.train, seed=each.train.seed + k))
@@ -184,12 +184,6 @@ def _replace(config: Any, changes: dict[str, Any]) -> Any:
     """The config with those of the changes that it has fields for."""
     own = {field.name for field in dataclasses.fields(config)}
     return dataclasses.replace(config, **{key: value for key, value in changes.items() if key in own})
-
-
-def _full_name(name: str, model: Any, train: TrainConfig, changed_model: Any, changed_train: TrainConfig) -> str:
-    changed = changed_fields(model, changed_model) | changed_fields(train, changed_train)
-    changed.pop("seed", None)
-    return full_experiment_name(name, changed)
 
 
 def run_all(plan: Plan, model: Any, train: TrainConfig) -> dict[str, str]:
