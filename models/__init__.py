@@ -2,8 +2,16 @@
 
 from typing import Any
 
-from models.baselines import DeiTTinyConfig, EfficientNetB0Config, MobileNetV2Config, ResNet20Config, ViTConfig
+from models.baselines import (
+    DeiTTinyConfig,
+    EfficientNetB0Config,
+    MobileNetV2Config,
+    ResNet20Config,
+    ResNetUNetConfig,
+    ViTConfig,
+)
 from models.bdh import BDHConfig
+from models.bdh_unet import BDHUNetConfig
 from models.vision_bdh import VisionBDHConfig
 
 CONFIG_CLASSES = {
@@ -16,6 +24,8 @@ CONFIG_CLASSES = {
         ResNet20Config,
         MobileNetV2Config,
         EfficientNetB0Config,
+        BDHUNetConfig,
+        ResNetUNetConfig,
     )
 }
 

@@ -1,4 +1,5 @@
-"""Baselines, from libraries: torchvision's and timm's models, and ResNet-20 for CIFAR, which neither has.
+"""Baselines, from libraries: torchvision's and timm's models, ResNet-20 for CIFAR, which neither has, and
+segmentation-models-pytorch's U-Nets on ResNets.
 
 DeiT-Tiny, MobileNetV2 and EfficientNet-B0 were made for images of 224 x 224 and have two settings here. `published` is
 the library's model as it is, which is how the published numbers were made; of a 32 x 32 image it leaves 2 x 2 patches
@@ -8,9 +9,12 @@ the library's model as it is, which is how the published numbers were made; of a
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
+
+from models.vision_bdh import ImageSize, check_image_size
 
 Setting = Literal["published", "fitted"]
 
@@ -217,6 +221,61 @@ def _conv3x3(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, channels, kernel_size=3, stride=stride, padding=1, bias=False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResNetUNetConfig(BaselineConfig):
+    """A U-Net (Ronneberger et al. 2015) whose encoder is a ResNet, with skip connections at five sizes."""
+
+    img_size: ImageSize = 384
+    """side of the images in pixels, or their height and width"""
+    num_classes: int = 11
+    """classes of a pixel, void not among them"""
+    depth: Literal[34, 50] = 34
+    """of the ResNet"""
+    encoder_weights: Literal["imagenet", "none"] = "imagenet"
+    """imagenet: the encoder starts from weights trained there, which are downloaded; none: from scratch"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.img_size, list):  # as JSON gives a tuple back
+            object.__setattr__(self, "img_size", tuple(self.img_size))
+        check_image_size(self.img_size, 32, "32, which the encoder makes one pixel of")
+
+    def build(self) -> "ResNetUNet":
+        """With weights drawn; `load_encoder_weights` brings others. Raises ImportError where the library is missing."""
+        return ResNetUNet(self)
+
+    def load_encoder_weights(self, model: "ResNetUNet") -> None:
+        """Downloads the encoder's weights, or takes them from where an earlier download left them."""
+        encoder = _import_smp().encoders.get_encoder(f"resnet{self.depth}", weights=self.encoder_weights)
+        model.unet.encoder.load_state_dict(encoder.state_dict())
+
+
+class ResNetUNet(nn.Module):
+    """Takes images in [-1, 1] like every model here, and gives the encoder what ImageNet's ResNets were trained on."""
+
+    def __init__(self, config: ResNetUNetConfig):
+        super().__init__()
+        self.unet = _import_smp().Unet(f"resnet{config.depth}", encoder_weights=None, classes=config.num_classes)
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels between 0 and 1
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (B, 3, height, width) -> logits (B, num_classes, height, width)."""
+        return self.unet(((images + 1) / 2 - self.mean) / self.std)
+
+
+def _import_smp():
+    try:
+        import segmentation_models_pytorch  # here, because it takes seconds and no other model needs it
+    except ImportError as error:
+        raise ImportError(
+            "the ResNet U-Nets come from segmentation-models-pytorch, which is missing: "
+            f"pip install segmentation-models-pytorch ({error})"
+        ) from error
+    return segmentation_models_pytorch
+
+
 def vit_tiny_config(**overrides) -> ViTConfig:
     return ViTConfig(**overrides)
 
@@ -237,6 +296,14 @@ def efficientnet_b0_config(**overrides) -> EfficientNetB0Config:
     return EfficientNetB0Config(**overrides)
 
 
+def resnet34_unet_config(**overrides) -> ResNetUNetConfig:
+    return ResNetUNetConfig(**(dict(depth=34) | overrides))
+
+
+def resnet50_unet_config(**overrides) -> ResNetUNetConfig:
+    return ResNetUNetConfig(**(dict(depth=50) | overrides))
+
+
 def vit_tiny(**overrides) -> nn.Module:
     return vit_tiny_config(**overrides).build()
 
@@ -255,3 +322,11 @@ def mobilenetv2(**overrides) -> nn.Module:
 
 def efficientnet_b0(**overrides) -> nn.Module:
     return efficientnet_b0_config(**overrides).build()
+
+
+def resnet34_unet(**overrides) -> ResNetUNet:
+    return resnet34_unet_config(**overrides).build()
+
+
+def resnet50_unet(**overrides) -> ResNetUNet:
+    return resnet50_unet_config(**overrides).build()

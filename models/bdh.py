@@ -199,8 +199,10 @@ class RotaryAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
         """q, k: (B, H, T, N), x: (B, T, D) -> (B, H, T, D)."""
         values = x.unsqueeze(1)
-        if self.causal or self.softmax:
+        if self.causal:
             return self.weights(q, k) @ values
+        if self.softmax:  # scaled by 1 / sqrt(N); the library's kernels, where one serves, never hold a T x T matrix
+            return F.scaled_dot_product_attention(q, k, values.expand(-1, q.shape[1], -1, -1))
         return kernels.raw_attention(q, k, values)
 
 
@@ -266,11 +268,16 @@ class BDHCore(nn.Module):
 
     def levels(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """All steps. x: (B, T, D) -> (B, T, D). grid: (rows, columns) of the patches, for axial positions."""
+        return self.states(x, grid)[-1]
+
+    def states(self, x: Tensor, grid: tuple[int, int] | None = None) -> list[Tensor]:
+        """The residual stream after each level, n_layer times (B, T, D); scaled_pre normalises the last."""
         residual = self.config.residual
         tables = self.attn.tables(x.shape[1], grid)
         weights = self.step_weights()
         fast = self.has_fast_path(x.device) and not torch.compiler.is_compiling()  # a compiler fuses the plain path
         products = self._in_compute_precision(weights) if fast else [None] * len(weights)
+        states = []
         if residual == "post":
             x = layer_norm(x)
         for level in range(self.config.n_layer):
@@ -286,7 +293,10 @@ class BDHCore(nn.Module):
                 x = x + self.update(self.scaled_norm(x, level), *step)
             else:
                 x = x + self.update(x, *step)
-        return self.scaled_norm(x, self.config.n_layer) if residual == "scaled_pre" else x
+            states.append(x)
+        if residual == "scaled_pre":
+            states[-1] = self.scaled_norm(x, self.config.n_layer)
+        return states
 
     def scaled_norm(self, x: Tensor, level: int) -> Tensor:
         """S_l of DESIGN's scaled_pre with l = level + 1: affine LN times 1 / sqrt(l)."""

@@ -1,7 +1,23 @@
 """Training: what a script needs."""
 
-from training.config import ClassificationConfig, Experiment, RunOptions, TextConfig, UserError
+from training.config import (
+    ClassificationConfig,
+    Experiment,
+    RunOptions,
+    SegmentationConfig,
+    TextConfig,
+    UserError,
+)
 from training.launch import launch
 from training.loop import fit
 
-__all__ = ["ClassificationConfig", "Experiment", "RunOptions", "TextConfig", "UserError", "fit", "launch"]
+__all__ = [
+    "ClassificationConfig",
+    "Experiment",
+    "RunOptions",
+    "SegmentationConfig",
+    "TextConfig",
+    "UserError",
+    "fit",
+    "launch",
+]

@@ -1,16 +1,25 @@
-"""Transforms of whole batches on the device: every image gets a draw of its own, no image passes through the host.
+"""Transforms of training images.
 
-Draws are made apart from their use, for a whole epoch at once, from a seeded CPU generator.
+For classification, of whole batches on the device: every image gets a draw of its own, no image passes through the
+host. Draws are made apart from their use, for a whole epoch at once, from a seeded CPU generator. For segmentation, of
+an image together with its mask, by the workers that load them.
 """
 
 import math
+import os
+import random
+from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from training.config import SegmentationConfig
+
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of torchvision's RandomResizedCrop
 CROP_ATTEMPTS = 10
+JointTransform = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -64,3 +73,37 @@ def _sample_points(start: Tensor, length: Tensor, size: int) -> Tensor:
     points = start[:, None] + centres * length[:, None] - 0.5
     points = points.clamp(start[:, None], (start + length - 1)[:, None])
     return points * (2 / max(size - 1, 1)) - 1
+
+
+def joint_transform(config: SegmentationConfig, void: int) -> JointTransform:
+    """What changes an image and its mask together: a function of (h, w, 3) uint8, (h, w) uint8 and a seed.
+
+    It follows from the seed alone. What comes into view from outside the image is black, and void in the mask. Labels
+    are never mixed. This is the one place that knows albumentations.
+    """
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else its import asks the network for a newer version
+    import albumentations
+
+    compose = albumentations.Compose(
+        [
+            albumentations.HorizontalFlip(p=config.horizontal_flip),
+            albumentations.Affine(  # with the ranges of albumentations' own ShiftScaleRotate, but the rotation's
+                translate_percent=(-0.0625, 0.0625),
+                scale=(0.9, 1.1),
+                keep_ratio=True,
+                rotate=(-15, 15),
+                fill=0,
+                fill_mask=void,
+                p=config.shift_scale_rotate,
+            ),
+            albumentations.RandomBrightnessContrast(0.2, 0.2, p=config.brightness_contrast),
+        ]
+    )
+
+    def transform(image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        # one generator for all steps: set_random_seed would give each the same draws
+        compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        both = compose(image=image, mask=mask)
+        return both["image"], both["mask"]
+
+    return transform

@@ -33,12 +33,12 @@ class TrainConfig:
     """gradients are scaled down to this norm"""
     grad_accum: int = 1
     """batches whose gradients are averaged into one optimiser step"""
-    val_fraction: float = 0.2
-    """share of the training data held out for validation"""
     precision: Literal["float32", "tf32", "bf16"] = "tf32"
     """of matrix products; tf32 is float32 where the device has none"""
     compile: bool = False
     """run the model through torch.compile"""
+    start_from: Path | None = None
+    """best.pt or last.pt of a run of the same model, whose weights the training starts from"""
     seed: int = 0
     """of the split, the weights, and every draw in training"""
 
@@ -47,13 +47,24 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, self, name, "must be at least 1")
         _require(self.learning_rate > 0, self, "learning_rate", "must be above 0")
         _require(self.max_grad_norm > 0, self, "max_grad_norm", "must be above 0")
-        _require(0 < self.val_fraction < 1, self, "val_fraction", "must be above 0 and below 1")
         for name in ("weight_decay", "warmup_steps", "seed"):
             _require(getattr(self, name) >= 0, self, name, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassificationConfig(TrainConfig):
+class HeldOutConfig(TrainConfig):
+    """Training on data that have no validation part of their own."""
+
+    val_fraction: float = 0.2
+    """share of the training data held out for validation"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(0 < self.val_fraction < 1, self, "val_fraction", "must be above 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationConfig(HeldOutConfig):
     """Training on images with one class each."""
 
     dataset: Literal["digits", "cifar10", "cifar100", "folder"]
@@ -72,7 +83,33 @@ class ClassificationConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextConfig(TrainConfig):
+class SegmentationConfig(TrainConfig):
+    """Training on images with a class for every pixel."""
+
+    dataset: Literal["camvid", "voc", "cityscapes"] = "camvid"
+    """images and masks to train on"""
+    dice_weight: float = 0.5
+    """share of the Dice loss; the rest is cross-entropy"""
+    horizontal_flip: float = 0.0
+    """probability of mirroring a training image"""
+    brightness_contrast: float = 0.0
+    """probability of changing brightness and contrast, each by at most a fifth"""
+    shift_scale_rotate: float = 0.0
+    """probability of shifting (by at most 1/16), scaling (0.9 to 1.1) and rotating (at most 15 degrees)"""
+    eval_full_size: bool = False
+    """validate against the masks at their original size, the prediction being enlarged to it"""
+    train_limit: int | None = None
+    """use only this many of the training images, drawn by the seed"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("dice_weight", "horizontal_flip", "brightness_contrast", "shift_scale_rotate"):
+            _require(0 <= getattr(self, name) <= 1, self, name, "must be between 0 and 1")
+        _require(self.train_limit is None or self.train_limit >= 1, self, "train_limit", "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(HeldOutConfig):
     """Training a language model on the bytes of one text."""
 
     text: Path | None = None
@@ -104,11 +141,11 @@ class RunOptions:
     data_dir: Path | None = None
     """folder that holds data_cifar10 and the like; default: $VISION_BDH_DATA, else beside the scripts"""
     num_workers: int = 4
-    """processes that read images which do not fit in memory"""
+    """processes that augment images with masks, or read images which do not fit in memory"""
     runs_dir: Path = ROOT / "runs"
     """folder of all runs"""
-    eval_batch_size: int = 256
-    """images (or texts) a forward pass in validation and test"""
+    eval_batch_size: int | None = None
+    """images (or texts) a forward pass in validation and test; default: 256, for segmentation batch_size"""
     log_every: int = 50
     """steps between two readings of the loss"""
     tensorboard: bool = False
@@ -117,8 +154,10 @@ class RunOptions:
     """report to this Weights & Biases project"""
 
     def __post_init__(self):
-        for name in ("eval_batch_size", "log_every"):
-            _require(getattr(self, name) >= 1, self, name, "must be at least 1")
+        _require(
+            self.eval_batch_size is None or self.eval_batch_size >= 1, self, "eval_batch_size", "must be at least 1"
+        )
+        _require(self.log_every >= 1, self, "log_every", "must be at least 1")
         _require(self.num_workers >= 0, self, "num_workers", "must not be negative")
         if self.name is not None and (not re.fullmatch(r"[\w+=.,-]+", self.name) or self.name in (".", "..")):
             raise ValueError(f"name = {self.name!r} must be a plain folder name of letters, digits and _ + = . , -")
@@ -144,7 +183,10 @@ class Experiment:
     def fields(self) -> dict[str, dict]:
         """The fields that decide the result, as plain values; of a file its name, wherever it lies."""
         fields = {"model": dataclasses.asdict(self.model), "train": dataclasses.asdict(self.train)}
-        return {part: {key: _name_of_file(value) for key, value in of.items()} for part, of in fields.items()}
+        return {
+            part: {key: name_of_file(value) if isinstance(value, Path) else value for key, value in of.items()}
+            for part, of in fields.items()
+        }
 
 
 def parse_experiment(
@@ -173,7 +215,7 @@ def full_experiment_name(name: str, before: tuple, after: tuple) -> str:
     """The experiment's name and every field but the seed that was changed in its configs; of a file its name."""
     changed = {key: value for pair in zip(before, after, strict=True) for key, value in changed_fields(*pair).items()}
     changed.pop("seed", None)
-    return "+".join([name, *(f"{key}={_name_of_file(value)}" for key, value in sorted(changed.items()))])
+    return "+".join([name, *(f"{key}={_in_a_name(value)}" for key, value in sorted(changed.items()))])
 
 
 def changed_fields(before: Any, after: Any) -> dict:
@@ -182,8 +224,16 @@ def changed_fields(before: Any, after: Any) -> dict:
     return {key: new[key] for key in new if new[key] != old[key]}
 
 
-def _name_of_file(value: Any) -> Any:
-    return value.name if isinstance(value, Path) else value
+def name_of_file(path: Path) -> str:
+    """What tells a file from others; of a checkpoint also its run, because all of them are called best.pt."""
+    return "-".join(path.resolve().parts[-3:]) if path.suffix == ".pt" else path.name
+
+
+def _in_a_name(value: Any) -> Any:
+    """A value as part of a folder's name."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return name_of_file(value) if isinstance(value, Path) else value
 
 
 def _require(holds: bool, config: Any, name: str, rule: str) -> None:

@@ -72,7 +72,8 @@ def data_folder(name: str, data_dir: Path | None) -> Path:
     data_dir may also be that folder itself.
     """
     root = data_dir or Path(os.environ.get("VISION_BDH_DATA") or ROOT)
-    is_folder_itself = root.name == f"data_{name}" or (root / f"{name}.npz").is_file()
+    content = {"camvid": "train", "voc": "VOCdevkit", "cityscapes": "leftImg8bit"}.get(name, f"{name}.npz")
+    is_folder_itself = root.name == f"data_{name}" or (root / content).exists()
     return root if is_folder_itself else root / f"data_{name}"
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from training.config import Experiment, TrainConfig, UserError, parse_experiment
 from training.loop import fit
-from training.metrics import METRICS
+from training.metrics import metric_of
 
 
 def launch(name: str, model: Any, train: TrainConfig) -> Path:
@@ -57,13 +57,13 @@ def show_summary(experiment: Experiment, summary: dict[str, Any]) -> None:
     """The closing table."""
     table = Table(title=f"{experiment.name}, seed {experiment.train.seed}", show_header=False)
     for key, value in (summary["test"] or {}).items():
-        table.add_row(f"test {METRICS[key].label}", METRICS[key].show(value))
+        table.add_row(f"test {metric_of(key).label}", metric_of(key).show(value))
     if summary["test"] is None:
         table.add_row("test", "the data have no test part: the validation is the result")
     table.add_row("best epoch", str(summary["best"]["epoch"]))
     for key, value in summary["best"].items():
         if key != "epoch":
-            metric = METRICS[key.removeprefix("val_")]
+            metric = metric_of(key.removeprefix("val_"))
             table.add_row(f"its validation {metric.label}", metric.show(value))
     table.add_row("parameters", f"{summary['parameters']:,}")
     Console().print(table)

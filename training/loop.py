@@ -23,6 +23,7 @@ from training.device import (
 )
 from training.metrics import METRICS, Sums
 from training.runs import Run
+from training.start import start_weights
 from training.tasks import Batches, Task, make_task
 from training.trackers import open_trackers, require_packages
 
@@ -120,9 +121,11 @@ def _set_up(experiment: Experiment, run: Run, resuming: bool) -> Session:
 
     torch.manual_seed(seeds.derive("weights", train.seed))
     try:
-        model = experiment.model.build().to(device)
+        model = experiment.model.build()
     except ImportError as error:  # of a library that only this model needs
         raise UserError(str(error)) from None
+    origin = None if resuming else start_weights(model, experiment)
+    model = model.to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=train.learning_rate,
@@ -145,7 +148,7 @@ def _set_up(experiment: Experiment, run: Run, resuming: bool) -> Session:
         run.cut_metrics(session.epoch)
         print(f"resuming after epoch {session.epoch} of {train.epochs}")
     else:
-        run.start(experiment, data, describe_hardware(device), parameters)
+        run.start(experiment, data, describe_hardware(device), parameters, origin)
         run.save_checkpoint(session.state())  # so that a run stopped in its first epoch can be resumed too
     print(
         f"{experiment.name}, seed {train.seed}: {parameters:,} parameters; "
@@ -187,14 +190,12 @@ def _epoch(session: Session, run: Run) -> dict[str, Any]:
         "epoch_time_sec": round(ended - started, 3),
         "images_per_sec": round(session.data.size("train") / (trained - started), 1),
         "peak_memory_mb": round(peak_memory_mb(device), 1),
+        f"train_{task.metric.key}": training[task.metric.key],
+        **{f"val_{key}": value for key, value in validation.items() if key not in ("loss", task.metric.key)},
     }
     run.append_metrics(row)
     if session.best is None or _score(row, task) > _score(session.best, task):
-        session.best = {
-            "epoch": session.epoch,
-            "val_loss": row["val_loss"],
-            f"val_{task.metric.key}": validation[task.metric.key],
-        }
+        session.best = {key: value for key, value in row.items() if key == "epoch" or key.startswith("val_")}
         run.save_best(session.best | {"model": session.model.state_dict(), "config": session.experiment.fields()})
     run.save_checkpoint(session.state())
     left = (train.epochs - session.epoch) * (ended - started)
@@ -265,7 +266,7 @@ def _read_progress(session: Session, bar: tqdm, sums: Sums, first_bad: Tensor) -
         raise TrainingError(_not_finite(session, f"the loss or its gradient at step {step}"))
     read = sums.read()
     ratios = session.task.ratios(read)
-    bar.set_postfix({METRICS[key].label: METRICS[key].show(value) for key, value in ratios.items()})
+    bar.set_postfix({METRICS[key].label: METRICS[key].show(ratios[key]) for key in ("loss", session.task.metric.key)})
     bar.update(int(read["images"]) - bar.n)
 
 

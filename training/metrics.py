@@ -1,8 +1,11 @@
 """Metrics: counts are summed on the device, batch by batch; ratios are taken once, at the end."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,8 +32,8 @@ class Metric:
         """A stored value in the title's unit. sign: "+" shows it for positive values, too."""
         return f"{self.scale * value:{sign}.{2 if self.percent else 4}f}"
 
-    def show(self, value: float) -> str:
-        return self.number(value) + "%" * self.percent
+    def show(self, value: float | None) -> str:
+        return "none" if value is None else self.number(value) + "%" * self.percent
 
 
 METRICS = {
@@ -39,9 +42,18 @@ METRICS = {
         Metric("loss", "loss", percent=False, higher_is_better=False),
         Metric("accuracy", "accuracy", percent=True, higher_is_better=True),
         Metric("miou", "mIoU", percent=True, higher_is_better=True),
+        Metric("miou_batch", "mIoU by batches", percent=True, higher_is_better=True),
+        Metric("pixel_accuracy", "pixel accuracy", percent=True, higher_is_better=True),
         Metric("bits_per_byte", "bits per byte", percent=False, higher_is_better=False),
     )
 }
+
+
+def metric_of(key: str) -> Metric:
+    """The metric that is stored under that key: of METRICS, or the IoU of one class, iou_<class>. Raises KeyError."""
+    if key.startswith("iou_"):
+        return Metric(key, f"IoU {key.removeprefix('iou_')}", percent=True, higher_is_better=True)
+    return METRICS[key]
 
 
 class Sums:
@@ -55,9 +67,9 @@ class Sums:
             count = count.detach().float() if count.dtype == torch.bfloat16 else count.detach()
             self._sums[name] = self._sums[name] + count if name in self._sums else count
 
-    def read(self) -> dict[str, float]:
-        """The sums as numbers; waits for the device."""
-        return {name: value.item() for name, value in self._sums.items()}
+    def read(self) -> dict[str, Any]:
+        """The sums as numbers, or nested lists of them; waits for the device."""
+        return {name: value.tolist() for name, value in self._sums.items()}
 
 
 def classification_ratios(sums: dict[str, float]) -> dict[str, float]:
@@ -69,3 +81,40 @@ def text_ratios(sums: dict[str, float]) -> dict[str, float]:
     """Mean loss in nats and the same in bits a byte, from the sums that `tasks.LanguageModelling` counts."""
     loss = sums["loss"] / sums["images"]
     return {"loss": loss, "bits_per_byte": loss / math.log(2)}
+
+
+def confusion_matrices(predicted: Tensor, truth: Tensor, n_classes: int) -> Tensor:
+    """Pixels of each image by true class (row) and predicted class (column). (B, h, w) each -> (B, n, n) int64.
+
+    predicted: 0 to n - 1. truth: 0 to n; n is void, whose pixels count nowhere.
+    """
+    cells = (truth * n_classes + predicted).flatten(1)  # void's are those from n * n on
+    counts = torch.zeros(len(truth), n_classes * (n_classes + 1), dtype=torch.int64, device=truth.device)
+    counts.scatter_add_(1, cells, torch.ones_like(cells))  # unlike bincount, it never waits for the device
+    return counts[:, : n_classes**2].unflatten(1, (n_classes, n_classes))
+
+
+def batch_miou(confusion: Tensor) -> Tensor:
+    """Mean IoU over the classes that a batch's masks hold, as the published numbers were made. (n, n) -> ()."""
+    hits = confusion.diagonal()
+    present = confusion.sum(1) > 0
+    iou = hits / (confusion.sum(0) + confusion.sum(1) - hits).clamp(min=1)
+    return (iou * present).sum() / present.sum().clamp(min=1)
+
+
+def segmentation_ratios(sums: dict[str, Any], class_names: Sequence[str]) -> dict[str, float | None]:
+    """Mean loss, mIoU, pixel accuracy, mean of `batch_miou`, and iou_<class>, from what `tasks.Segmentation` counts.
+
+    The IoU of a class that is neither there nor predicted is None, and not part of the mean.
+    """
+    confusion = np.array(sums["confusion"])
+    hits = confusion.diagonal()
+    union = confusion.sum(0) + confusion.sum(1) - hits
+    iou = [float(hit / all_) if all_ else None for hit, all_ in zip(hits, union, strict=True)]
+    return {
+        "loss": sums["loss"] / sums["images"],
+        "miou": float(np.mean([each for each in iou if each is not None] or [0.0])),
+        "pixel_accuracy": float(hits.sum() / max(1, confusion.sum())),
+        "miou_batch": sums["miou_batch"] / sums["batches"],
+        **{f"iou_{name}": each for name, each in zip(class_names, iou, strict=True)},
+    }

@@ -73,10 +73,12 @@ class Run:
             )
         return True
 
-    def start(self, experiment: Experiment, data: Any, hardware: dict, parameters: int) -> None:
+    def start(
+        self, experiment: Experiment, data: Any, hardware: dict, parameters: int, origin: dict | None = None
+    ) -> None:
         """Makes the folder, removes what an overwritten run left there, and writes config.json and split.npz.
 
-        data: `tasks.Batches`; split.npz is there if its split is.
+        data: `tasks.Batches`; split.npz is there if its split is. origin: of the first weights, if not drawn.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -91,6 +93,7 @@ class Run:
             "config": experiment.fields(),
             "model_class": type(experiment.model).__name__,
             "data": data.description,
+            "origin": origin,
             "parameters": parameters,
             "hardware": hardware,
             "versions": _versions(),
@@ -145,7 +148,7 @@ class Run:
             try:
                 state = load_file(self.folder / name)
             except UNREADABLE as error:
-                problems.append(f"{name}: {_first_line(error)}")
+                problems.append(f"{name}: {first_line(error)}")
                 continue
             if problems:
                 say(f"last.pt cannot be read ({problems[0]}); going on from previous.pt, epoch {state['epoch']}")
@@ -160,7 +163,7 @@ class Run:
             return load_file(self.folder / "best.pt")
         except UNREADABLE as error:
             raise UserError(
-                f"{self.folder / 'best.pt'} cannot be read ({_first_line(error)}): start with --overwrite"
+                f"{self.folder / 'best.pt'} cannot be read ({first_line(error)}): start with --overwrite"
             ) from None
 
     def append_metrics(self, row: dict[str, Any]) -> None:
@@ -232,7 +235,7 @@ def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         model.load_state_dict(best["model"])
     except (*UNREADABLE, TypeError, ImportError) as error:  # TypeError: a field that this version does not know
         raise UserError(
-            f"{folder} is no run whose model can be read ({_first_line(error)}): "
+            f"{folder} is no run whose model can be read ({first_line(error)}): "
             "give a folder with config.json and best.pt, such as runs/v2_cifar10/seed0"
         ) from None
     return model.eval(), config
@@ -249,7 +252,7 @@ def _save_split(path: Path, split: Split) -> None:
 
 
 def _disk_error(path: Path, error: Exception) -> UserError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
     return UserError(
         f"{path} could not be written ({reason}); what was there before is untouched. "
         "Free some space, then go on with --resume"
@@ -261,7 +264,7 @@ def _shorten(value: Any, longest: int = 120) -> str:
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """What the error says in short; its class where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 

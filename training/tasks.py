@@ -1,4 +1,7 @@
-"""What differs between tasks: the data, the loss, what is counted, and the metric that picks the best epoch."""
+"""What differs between tasks: the data, the loss, what is counted, and the metric that picks the best epoch.
+
+A task is made from its part of the configuration.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -8,11 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.config import ClassificationConfig, Experiment, TextConfig, TrainConfig, UserError
-from training.data import DataSet, ImageBatches, Split, load_dataset, split_train
-from training.metrics import METRICS, Metric, classification_ratios, text_ratios
+from training.config import ClassificationConfig, Experiment, SegmentationConfig, TextConfig, TrainConfig, UserError
+from training.data import DataSet, ImageBatches, Split, data_folder, load_dataset, split_train
+from training.masks import CLASSES, find_masks
+from training.metrics import (
+    METRICS,
+    Metric,
+    batch_miou,
+    classification_ratios,
+    confusion_matrices,
+    segmentation_ratios,
+    text_ratios,
+)
+from training.segmentation import MaskBatches, describe_masks
 from training.text import TextBatches, describe, load_text
 
+EVAL_BATCH_SIZE = 256
 Check = Callable[[dict[str, Any]], None]
 
 
@@ -54,8 +68,8 @@ class Task(Protocol):
     def counts(self, loss: Tensor, outputs: Any, targets: Tensor) -> dict[str, Tensor]:
         """What is summed over batches, as tensors on the device; "images" are the samples."""
 
-    def ratios(self, sums: dict[str, float]) -> dict[str, float]:
-        """ "loss" and the metric, from the sums of counts."""
+    def ratios(self, sums: dict[str, Any]) -> dict[str, float | None]:
+        """ "loss" and the metric, and whatever else is worth a column, from the sums of counts."""
 
 
 class Classification:
@@ -64,14 +78,18 @@ class Classification:
     metric = METRICS["accuracy"]
     samples, unit = "images", "img"
 
+    def __init__(self, train: ClassificationConfig):
+        self.train = train
+
     def load(self, experiment: Experiment, split: Split | None, device: torch.device, check: Check) -> ImageBatches:
-        train, options = experiment.train, experiment.options
+        train, options = self.train, experiment.options
         img_size, in_channels = experiment.model.img_size, experiment.model.in_channels
         dataset = load_dataset(train.dataset, options.data_dir, img_size, in_channels)
         check(dataset.description)
         _check_fit(experiment.model, dataset)
         split = split or split_train(dataset.train_labels, train.val_fraction, train.train_limit, train.seed)
-        return ImageBatches(dataset, split, train, options.eval_batch_size, device, options.num_workers)
+        eval_batch_size = options.eval_batch_size or EVAL_BATCH_SIZE
+        return ImageBatches(dataset, split, train, eval_batch_size, device, options.num_workers)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in nats. logits: (B, classes), labels: (B,)."""
@@ -91,14 +109,17 @@ class LanguageModelling:
     metric = METRICS["bits_per_byte"]
     samples, unit = "pieces of text", "piece"
 
+    def __init__(self, train: TextConfig):
+        self.train = train
+
     def load(self, experiment: Experiment, split: Split | None, device: torch.device, check: Check) -> TextBatches:
-        text, name = load_text(experiment.train.text)
+        text, name = load_text(self.train.text)
         check(describe(text, name))
         if experiment.model.vocab_size < 256:
             raise UserError(
                 f"text is bytes, and the model knows {experiment.model.vocab_size} tokens: set --vocab-size 256"
             )
-        return TextBatches(text, name, experiment.train, experiment.options.eval_batch_size, device)
+        return TextBatches(text, name, self.train, experiment.options.eval_batch_size or EVAL_BATCH_SIZE, device)
 
     def loss(self, outputs: tuple[Tensor, Any], targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats. outputs[0]: logits (B, T, V), targets: (B, T)."""
@@ -111,11 +132,85 @@ class LanguageModelling:
         return text_ratios(sums)
 
 
-TASKS = {ClassificationConfig: Classification, TextConfig: LanguageModelling}
+class Segmentation:
+    """A class for every pixel: cross-entropy and Dice, and the mean IoU of one confusion matrix over the whole part."""
+
+    metric = METRICS["miou"]
+    samples, unit = "images", "img"
+
+    def __init__(self, train: SegmentationConfig):
+        self.train = train
+        self.classes = CLASSES[train.dataset]
+
+    def load(self, experiment: Experiment, split: Split | None, device: torch.device, check: Check) -> MaskBatches:
+        model, options = experiment.model, experiment.options
+        for name, value in {"num_classes": len(self.classes.names), "in_channels": 3}.items():
+            if getattr(model, name) != value:
+                raise UserError(
+                    f"{self.train.dataset} has {len(self.classes.names)} classes and colour images, but the model has "
+                    f"{name} = {getattr(model, name)}: set --{name.replace('_', '-')} {value}"
+                )
+        files = find_masks(self.train.dataset, data_folder(self.train.dataset, options.data_dir))
+        check(describe_masks(files))
+        eval_batch_size = options.eval_batch_size or self.train.batch_size  # a large image takes much more memory
+        return MaskBatches(files, self.train, model.img_size, eval_batch_size, device, options.num_workers)
+
+    def loss(self, logits: Tensor, masks: Tensor) -> Tensor:
+        """The weighted mean of cross-entropy (nats) and Dice loss. logits: (B, classes, h, w), masks: (B, h', w')."""
+        logits = at_size_of(masks, logits).float()
+        share = self.train.dice_weight
+        return (1 - share) * pixel_cross_entropy(logits, masks) + share * dice_loss(logits, masks)
+
+    def counts(self, loss: Tensor, logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
+        confusion = confusion_matrices(at_size_of(masks, logits).argmax(1), masks, len(self.classes.names))
+        batches = confusion.split(self.train.batch_size)
+        return {
+            "loss": loss * len(masks),
+            "images": torch.full_like(masks[0, 0, 0], len(masks)),
+            "confusion": confusion.sum(0),
+            "miou_batch": torch.stack([batch_miou(batch.sum(0)) for batch in batches]).sum(),
+            "batches": torch.full_like(masks[0, 0, 0], len(batches)),
+        }
+
+    def ratios(self, sums: dict[str, Any]) -> dict[str, float | None]:
+        return segmentation_ratios(sums, self.classes.names)
+
+
+def at_size_of(masks: Tensor, logits: Tensor) -> Tensor:
+    """logits: (B, classes, h, w), enlarged (bilinear) where the masks, (B, h', w'), are of another size."""
+    if logits.shape[2:] == masks.shape[1:]:
+        return logits
+    return F.interpolate(logits, size=masks.shape[1:], mode="bilinear", align_corners=False)
+
+
+def pixel_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+    """Mean over pixels but void, in nats; 0 if there are none. logits: (B, n, h, w), masks: (B, h, w), n is void."""
+    void = logits.shape[1]
+    total = F.cross_entropy(logits, masks, ignore_index=void, reduction="sum")
+    return total / (masks != void).sum().clamp(min=1)
+
+
+def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """1 - 2 |P T| / (|P| + |T|), the mean over all classes of those that the batch's masks hold (others count 0).
+
+    P: probabilities, T: truth, summed over all pixels of the batch but void. Milletari et al. 2016 (arXiv 1606.04797),
+    with the sums in the denominator not squared, as segmentation-models-pytorch has it.
+    logits: (B, n, h, w), masks: (B, h, w), n is void.
+    """
+    n = logits.shape[1]
+    truth = F.one_hot(masks, n + 1)[..., :n].to(logits.dtype)  # (B, h, w, n), zero at void
+    probabilities = logits.softmax(1).movedim(1, -1) * (masks != n).unsqueeze(-1)
+    overlap = (probabilities * truth).sum((0, 1, 2))
+    pixels = truth.sum((0, 1, 2))
+    dice = 2 * overlap / (probabilities.sum((0, 1, 2)) + pixels).clamp(min=1e-7)
+    return ((1 - dice) * (pixels > 0)).mean()
+
+
+TASKS = {ClassificationConfig: Classification, SegmentationConfig: Segmentation, TextConfig: LanguageModelling}
 
 
 def make_task(train: TrainConfig) -> Task:
-    return TASKS[type(train)]()
+    return TASKS[type(train)](train)
 
 
 def _check_fit(model: Any, dataset: DataSet) -> None:

@@ -21,7 +21,7 @@ class _TensorBoard:
 
     def log(self, row: dict[str, Any]) -> None:
         for key, value in row.items():
-            if key != "epoch":
+            if key != "epoch" and value is not None:
                 self.writer.add_scalar(key, value, row["epoch"])
         self.writer.flush()
 

@@ -1,0 +1,200 @@
+"""Images and masks given out in batches; see training.masks for where they come from."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from models.vision_bdh import ImageSize, height_and_width
+from training import seeds
+from training.augment import JointTransform, joint_transform, normalise
+from training.config import SegmentationConfig, UserError
+from training.device import fits_in_memory
+from training.masks import BadFile, MaskFiles, Pair, read_image
+
+SHOWN_PROBLEMS = 5
+
+
+def describe_masks(files: MaskFiles) -> dict[str, Any]:
+    """What tells these data from others, for the run's config.json."""
+    images = {part: len(pairs) for part, pairs in files.pairs.items()}
+    return {"name": files.name, "class_names": list(files.classes.names), "images": images}
+
+
+class MaskPart:
+    """Decoded images and masks of a part at the model's size, and the masks at their own where asked."""
+
+    def __init__(self, files: MaskFiles, pairs: list[Pair], img_size: ImageSize, full_masks: bool):
+        """Raises UserError that lists the files which cannot be used."""
+        height, width = height_and_width(img_size)
+        self.images = np.empty((len(pairs), height, width, 3), dtype=np.uint8)
+        self.masks = np.empty((len(pairs), height, width), dtype=np.uint8)
+        self.full_masks: list[np.ndarray | None] = [None] * len(pairs)
+
+        def read(index: int) -> str | None:
+            try:
+                image, mask = read_pair(pairs[index], files)
+            except BadFile as error:
+                return str(error)
+            self.images[index] = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+            self.masks[index] = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
+            if full_masks:
+                self.full_masks[index] = mask
+            return None
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            work = pool.map(read, range(len(pairs)))
+            problems = list(tqdm(work, total=len(pairs), unit="img", desc="reading", leave=False, disable=None))
+        refuse([problem for problem in problems if problem], files.name)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def read_pair(pair: Pair, files: MaskFiles) -> tuple[np.ndarray, np.ndarray]:
+    """Image (h, w, 3) and mask (h, w), uint8. Raises BadFile, also where their sizes differ."""
+    image, mask = read_image(pair.image), files.read_mask(pair.mask)
+    if image.shape[:2] != mask.shape:
+        sizes = [" x ".join(map(str, each.shape[1::-1])) for each in (image, mask)]
+        raise BadFile(
+            f"{pair.image} is {sizes[0]} pixels, but its mask {pair.mask} is {sizes[1]}: bring them to one size"
+        )
+    return image, mask
+
+
+def refuse(problems: list[str], name: str) -> None:
+    """Raises UserError that shows the first problems, if there are any."""
+    if problems:
+        more = len(problems) - SHOWN_PROBLEMS
+        shown = problems[:SHOWN_PROBLEMS] + [f"and {more} more"] * (more > 0)
+        check = "; python tools/verify_camvid.py lists all" if name == "camvid" else ""
+        raise UserError(f"{len(problems)} of the files of {name} cannot be used{check}\n" + "\n".join(shown))
+
+
+class _Augmented(Dataset):
+    """What the workers read: an image and its mask, changed as the seed says."""
+
+    def __init__(self, part: MaskPart, transform: JointTransform):
+        self.part, self.transform = part, transform
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """item: index and seed -> (3, h, w) and (h, w), uint8."""
+        index, seed = item
+        image, mask = self.transform(self.part.images[index], self.part.masks[index], seed)
+        return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(mask)
+
+
+class _EpochOrder:
+    """A batch sampler: indices of the samples in the order of the current epoch, each with its own seed."""
+
+    def __init__(self, n: int, config: SegmentationConfig):
+        self.n, self.config, self.epoch = n, config, 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        seed, epoch, size = self.config.seed, self.epoch, self.config.batch_size
+        order = torch.randperm(self.n, generator=seeds.generator("order", seed, epoch)).tolist()
+        draws = seeds.generator("augmentation", seed, epoch)
+        items = list(zip(order, torch.randint(2**63 - 1, (self.n,), generator=draws).tolist(), strict=True))
+        yield from (items[first : first + size] for first in range(0, self.n, size))
+
+    def __len__(self) -> int:
+        return -(-self.n // self.config.batch_size)
+
+
+class MaskBatches:
+    """A segmentation data set given out in batches ready for the model: `tasks.Batches`.
+
+    All images are decoded once, brought to the model's size, and kept in memory. Order and augmentation follow from the
+    run's seed and the epoch, however many workers there are; validation and test images are only normalised.
+    """
+
+    split = None  # the data sets have validation parts of their own
+
+    def __init__(
+        self,
+        files: MaskFiles,
+        config: SegmentationConfig,
+        img_size: ImageSize,
+        eval_batch_size: int,
+        device: torch.device,
+        num_workers: int = 0,
+    ):
+        """Raises UserError for files that cannot be used and for data larger than half of the memory."""
+        refuse(files.problems, files.name)
+        self.description = describe_masks(files)
+        self.eval_batch_size = eval_batch_size
+        self.device = device
+        pairs = files.pairs | {"train": _limit(files.pairs["train"], config)}
+        height, width = height_and_width(img_size)
+        n_bytes = sum(map(len, pairs.values())) * height * width * 4
+        if not fits_in_memory(n_bytes, torch.device("cpu")):
+            raise UserError(
+                f"the images of {files.name} take {n_bytes / 1e9:.0f} GB at this size, more than half of the memory: "
+                "choose a smaller --img-size"
+            )
+        self.parts = {
+            part: MaskPart(files, of, img_size, config.eval_full_size and part != "train") for part, of in pairs.items()
+        }
+        workers = min(num_workers, os.cpu_count() or 1)
+        self.order = _EpochOrder(len(self.parts["train"]), config)
+        self.loader = DataLoader(
+            _Augmented(self.parts["train"], joint_transform(config, files.classes.void)),
+            batch_sampler=self.order,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_one_thread,
+            generator=torch.Generator(),  # else it draws from PyTorch's own, which dropout follows
+        )
+
+    def size(self, part: str) -> int:
+        """Images of "train", "val" or "test"."""
+        return len(self.parts[part])
+
+    def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every training image once: images (B, 3, h, w) float32 in [-1, 1], masks (B, h, w) int64."""
+        self.order.epoch = epoch
+        for images, masks in self.loader:
+            yield self._on_device(images, masks)
+
+    def eval_batches(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every image of a part once, in order; with masks of their original size, a batch holds those of one size."""
+        of = self.parts[part]
+        first = 0
+        while first < len(of):
+            here = slice(first, first + self.eval_batch_size)
+            masks = [
+                mask if full is None else full for mask, full in zip(of.masks[here], of.full_masks[here], strict=True)
+            ]
+            masks = [
+                mask for k, mask in enumerate(masks) if all(each.shape == masks[0].shape for each in masks[: k + 1])
+            ]
+            images = torch.from_numpy(of.images[first : first + len(masks)]).permute(0, 3, 1, 2)
+            yield self._on_device(images.contiguous(), torch.from_numpy(np.stack(masks)))
+            first += len(masks)
+
+    def _on_device(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        images, masks = (each.to(self.device, non_blocking=True) for each in (images, masks))
+        return normalise(images), masks.long()
+
+
+def _limit(pairs: list[Pair], config: SegmentationConfig) -> list[Pair]:
+    """train_limit of the pairs, drawn by the seed, in their order."""
+    if config.train_limit is None or config.train_limit >= len(pairs):
+        return pairs
+    generator = np.random.default_rng(seeds.derive("split", config.seed))
+    return [pairs[index] for index in np.sort(generator.permutation(len(pairs))[: config.train_limit])]
+
+
+def _one_thread(worker: int) -> None:
+    """Workers share the processor with training; OpenCV would start a thread a core in each of them."""
+    import cv2
+
+    cv2.setNumThreads(0)
