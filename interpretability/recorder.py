@@ -21,7 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from torchvision.models import VisionTransformer
 
 from models.bdh import BDHCore
-from models.vision_bdh import VisionBDH
+from models.bdh_unet import BDHUNet
+from models.vision_bdh import VisionEncoder
 
 Keep = Callable[[int, Tensor], None]  # takes a level, counted from 0, and what enters it, (B, T, D)
 
@@ -43,10 +44,10 @@ class Probe(Protocol):
 class BDHProbe:
     """BDH models, whose one step runs n_layer times: the n-th call of `level_input` in a pass is level n."""
 
-    def __init__(self, model: BDHCore):
-        self.model = model
+    def __init__(self, model: BDHCore | BDHUNet):
+        self.model = model = model.encoder if isinstance(model, BDHUNet) else model
         self.class_tokens = 0 if getattr(model, "cls_token", None) is None else 1
-        self.grid = (model.config.grid,) * 2 if isinstance(model, VisionBDH) else None
+        self.grid: tuple[int, int] | None = None  # of the images last seen
         self.n_levels = model.config.n_layer
         self.signed = not model.attn.softmax
 
@@ -62,10 +63,16 @@ class BDHProbe:
             keep(level % self.n_levels, args[0])  # modulo: model.tokens(...) does not pass through the model's own hook
             level += 1
 
-        return [
+        def see_grid(module: nn.Module, args: tuple, patches: Tensor) -> None:
+            self.grid = tuple(patches.shape[2:])
+
+        handles = [
             self.model.register_forward_pre_hook(restart),
             self.model.level_input.register_forward_pre_hook(enter),
         ]
+        if isinstance(self.model, VisionEncoder):
+            handles.append(self.model.patch_embed.register_forward_hook(see_grid))
+        return handles
 
     def scores(self, level: int, x: Tensor) -> Tensor:
         return self.model.attention_weights(x, level, self.grid)
@@ -124,6 +131,7 @@ def _keep_outputs(modules: Iterable[nn.Module], keep: Keep) -> list[RemovableHan
 # by the family's full name, because importing timm takes seconds and it need not be installed
 PROBES: dict[str, Callable[..., Probe]] = {
     "models.bdh.BDHCore": BDHProbe,
+    "models.bdh_unet.BDHUNet": BDHProbe,
     "torchvision.models.vision_transformer.VisionTransformer": ViTProbe,
     "timm.models.vision_transformer.VisionTransformer": TimmViTProbe,
 }

@@ -31,6 +31,7 @@ from training.augment import normalise
 from training.config import ROOT, UserError
 from training.data import DataSet, load_dataset
 from training.folder import read_images
+from training.masks import CLASSES
 from training.runs import load_model
 from training.script import run_script
 
@@ -91,6 +92,8 @@ def visualize(
         raise UserError(f"the attention of {run} cannot be shown: {error}") from None
     if not hasattr(sizes, "patch_size"):
         raise UserError(f"the attention of {run} cannot be shown: its model reads no images")
+    if train["dataset"] in CLASSES:
+        raise UserError(f"{run} labels pixels, and this draws images with one class: see interpretability/predict.py")
     grid = sizes.img_size // sizes.patch_size
     patch = _check_patch(patch, grid)
     dataset = load_dataset(train["dataset"], data_dir, sizes.img_size, sizes.in_channels)

@@ -15,7 +15,9 @@ from training.data import load_dataset
 from training.runs import Run, load_file, load_model
 
 TINY_FLAGS = "--patch-size 8 --n-layer 1 --n-embd 8 --n-head 2 --mlp-internal-dim-multiplier 4 --epochs 1".split()
-COLUMNS = "epoch train_loss val_loss val_accuracy learning_rate epoch_time_sec images_per_sec peak_memory_mb".split()
+COLUMNS = (
+    "epoch train_loss val_loss val_accuracy learning_rate epoch_time_sec images_per_sec peak_memory_mb train_accuracy"
+).split()
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the fastest for tensors this small

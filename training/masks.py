@@ -3,13 +3,13 @@
 Void, the label of pixels that no class has or that do not count, is always the number after the last class.
 """
 
+import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 from torchvision import datasets
 
@@ -216,9 +216,11 @@ class ColourMasks:
         """table: class_dict.csv with the columns name, r, g, b. Raises UserError where it is not that."""
         fold = {theirs: label for label, group in enumerate(CAMVID_FOLD.values()) for theirs in group}
         try:
-            rows = pd.read_csv(table, skipinitialspace=True)
-            names, colours = rows["name"].str.strip(), rows[["r", "g", "b"]].to_numpy(int)
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            with table.open(newline="", encoding="utf-8-sig") as file:
+                rows = list(csv.DictReader(file, skipinitialspace=True))
+            names = [row["name"].strip() for row in rows]
+            colours = np.array([[int(row[channel]) for channel in "rgb"] for row in rows]).reshape(-1, 3)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:  # the last two of short rows
             raise UserError(
                 f"{table} cannot be read ({' '.join(str(error).split())}): masks of colours need it, with the columns "
                 "name, r, g, b"

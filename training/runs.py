@@ -223,19 +223,20 @@ def load_file(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(run: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a run with the weights of its best epoch, in evaluation mode, and its config.json.
 
-    Raises UserError where the folder holds no finished epoch.
+    run: its folder, or one of the checkpoints in it. Raises UserError where there is no finished epoch.
     """
+    folder, checkpoint = (run.parent, run) if run.suffix == ".pt" else (run, run / "best.pt")
     try:
         config = Run(folder).read_config()
-        best = load_file(folder / "best.pt")
+        best = load_file(checkpoint)
         model = build_config(config["model_class"], config["config"]["model"]).build()
         model.load_state_dict(best["model"])
     except (*UNREADABLE, TypeError, ImportError) as error:  # TypeError: a field that this version does not know
         raise UserError(
-            f"{folder} is no run whose model can be read ({first_line(error)}): "
+            f"{run} is no run whose model can be read ({first_line(error)}): "
             "give a folder with config.json and best.pt, such as runs/v2_cifar10/seed0"
         ) from None
     return model.eval(), config
