@@ -302,7 +302,7 @@ def test_named_variants(config, build, expected):
     assert (fields.residual, fields.attn_norm, fields.update_norm, fields.attention, fields.init) == expected
     assert (fields.n_layer, fields.n_embd, fields.n_head, fields.mlp_internal_dim_multiplier) == (6, 192, 6, 32)
     assert (fields.img_size, fields.patch_size, fields.in_channels, fields.num_classes) == (32, 4, 3, 10)
-    assert (fields.dropout, fields.n_neurons, fields.grid) == (0.1, 1024, 8)
+    assert (fields.dropout, fields.n_neurons, fields.grid) == (0.1, 1024, (8, 8))
     with torch.device("meta"):
         assert build().config == fields
 

@@ -1,0 +1,175 @@
+"""What a trained segmentation model says of images: image, prediction and truth side by side, in the data's colours.
+
+Takes image files, or folders of them, and writes one picture each. The truth is shown where the image lies in the data
+set that the run was trained on, or in the same layout (DIR/val/NAME.png with DIR/valannot/NAME.png); pixels that are
+void in it are black there, and count nowhere. Images are scaled to the size that the model was trained at, and the
+prediction back to theirs.
+
+    python interpretability/predict.py data_camvid/val --run runs/bdh_unet/seed0
+    python interpretability/predict.py street.jpg --run runs/bdh_unet/seed0/last.pt --output-dir pictures
+"""
+
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from models import build_config
+from models.vision_bdh import ImageSize, height_and_width
+from training.augment import normalise
+from training.config import ROOT, UserError
+from training.data import data_folder
+from training.device import pick_device
+from training.masks import CLASSES, IMAGE_SUFFIXES, BadFile, Classes, MaskFiles, find_masks, read_image
+from training.metrics import confusion_matrices, segmentation_ratios
+from training.runs import load_model
+from training.script import run_script
+
+DPI = 200
+PANEL_INCHES = 3.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to predict, and with which model."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """image files, or folders of them"""
+    run: Path
+    """folder of a run, such as runs/bdh_unet/seed0, or a checkpoint in it"""
+    output_dir: Path = ROOT / "predictions"
+    """the pictures go into a folder of the run's name in it"""
+    data_dir: Path | None = None
+    """folder that holds data_camvid and the like; default: $VISION_BDH_DATA, else beside the scripts"""
+    device: str = "auto"
+    """auto, cuda, cuda:1, mps or cpu"""
+
+
+def predict(model: nn.Module, image: np.ndarray, img_size: ImageSize, device: torch.device) -> np.ndarray:
+    """The most probable class of every pixel. image: (h, w, 3) uint8 of any size -> (h, w) uint8."""
+    height, width = height_and_width(img_size)
+    scaled = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    pixels = normalise(torch.from_numpy(scaled).to(device).permute(2, 0, 1)[None])
+    with torch.inference_mode():
+        logits = F.interpolate(model(pixels).float(), size=image.shape[:2], mode="bilinear", align_corners=False)
+    return logits[0].argmax(0).to(torch.uint8).cpu().numpy()
+
+
+def draw(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray | None, classes: Classes, title: str) -> Figure:
+    """The panels and a legend of the classes in them. image: (h, w, 3) uint8; predicted, truth: (h, w) labels."""
+    panels = {"image": image, "prediction": classes.palette[predicted]}
+    shown = set(np.unique(predicted))
+    if truth is not None:
+        panels["truth"] = classes.palette[truth]
+        shown |= set(np.unique(truth))
+    names = [*classes.names, "void"]
+    columns_of_legend = 3 * len(panels)
+    rows_of_legend = -(-len(shown) // columns_of_legend)
+    lines = textwrap.wrap(title, int(14 * PANEL_INCHES * len(panels)))
+    height = PANEL_INCHES * image.shape[0] / image.shape[1] + 0.45 + 0.15 * len(lines) + 0.2 * rows_of_legend
+    figure = Figure((PANEL_INCHES * len(panels), height), layout="constrained")
+    figure.suptitle("\n".join(lines), fontsize=8.5, x=0.01, ha="left")
+    for ax, (name, pixels) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        ax.imshow(pixels, interpolation="nearest")
+        ax.set_title(name if name != "prediction" else _with_scores(name, predicted, truth, classes), fontsize=8.5)
+        ax.set_axis_off()
+    handles = [
+        Patch(facecolor=classes.palette[label] / 255, edgecolor="0.5", label=names[label]) for label in sorted(shown)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns_of_legend, fontsize=8.5, frameon=False)
+    return figure
+
+
+def _with_scores(name: str, predicted: np.ndarray, truth: np.ndarray | None, classes: Classes) -> str:
+    """The panel's title, with how good this image's prediction is where the truth is known."""
+    if truth is None:
+        return name
+    confusion = confusion_matrices(
+        torch.from_numpy(predicted)[None].long(), torch.from_numpy(truth)[None].long(), len(classes.names)
+    )
+    sums = {"confusion": confusion[0].tolist(), "loss": 0.0, "images": 1, "miou_batch": 0.0, "batches": 1}
+    ratios = segmentation_ratios(sums, classes.names)
+    return f"{name}: {ratios['pixel_accuracy']:.0%} of pixels right, mIoU {ratios['miou']:.0%}"
+
+
+def image_files(paths: tuple[Path, ...]) -> list[Path]:
+    """The files, and those in the folders. Raises UserError where one is not there, or there are none."""
+    files = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} is not there: name an image or a folder of images")
+        inside = (
+            sorted(each for each in path.iterdir() if each.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else None
+        )
+        files += [path] if inside is None else inside
+    if not files:
+        raise UserError("there is no image to look at: name image files, or folders that hold some")
+    return files
+
+
+class Truth:
+    """Finds the masks of images."""
+
+    def __init__(self, name: str, data_dir: Path | None):
+        self.name = name
+        self.found: dict[Path, MaskFiles | None] = {}
+        self.places = [data_folder(name, data_dir)]
+
+    def __call__(self, image: Path) -> np.ndarray | None:
+        """(h, w) labels, None where there is no mask. Raises BadFile for a mask that cannot be read."""
+        image = image.resolve()
+        for place in [*self.places, *([image.parent.parent] if self.name == "camvid" else [])]:
+            files = self._files(place)
+            for pairs in files.pairs.values() if files else ():
+                for pair in pairs:
+                    if pair.image.resolve() == image:
+                        return files.read_mask(pair.mask)
+        return None
+
+    def _files(self, place: Path) -> MaskFiles | None:
+        if place not in self.found:
+            try:
+                self.found[place] = find_masks(self.name, place) if place.is_dir() else None
+            except UserError:  # no folder of this data set: an image has no truth there
+                self.found[place] = None
+        return self.found[place]
+
+
+def main(options: Options) -> None:
+    files = image_files(options.images)
+    model, config = load_model(options.run)
+    train = config["config"]["train"]
+    if train.get("dataset") not in CLASSES:
+        raise UserError(f"{options.run} does not label pixels: give a run of train_bdh_unet.py or its like")
+    device = pick_device(options.device)
+    model, classes = model.to(device), CLASSES[train["dataset"]]
+    img_size = build_config(config["model_class"], config["config"]["model"]).img_size
+    truth = Truth(train["dataset"], options.data_dir)
+    experiment = config["experiment"]
+    output = options.output_dir / f"{experiment[:200]}_seed{train['seed']}"  # file systems allow names of 255 bytes
+    output.mkdir(parents=True, exist_ok=True)
+    for path in tqdm(files, unit="img", leave=False, disable=None):
+        try:
+            image, mask = read_image(path), truth(path)
+        except BadFile as error:
+            raise UserError(str(error)) from None
+        title = f"{path.name}: {experiment.replace('+', ', ')}, seed {train['seed']}"
+        figure = draw(image, predict(model, image, img_size, device), mask, classes, title)
+        figure.savefig(output / f"{path.resolve().parent.name}_{path.stem}.png", dpi=DPI)
+    print(f"{options.run}\n-> {output}, {len(files)} picture{'s' * (len(files) != 1)}")
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__)

@@ -1,0 +1,96 @@
+"""Checks a folder of CamVid, in either layout, before anything is trained on it, and prints what it found.
+
+For each part: how many images have a mask, their sizes, how many pixels each class has. Then one line for every file
+that is broken, lacks its image or mask, differs from it in size, or has a label or a colour that no class has. Ends
+with exit code 1 if there is such a file.
+
+    python tools/verify_camvid.py
+    python tools/verify_camvid.py --data-dir /data/CamVid
+"""
+
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from training.config import UserError
+from training.data import data_folder
+from training.masks import BadFile, ColourMasks, MaskFiles, find_masks
+from training.script import run_script
+from training.segmentation import read_pair
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Where to look."""
+
+    data_dir: Path | None = None
+    """folder of CamVid, or the one that holds data_camvid; default: $VISION_BDH_DATA, else beside the scripts"""
+
+
+@dataclass
+class Found:
+    """What a part of the data holds."""
+
+    pixels: np.ndarray
+    """(classes + 1,) pixels by label, void last"""
+    pairs: int = 0
+    sizes: Counter[str] = field(default_factory=Counter)
+    """images by width x height"""
+
+
+def verify(files: MaskFiles) -> tuple[dict[str, Found], list[str]]:
+    """What each part holds, from reading every file; and a message for each that cannot be used."""
+    found, problems = {}, list(files.problems)
+    for part, pairs in files.pairs.items():
+        found[part] = here = Found(np.zeros(len(files.classes.names) + 1, dtype=np.int64))
+        for pair in tqdm(pairs, unit="img", desc=part, leave=False, disable=None):
+            try:
+                image, mask = read_pair(pair, files)
+            except BadFile as error:
+                problems.append(str(error))
+                continue
+            here.pairs += 1
+            here.sizes[f"{image.shape[1]} x {image.shape[0]}"] += 1
+            here.pixels += np.bincount(mask.ravel(), minlength=len(here.pixels))
+    return found, problems
+
+
+def show(files: MaskFiles, found: dict[str, Found]) -> None:
+    """The tables: images and sizes, then the share of each class."""
+    console = Console(width=100)
+    table = Table("part", "usable pairs", "sizes (images)")
+    for part, here in found.items():
+        sizes = ", ".join(f"{size} ({n})" for size, n in here.sizes.most_common())
+        table.add_row(part, str(here.pairs), sizes or "-")
+    console.print(table)
+    shares = Table("label", "class", *(f"{part}, % of pixels" for part in found))
+    for label, name in enumerate([*files.classes.names, "void"]):
+        cells = [
+            f"{100 * here.pixels[label] / here.pixels.sum():.2f}" if here.pairs else "-" for here in found.values()
+        ]
+        shares.add_row(str(label), name, *cells)
+    console.print(shares)
+
+
+def main(options: Options) -> None:
+    folder = data_folder("camvid", options.data_dir)
+    files = find_masks("camvid", folder)
+    layout = "colours, folded to 11 classes" if isinstance(files.read_mask, ColourMasks) else "labels"
+    print(f"{folder}: CamVid with masks of {layout}")
+    found, problems = verify(files)
+    show(files, found)
+    if problems:
+        raise UserError("\n".join([f"{len(problems)} problems:", *problems]))
+    print("no problems: ready to train")
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__)
