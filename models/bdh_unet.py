@@ -51,6 +51,8 @@ class BDHUNetConfig(VisionEncoderConfig):
                 f"n_embd = {self.n_embd} is not a multiple of patch_size = {self.patch_size}, by which the decoder "
                 "divides it: change one of them"
             )
+        if self.skips and self.n_stages == 1:
+            raise ValueError("skips need a patch_size of 4 or more: with 2, the first stage is the last")
         if self.skips and len(self.skip_levels) != self.n_stages - 1:
             raise ValueError(f"skip_levels = {self.skip_levels} must be {self.n_stages - 1} levels, one for each skip")
         if self.skips and not all(1 <= level <= self.n_layer for level in self.skip_levels):
