@@ -1,0 +1,239 @@
+"""Where first weights come from: a checkpoint of the same model, of an encoder, or a library."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from camvid_data import write_camvid
+
+from models.baselines import ResNetUNetConfig
+from models.bdh_unet import bdh_unet_config
+from models.vision_bdh import interpolate_positions
+from training import Experiment, RunOptions, SegmentationConfig, UserError, fit
+from training.config import full_experiment_name
+from training.runs import load_file
+from training.start import start_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CORE = dict(n_layer=1, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
+
+
+@pytest.fixture(scope="module")
+def camvid(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data_camvid")
+    write_camvid(folder, n_train=3, n_val=2, size=(48, 32))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, camvid, experiment_in):
+    """A BDH-UNet, and Vision-BDHs: with the same patches, with patches of 4, with other choices. Each trained."""
+    folder = tmp_path_factory.mktemp("runs")
+    fit(make_experiment(folder, camvid, "unet"))
+    for name, fields in (("v2", {}), ("fine", dict(patch_size=4)), ("axial", dict(rotary="axial", residual="post"))):
+        fit(experiment_in(folder, name, model=CORE | dict(patch_size=8) | fields, epochs=1, train_limit=20))
+    return folder
+
+
+def make_experiment(runs_dir, camvid, name="trial", start_from=None, options=None, epochs=1, **model):
+    train = SegmentationConfig(
+        epochs=epochs, batch_size=2, learning_rate=1e-3, weight_decay=0.0, start_from=start_from, horizontal_flip=0.5
+    )
+    where = dict(data_dir=camvid, runs_dir=runs_dir, device="cpu", num_workers=0)
+    config = bdh_unet_config(**(CORE | dict(img_size=32) | model))
+    return Experiment(name, config, train, RunOptions(**(where | (options or {}))))
+
+
+def started(experiment, seed=1):
+    """A model drawn by another seed, and what start_weights makes of it: model, weights before, origin."""
+    torch.manual_seed(seed)
+    model = experiment.model.build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    return model, before, start_weights(model, experiment)
+
+
+def checkpoint(runs, name):
+    return runs / name / "seed0" / "best.pt"
+
+
+# ---------------------------------------------------------------------------- the whole model
+
+
+def test_every_weight_is_taken(runs, camvid, tmp_path, capsys):
+    path = checkpoint(runs, "unet")
+    model, before, origin = started(make_experiment(tmp_path, camvid, start_from=path))
+    state = load_file(path)
+    assert all(torch.equal(value, state["model"][name]) for name, value in model.state_dict().items())
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert origin == {"file": str(path), "epoch": 1}
+    assert f"starting from {path}, epoch 1: all of its {len(before)} tensors taken" in capsys.readouterr().out
+
+
+def test_positions_are_interpolated_for_another_size(runs, camvid, tmp_path):
+    path = checkpoint(runs, "unet")
+    model, _, _ = started(make_experiment(tmp_path, camvid, start_from=path, img_size=(48, 64)))
+    expected = interpolate_positions(load_file(path)["model"]["encoder.pos_embed"], (4, 4), (6, 8))
+    assert torch.equal(model.encoder.pos_embed, expected)
+
+
+def test_rotary_frequencies_are_the_models_own(runs, camvid, tmp_path, capsys):
+    experiment = make_experiment(tmp_path, camvid, start_from=checkpoint(runs, "unet"), rotary="axial")
+    model, before, _ = started(experiment)
+    assert torch.equal(model.encoder.attn.freqs, before["encoder.attn.freqs"])
+    assert not torch.equal(model.encoder.attn.freqs, load_file(checkpoint(runs, "unet"))["model"]["encoder.attn.freqs"])
+    assert "note: the weights were trained with --rotary raster" in capsys.readouterr().out
+
+
+def test_training_goes_on_from_there_and_the_run_says_so(runs, camvid, tmp_path):
+    path = checkpoint(runs, "unet")
+    tuned = make_experiment(tmp_path, camvid, "tuned", start_from=path)
+    fit(tuned)
+    config = json.loads((tuned.folder / "config.json").read_text())
+    assert config["origin"] == {"file": str(path), "epoch": 1}
+    assert config["config"]["train"]["start_from"] == "unet-seed0-best.pt"
+    first = load_file(tuned.folder / "previous.pt")
+    assert first["epoch"] == 0 and all(
+        torch.equal(value, load_file(path)["model"][name]) for name, value in first["model"].items()
+    )
+
+
+def test_a_resumed_run_does_not_need_the_file(runs, camvid, tmp_path):
+    path = tmp_path / "unet" / "seed0" / "best.pt"
+    path.parent.mkdir(parents=True)
+    for name in ("best.pt", "config.json"):
+        (path.parent / name).write_bytes((checkpoint(runs, "unet").parent / name).read_bytes())
+    whole, cut = (make_experiment(tmp_path / name, camvid, start_from=path, epochs=2) for name in ("whole", "cut"))
+    fit(whole)
+    fit(cut)
+    (cut.folder / "summary.json").unlink()
+    (cut.folder / "previous.pt").replace(cut.folder / "last.pt")  # as after its first epoch
+    path.unlink()
+    fit(dataclasses.replace(cut, options=dataclasses.replace(cut.options, resume=True)))
+    weights = [load_file(each.folder / "last.pt")["model"] for each in (whole, cut)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        (dict(n_embd=32), ["another architecture", "decoder is 64 x 16, not 128 x 32", "--n-embd 16"]),
+        (dict(skips=True, skip_levels=(1, 1)), ["another architecture", "no skips.", "--skips False"]),
+    ],
+)
+def test_another_architecture_is_refused(runs, camvid, tmp_path, model, parts):
+    path = checkpoint(runs, "unet")
+    with pytest.raises(UserError) as error:
+        started(make_experiment(tmp_path, camvid, start_from=path, **model))
+    assert all(part in str(error.value) for part in [str(path), *parts])
+
+
+def test_another_model_is_refused(runs, camvid, tmp_path):
+    with pytest.raises(UserError, match=r"best\.pt holds the weights of a VisionBDHConfig, not of a BDHUNetConfig"):
+        started(make_experiment(tmp_path, camvid, start_from=checkpoint(runs, "v2")))
+
+
+def test_what_is_no_checkpoint(runs, camvid, tmp_path):
+    damaged = tmp_path / "damaged.pt"
+    damaged.write_bytes(checkpoint(runs, "unet").read_bytes()[:1000])
+    alone = tmp_path / "best.pt"
+    alone.write_bytes(checkpoint(runs, "unet").read_bytes())  # no config.json beside it
+    for path, message in [
+        (tmp_path / "nowhere.pt", "is not there: train what it comes from first"),
+        (checkpoint(runs, "unet").parent, "is a folder: name the file in it"),
+        (damaged, "cannot be used as a checkpoint"),
+        (alone, "with config.json beside it"),
+    ]:
+        for fields in (dict(start_from=path), dict(encoder=path)):
+            with pytest.raises(UserError, match=message) as error:
+                started(make_experiment(tmp_path / "runs", camvid, **fields))
+            assert str(path) in str(error.value)
+    with pytest.raises(UserError, match="is not there"):
+        fit(make_experiment(tmp_path / "runs", camvid, start_from=tmp_path / "nowhere.pt"))
+    assert not (tmp_path / "runs").exists()
+
+
+# ---------------------------------------------------------------------------- the encoder
+
+
+def test_a_classifiers_weights_go_into_the_encoder(runs, camvid, tmp_path, capsys):
+    path = checkpoint(runs, "v2")
+    model, before, origin = started(make_experiment(tmp_path, camvid, encoder=path, img_size=(48, 64)))
+    theirs = load_file(path)["model"]
+    for name in ("encoder", "encoder_v", "decoder", "patch_embed.weight", "patch_embed.bias"):
+        assert torch.equal(model.encoder.state_dict()[name], theirs[name]), name
+    expected = interpolate_positions(theirs["pos_embed"], (4, 4), (6, 8))
+    assert torch.equal(model.encoder.pos_embed, expected) and not torch.equal(expected, before["encoder.pos_embed"])
+    assert all(
+        torch.equal(model.state_dict()[name], before[name]) for name in before if not name.startswith("encoder.")
+    )
+    said = capsys.readouterr().out
+    assert str(path) in said and "decoder, encoder, encoder_v, patch_embed.bias, patch_embed.weight, pos_embed" in said
+    assert "positions interpolated from 4 x 4 patches" in said and "nothing in it and the rest of the model" in said
+    assert origin["file"] == str(path) and origin["drawn"] == []
+
+
+def test_patches_of_another_size_are_drawn_anew(runs, camvid, tmp_path, capsys):
+    model, before, origin = started(make_experiment(tmp_path, camvid, encoder=checkpoint(runs, "fine")))
+    assert origin["drawn"] == ["patch_embed.weight"]
+    assert torch.equal(model.encoder.patch_embed.weight, before["encoder.patch_embed.weight"])
+    assert not torch.equal(model.encoder.encoder, before["encoder.encoder"])
+    assert "; patch_embed.weight in it and the rest of the model drawn anew" in capsys.readouterr().out
+
+
+def test_other_choices_are_told(runs, camvid, tmp_path, capsys):
+    model, before, _ = started(make_experiment(tmp_path, camvid, encoder=checkpoint(runs, "axial")))
+    assert torch.equal(model.encoder.attn.freqs, before["encoder.attn.freqs"])
+    said = capsys.readouterr().out
+    assert "note: the weights were trained with" in said and "--residual post" in said and "--rotary axial" in said
+
+
+def test_the_encoder_of_another_unet_and_before_a_whole_checkpoint(runs, camvid, tmp_path):
+    path = checkpoint(runs, "unet")
+    model, before, origin = started(make_experiment(tmp_path, camvid, encoder=path, start_from=tmp_path / "unread.pt"))
+    assert torch.equal(model.encoder.encoder, load_file(path)["model"]["encoder.encoder"])
+    assert torch.equal(model.head.weight, before["head.weight"]) and origin["file"] == str(path)
+
+
+def test_an_encoder_of_other_sizes_is_refused_with_the_flags_that_would_do(runs, camvid, tmp_path):
+    experiment = make_experiment(tmp_path, camvid, encoder=checkpoint(runs, "v2"), n_embd=32, n_head=4)
+    with pytest.raises(UserError, match="does not fit the encoder") as error:
+        started(experiment)
+    assert "--n-embd 16" in str(error.value) and "--n-head 2" in str(error.value)
+
+
+def test_the_runs_name_says_which_checkpoint(runs):
+    before = bdh_unet_config()
+    after = dataclasses.replace(before, encoder=checkpoint(runs, "v2"), img_size=(48, 64))
+    assert full_experiment_name("unet", (before,), (after,)) == "unet+encoder=v2-seed0-best.pt+img_size=48,64"
+
+
+# ---------------------------------------------------------------------------- a library
+
+
+def test_weights_that_cannot_be_downloaded(camvid, tmp_path, call_script, monkeypatch, capsys):
+    def fail(self, model):
+        raise OSError("no network\nand much more")
+
+    monkeypatch.setattr(ResNetUNetConfig, "load_encoder_weights", fail)
+    where = ["--data-dir", camvid, "--runs-dir", tmp_path / "runs", "--device", "cpu"]
+    assert call_script("train_resnet34_unet.py", "--img-size", 32, *where) == 1
+    said = capsys.readouterr().err
+    assert "imagenet weights could not be downloaded (no network)" in said and "--encoder-weights none" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_librarys_weights_go_into_the_encoder_alone(camvid, tmp_path, monkeypatch):
+    import segmentation_models_pytorch as smp
+
+    theirs = smp.encoders.get_encoder("resnet34", weights=None)
+    monkeypatch.setattr(smp.encoders, "get_encoder", lambda name, weights: theirs)
+    experiment = make_experiment(tmp_path, camvid)
+    experiment = dataclasses.replace(experiment, model=ResNetUNetConfig(img_size=32, encoder_weights="imagenet"))
+    model, before, origin = started(experiment)
+    encoder = {f"unet.encoder.{name}" for name in theirs.state_dict()}
+    for name, value in model.state_dict().items():
+        expected = theirs.state_dict()[name.removeprefix("unet.encoder.")] if name in encoder else before[name]
+        assert torch.equal(value, expected), name
+    assert origin == {"library": "imagenet"}
