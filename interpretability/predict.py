@@ -9,6 +9,7 @@ prediction back to theirs.
     python interpretability/predict.py street.jpg --run runs/bdh_unet/seed0/last.pt --output-dir pictures
 """
 
+import functools
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -124,27 +125,26 @@ class Truth:
 
     def __init__(self, name: str, data_dir: Path | None):
         self.name = name
-        self.found: dict[Path, MaskFiles | None] = {}
-        self.places = [data_folder(name, data_dir)]
+        self.place = data_folder(name, data_dir)
 
     def __call__(self, image: Path) -> np.ndarray | None:
         """(h, w) labels, None where there is no mask. Raises BadFile for a mask that cannot be read."""
         image = image.resolve()
-        for place in [*self.places, *([image.parent.parent] if self.name == "camvid" else [])]:
-            files = self._files(place)
-            for pairs in files.pairs.values() if files else ():
-                for pair in pairs:
-                    if pair.image.resolve() == image:
-                        return files.read_mask(pair.mask)
+        for place in [self.place, *([image.parent.parent] if self.name == "camvid" else [])]:
+            files, masks = self._masks(place)
+            if image in masks:
+                return files.read_mask(masks[image])
         return None
 
-    def _files(self, place: Path) -> MaskFiles | None:
-        if place not in self.found:
-            try:
-                self.found[place] = find_masks(self.name, place) if place.is_dir() else None
-            except UserError:  # no folder of this data set: an image has no truth there
-                self.found[place] = None
-        return self.found[place]
+    @functools.cache  # noqa: B019 (one object, which lives as long as the script)
+    def _masks(self, place: Path) -> tuple[MaskFiles | None, dict[Path, Path]]:
+        """The data set in a folder, and by image its mask; none where the folder is no such data set."""
+        try:
+            files = find_masks(self.name, place) if place.is_dir() else None
+        except UserError:
+            files = None
+        pairs = (pair for part in files.pairs.values() for pair in part) if files else ()
+        return files, {pair.image.resolve(): pair.mask for pair in pairs}
 
 
 def main(options: Options) -> None:

@@ -1,0 +1,314 @@
+"""Where segmentation data are looked for and how they are read; what is wrong with them is said before training."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from camvid_data import COLOURS, write_camvid, write_class_dict
+from PIL import Image
+from torchvision import datasets
+
+from training import SegmentationConfig, UserError
+from training.data import data_folder
+from training.masks import CAMVID, CAMVID_FOLD, CITYSCAPES, VOC, ColourMasks, find_masks
+from training.segmentation import MaskBatches
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LAYOUTS = ["labels", "colours"]
+MASKS = {"labels": "trainannot/train_{:03d}.png", "colours": "train_labels/train_{:03d}_L.png"}
+TRAIN = dict(epochs=1, batch_size=2, learning_rate=1e-3, weight_decay=0.0)
+
+
+def make_batches(name, folder, **fields):
+    config = SegmentationConfig(**(TRAIN | dict(dataset=name, horizontal_flip=0.5, shift_scale_rotate=1.0) | fields))
+    return MaskBatches(find_masks(name, folder), config, (16, 24), 2, torch.device("cpu"))
+
+
+@pytest.fixture
+def camvid(tmp_path):
+    """Writes made-up CamVid in a layout; returns its folder."""
+
+    def write(layout="labels"):
+        folder = tmp_path / "data_camvid"
+        write_camvid(folder, layout, n_train=4, n_val=2, size=(48, 32))
+        return folder
+
+    return write
+
+
+# ---------------------------------------------------------------------------- CamVid
+
+
+def test_both_layouts_of_the_same_images_give_the_same_tensors(tmp_path):
+    batches = []
+    for layout in LAYOUTS:
+        write_camvid(tmp_path / layout, layout, n_train=4, n_val=2, size=(48, 32))
+        data = make_batches("camvid", tmp_path / layout)
+        batches.append([*data.train_batches(0), *data.eval_batches("val")])
+    assert len(batches[0]) == 3
+    for one, other in zip(*batches, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert {label for _, masks in batches[0] for label in masks.unique().tolist()} == set(range(12))
+
+
+def test_the_fold_has_each_of_the_32_classes_once():
+    folded = [name for group in CAMVID_FOLD.values() for name in group]
+    assert len(folded) == len(set(folded)) == 32
+    assert list(CAMVID_FOLD) == [*CAMVID.names, "void"] and CAMVID.void == 11
+    assert [set(group) for group in CAMVID_FOLD.values()] == [set(COLOURS[label]) for label in range(12)]
+
+
+def test_every_colour_is_read_as_the_label_it_is_folded_to(tmp_path):
+    write_class_dict(tmp_path / "class_dict.csv")
+    colours = [(label, colour) for label, group in COLOURS.items() for colour in group.values()]
+    Image.fromarray(np.array([[colour for _, colour in colours]], dtype=np.uint8)).save(tmp_path / "mask.png")
+    assert ColourMasks(tmp_path / "class_dict.csv")(tmp_path / "mask.png").tolist() == [[label for label, _ in colours]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_test_part_is_read_where_there_is_one(camvid, layout):
+    folder = camvid(layout)
+    suffix = "annot" if layout == "labels" else "_labels"
+    shutil.copytree(folder / "val", folder / "test")
+    shutil.copytree(folder / f"val{suffix}", folder / f"test{suffix}")
+    data = make_batches("camvid", folder)
+    assert [data.size(part) for part in ("train", "val", "test")] == [4, 2, 2]
+    assert data.description["images"] == {"train": 4, "val": 2, "test": 2}
+
+
+def test_palette_masks_and_files_that_are_no_images(camvid):
+    folder = camvid()
+    before = make_batches("camvid", folder).parts["train"].masks
+    path = folder / MASKS["labels"].format(1)
+    mask = Image.open(path)
+    mask.putpalette(range(36))
+    mask.save(path)
+    for name in ("Thumbs.db", ".DS_Store", "notes.txt"):
+        (folder / "train" / name).touch()
+    assert Image.open(path).mode == "P"
+    assert np.array_equal(make_batches("camvid", folder).parts["train"].masks, before)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_folder_may_be_named_or_the_one_above_it(camvid, named, tmp_path, monkeypatch):
+    folder = camvid()
+    if not named:
+        folder = folder.rename(tmp_path / "CamVid")
+    assert data_folder("camvid", folder) == folder
+    if named:
+        assert data_folder("camvid", tmp_path) == folder
+        monkeypatch.setenv("VISION_BDH_DATA", str(tmp_path))
+        assert data_folder("camvid", None) == folder
+
+
+# ---------------------------------------------------------------------------- what is wrong with CamVid
+
+
+def save(array, path):
+    Image.fromarray(np.asarray(array, dtype=np.uint8)).save(path)
+
+
+def damage(folder, layout):
+    """Each fault: what makes it, and what must be said of it."""
+    image, mask = folder / "train" / "train_001.png", folder / MASKS[layout].format(1)
+    faults = {
+        "no mask": (mask.unlink, [image, "has no mask"]),
+        "no image": (image.unlink, [mask, "has no image"]),
+        "another size": (lambda: save(np.zeros((32, 40, 3)), image), [image, "40 x 32", mask, "48 x 32", "one size"]),
+        "cut mask": (lambda: mask.write_bytes(mask.read_bytes()[:80]), [mask, "cannot be read"]),
+        "text": (lambda: mask.write_text("no image"), [mask, "cannot be read"]),
+        "cut image": (lambda: image.write_bytes(image.read_bytes()[:200]), [image, "cannot be read"]),
+        "empty image": (lambda: image.write_bytes(b""), [image, "cannot be read"]),
+        "empty part": (lambda: [path.unlink() for path in folder.glob("val*/*")], [folder / "val", "holds no images"]),
+        "no part": (lambda: [shutil.rmtree(path) for path in folder.glob("val*")], [folder / "val", "holds no images"]),
+        "no masks of a part": (
+            lambda: [shutil.rmtree(path) for path in folder.glob("val*") if path.name != "val"],
+            [folder / "val" / "val_000.png", "has no mask"],
+        ),
+    }
+    if layout == "labels":
+        label = np.full((32, 48), 3)
+        label[5, 7] = 12
+        faults["label"] = (lambda: save(label, mask), [mask, "label 12", "row 5, column 7", "11 is void"])
+        faults["colours"] = (lambda: save(np.zeros((32, 48, 3)), mask), [mask, "RGB", "no mask of labels"])
+    else:
+        colour = np.zeros((32, 48, 3))
+        colour[5, 7] = (1, 2, 3)
+        faults["colour"] = (lambda: save(colour, mask), [mask, "(1, 2, 3)", "row 5, column 7", "class_dict.csv"])
+        table = folder / "class_dict.csv"
+        faults["no table"] = (table.unlink, [table, "name, r, g, b"])
+        faults["no columns"] = (lambda: table.write_text("a,b\n1,2\n"), [table, "name, r, g, b"])
+        faults["no numbers"] = (lambda: table.write_text("name,r,g,b\nSky,1,x,3\n"), [table, "name, r, g, b"])
+        faults["short rows"] = (lambda: table.write_text("name,r,g,b\nSky,1\n"), [table, "name, r, g, b"])
+        faults["other classes"] = (lambda: table.write_text("name,r,g,b\nCheese,1,2,3\n"), [table, "Cheese"])
+        faults["no colour"] = (lambda: table.write_text("name,r,g,b\nSky,1,2,300\n"), [table, "between 0 and 255"])
+    return faults
+
+
+FAULTS = [(layout, fault) for layout in LAYOUTS for fault in damage(Path(), layout)]
+
+
+@pytest.mark.parametrize(("layout", "fault"), FAULTS)
+def test_a_fault_is_told_before_training_starts(layout, fault, camvid, call_script, tmp_path, capsys):
+    folder = camvid(layout)
+    make, parts = damage(folder, layout)[fault]
+    make()
+    where = ["--data-dir", folder, "--runs-dir", tmp_path / "runs", "--device", "cpu"]
+    assert call_script("train_bdh_unet.py", *where, "--img-size", 32, "--n-layer", 1) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "Traceback" not in said
+    assert all(str(part) in said for part in parts), said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_several_faults_are_told_together_and_the_rest_counted(camvid):
+    folder = camvid()
+    for index in range(4):
+        (folder / "train" / f"lonely_{index}.png").write_bytes((folder / "train" / "train_000.png").read_bytes())
+        (folder / "valannot" / f"lonely_{index}.png").write_bytes(
+            (folder / "trainannot" / "train_000.png").read_bytes()
+        )
+    with pytest.raises(UserError) as error:
+        make_batches("camvid", folder)
+    lines = str(error.value).splitlines()
+    assert lines[0].startswith("8 of the files of camvid cannot be used") and "tools/verify_camvid.py" in lines[0]
+    assert len(lines) == 7 and lines[-1] == "and 3 more"
+
+
+def test_folders_that_are_not_camvid(camvid, tmp_path):
+    folder = camvid()
+    (folder / "train_labels").mkdir()
+    for place in (tmp_path / "nowhere", tmp_path, folder):  # the last has both layouts
+        with pytest.raises(UserError, match="does not hold CamVid") as error:
+            find_masks("camvid", place)
+        assert str(place) in str(error.value) and "--data-dir" in str(error.value)
+
+
+# ---------------------------------------------------------------------------- the checker
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_checker_tells_what_it_found(layout, camvid, call_script, capsys):
+    assert call_script("tools/verify_camvid.py", "--data-dir", camvid(layout)) == 0
+    said = capsys.readouterr().out
+    files = find_masks("camvid", camvid(layout))
+    masks = np.stack([files.read_mask(pair.mask) for pair in files.pairs["train"]])
+    shares = 100 * np.bincount(masks.ravel(), minlength=12) / masks.size
+    for label, name in enumerate([*CAMVID.names, "void"]):
+        assert [label, name, f"{shares[label]:.2f}"] == _cells(said, name)[:1] + _cells(said, name)[1:3]
+    assert "48 x 32 (4)" in said and "48 x 32 (2)" in said and "no problems: ready to train" in said
+    assert ("colours" in said) == (layout == "colours")
+
+
+def _cells(text, name):
+    (line,) = [line for line in text.splitlines() if f" {name} " in line]
+    label, *rest = [cell.strip() for cell in line.strip("│").split("│")]
+    return [int(label), *rest]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_checker_lists_every_fault_once(layout, camvid, call_script, capsys):
+    folder = camvid(layout)
+    (folder / "train" / "train_000.png").unlink()
+    (folder / MASKS[layout].format(1)).write_text("no image")
+    save(np.zeros((8, 8, 3)), folder / "val" / "val_000.png")
+    assert call_script("tools/verify_camvid.py", "--data-dir", folder) == 1
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert lines[0] == "error: 3 problems:" and len(lines) == 4
+    for line, name, what in zip(
+        lines[1:], ("000", "001", "val_000.png"), ("no image", "read", "one size"), strict=True
+    ):
+        assert name in line and what in line
+    assert "48 x 32 (2)" in captured.out and "no problems" not in captured.out
+
+
+def test_the_checker_without_camvid(tmp_path, call_script, capsys):
+    assert call_script("tools/verify_camvid.py", "--data-dir", tmp_path) == 1
+    assert "does not hold CamVid" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- Pascal VOC and Cityscapes
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """Pascal VOC 2012 as torchvision's reader wants it: two images to train on, one to validate with."""
+    root = tmp_path / "data_voc" / "VOCdevkit" / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    for part, names in (("train", "ab"), ("val", "c")):
+        (root / "ImageSets" / "Segmentation" / f"{part}.txt").write_text("\n".join(names) + "\n")
+        for name in names:
+            save(np.full((16, 24, 3), ord(name)), root / "JPEGImages" / f"{name}.jpg")
+            mask = np.zeros((16, 24))
+            mask[:4], mask[4:8, :12], mask[-1] = 20, ord(name) - 96, 255
+            save(mask, root / "SegmentationClass" / f"{name}.png")
+    return tmp_path / "data_voc"
+
+
+def test_voc(voc):
+    data = make_batches("voc", voc, horizontal_flip=0.0, shift_scale_rotate=0.0)
+    assert [data.size(part) for part in ("train", "val", "test")] == [2, 1, 0]
+    ((_, masks),) = data.eval_batches("val")
+    expected = np.zeros((16, 24))
+    expected[:4], expected[4:8, :12], expected[-1] = 20, 3, VOC.void
+    assert VOC.void == 21 and np.array_equal(masks[0], expected)
+    assert data.description["class_names"][:2] == ["background", "aeroplane"]
+
+
+def test_voc_faults(voc, tmp_path, monkeypatch):
+    mask = voc / "VOCdevkit" / "VOC2012" / "SegmentationClass" / "c.png"
+    save(np.full((16, 24), 21), mask)  # the number that void has here is no label of the files
+    with pytest.raises(UserError, match="label 21") as error:
+        make_batches("voc", voc)
+    assert str(mask) in str(error.value)
+    mask.unlink()
+    with pytest.raises(UserError, match=r"c\.png cannot be read"):
+        make_batches("voc", voc)
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(datasets.voc, "download_and_extract_archive", no_network)
+    with pytest.raises(UserError, match="could not be downloaded") as error:
+        find_masks("voc", tmp_path / "elsewhere")
+    assert "VOCtrainval_11-May-2012.tar" in str(error.value) and str(tmp_path / "elsewhere") in str(error.value)
+
+
+def test_voc_colours():
+    known = {"background": (0, 0, 0), "aeroplane": (128, 0, 0), "car": (128, 128, 128), "person": (192, 128, 128)}
+    known |= {"potted_plant": (0, 64, 0), "tv_monitor": (0, 64, 128)}
+    assert {name: VOC.colours[VOC.names.index(name)] for name in known} == known
+    assert VOC.palette[VOC.void].tolist() == [224, 224, 192] and len(VOC.names) == 21
+
+
+@pytest.fixture
+def cityscapes(tmp_path):
+    root = tmp_path / "data_cityscapes"
+    for part in ("train", "val"):
+        for kind in ("leftImg8bit", "gtFine"):
+            (root / kind / part / "ulm").mkdir(parents=True)
+        save(np.zeros((16, 24, 3)), root / "leftImg8bit" / part / "ulm" / "ulm_0_leftImg8bit.png")
+        ids = np.arange(16 * 24).reshape(16, 24) % 34
+        save(ids, root / "gtFine" / part / "ulm" / "ulm_0_gtFine_labelIds.png")
+    return root
+
+
+def test_cityscapes(cityscapes):
+    data = make_batches("cityscapes", cityscapes, horizontal_flip=0.0, shift_scale_rotate=0.0)
+    ((_, masks),) = data.eval_batches("val")
+    train_ids = {each.id: each.train_id for each in datasets.Cityscapes.classes}
+    expected = [train_ids[value % 34] for value in range(16 * 24)]
+    assert masks.flatten().tolist() == [CITYSCAPES.void if each in (255, -1) else each for each in expected]
+    assert CITYSCAPES.void == 19 and CITYSCAPES.names[0] == "road" and CITYSCAPES.names[18] == "bicycle"
+    by_name = {each.name.replace(" ", "_"): each.color for each in datasets.Cityscapes.classes}
+    assert all(by_name[name] == colour for name, colour in zip(CITYSCAPES.names, CITYSCAPES.colours, strict=True))
+
+
+def test_no_cityscapes(tmp_path):
+    with pytest.raises(UserError, match=r"does not hold Cityscapes.*cityscapes-dataset\.com"):
+        find_masks("cityscapes", tmp_path)
