@@ -10,10 +10,10 @@ the matrix products of a step and nothing else. Nothing else should run on the m
 """
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -29,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.measure import Precision, in_turns, seconds_of, spread, step_memory_mb
 from models.bdh import StepWeights, Tables, layer_norm, rope
 from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
 from training.device import (
@@ -38,8 +38,6 @@ from training.device import (
     synchronize,
     tune_cpu_allocator,
 )
-
-Precision = Literal["float32", "tf32", "bf16"]
 
 
 @dataclass
@@ -107,7 +105,7 @@ def products_alone(config: VisionBDHConfig, options: Options, precision: Precisi
     device = pick_device(options.device)
     set_precision(precision, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    B, T, D, H, N = options.batch_size, config.grid**2, config.n_embd, config.n_head, config.n_neurons
+    B, T, D, H, N = options.batch_size, math.prod(config.grid), config.n_embd, config.n_head, config.n_neurons
     weight = torch.randn(H, D, N, device=device, dtype=dtype)  # stands for encoder, encoder_v and decoder^T
     narrow = [torch.randn(1, B * T, D, device=device, dtype=dtype).expand(H, -1, -1) for _ in range(config.n_layer)]
     wide = [torch.randn(H, B * T, N, device=device, dtype=dtype) for _ in range(config.n_layer)]
@@ -156,42 +154,12 @@ def measure(options: Options, tuned: bool) -> list[dict]:
             sides["reference, compiled"] = training_step(StackedReference, options, precision, compiled=True)
             sides["plain, compiled"] = training_step(VisionBDH, options, precision, compiled=True)
         memory = {side: step_memory_mb(step, device) for side, step in sides.items()}  # these steps warm up, too
-        for side, times in time_in_turns(sides, options.repeats).items():
-            seconds = {"seconds": float(np.median(times)), "fastest": min(times), "slowest": max(times)}
+        for side, times in in_turns(sides, seconds_of, options.repeats).items():
             row = {"device": device.type, "allocation": allocation, "precision": precision, "side": side}
-            rows.append(row | seconds | {"step_memory_mb": memory[side]})
+            rows.append(row | spread(times) | {"step_memory_mb": memory[side]})
         if options.profile:
             _print_profile(sides["fast"], device, f"fast, {precision}, allocation {allocation}")
     return rows
-
-
-def time_in_turns(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every counted step; the sides take turns, so that a machine that slows down slows all of them."""
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(repeats):
-        for side, step in sides.items():
-            started = time.perf_counter()
-            step()
-            seconds[side].append(time.perf_counter() - started)
-    return seconds
-
-
-def step_memory_mb(step: Callable[[], None], device: torch.device) -> float | None:
-    """Most memory that the tensors of one step hold at once, in MB, above what is held before it."""
-    if device.type == "cuda":
-        step()  # once for what is made at the first step and kept
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    if device.type != "cpu":
-        return None
-    step()
-    with torch.profiler.profile(profile_memory=True) as profile:
-        step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    return float(held.max()) / 1e6
 
 
 def _print_profile(step: Callable[[], None], device: torch.device, title: str) -> None:
