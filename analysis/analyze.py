@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure, FigureBase, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.reading import Row, RunFiles, Task, find_runs, make_rows, read_runs
@@ -33,6 +33,7 @@ MARKERS = "os^DvP*X"  # no common factor with the 7 colours: 56 looks before one
 NOTE = "Means over seeds ± standard deviation (n - 1); best epoch and seconds are medians. Tested at the best epoch."
 OUTPUTS = ("learning_curves.png", "final_accuracy.png", "results.md", "results.csv")
 DPI = 200
+WIDTH = 10.5  # inches, of the learning curves
 FONT = 8.5  # points, of legends and of what stands beside bars
 Curve = tuple[int, str, list["RunFiles"]]  # place of its row, which gives the colour; legend entry; runs it averages
 
@@ -118,10 +119,10 @@ def labels_of(task: Task, rows: Sequence[Row]) -> tuple[list[str], str]:
 
 def draw_curves(tasks: dict[Task, list[Row]]) -> Figure:
     """One block a data set: validation metric, validation loss, training loss over epochs, and a legend below."""
-    curves = {task: _curves(labels_of(task, rows)[0], rows) for task, rows in tasks.items()}
-    legends = [_legend_shape([text for _, text, _ in each]) for each in curves.values()]  # columns, lines of text
+    curves = {task: curves_of(labels_of(task, rows)[0], rows) for task, rows in tasks.items()}
+    legends = [legend_shape([text for _, text, _ in each]) for each in curves.values()]  # columns, lines of text
     heights = [3.6 + 0.17 * lines for _, lines in legends]
-    figure = Figure((10.5, sum(heights)), layout="constrained")
+    figure = Figure((WIDTH, sum(heights)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.06, wspace=0.04)
     blocks = figure.subfigures(len(tasks), 1, height_ratios=heights, squeeze=False)[:, 0]
     for block, (columns, _), (task, rows) in zip(blocks, legends, tasks.items(), strict=True):
@@ -130,26 +131,26 @@ def draw_curves(tasks: dict[Task, list[Row]]) -> Figure:
     return figure
 
 
-def _curves(labels: Sequence[str], rows: Sequence[Row]) -> list[Curve]:
+def curves_of(labels: Sequence[str], rows: Sequence[Row]) -> list[Curve]:
     """What is drawn: each row's finished runs as one curve, then each run that is not finished."""
     curves: list[Curve] = []
     for place, (label, row) in enumerate(zip(labels, rows, strict=True)):
         if row.finished:
-            curves.append((place, f"{label} ({_seeds(len(row.finished))})", row.finished))
+            curves.append((place, f"{label} ({seeds_text(len(row.finished))})", row.finished))
         for run in row.unfinished:
             done = f"not finished, epoch {len(run.epochs)} of {run.train['epochs']}"
             curves.append((place, f"{label}, seed {run.train['seed']}: {done}", [run]))
     return [(place, textwrap.fill(text, 66), runs) for place, text, runs in curves]
 
 
-def _legend_shape(texts: Sequence[str]) -> tuple[int, int]:
-    """Columns of a legend that fit the figure's width, and lines of text it then has."""
+def legend_shape(texts: Sequence[str], inches: float = WIDTH) -> tuple[int, int]:
+    """Columns of a legend that fit a figure of this width, and lines of text it then has."""
     longest = max(len(line) for text in texts for line in text.splitlines())
-    columns = min(len(texts), 150 // (longest + 9))
+    columns = max(1, min(len(texts), int(inches / WIDTH * 150) // (longest + 9)))
     return columns, math.ceil(len(texts) / columns) * max(len(text.splitlines()) for text in texts)
 
 
-def _seeds(n: int) -> str:
+def seeds_text(n: int) -> str:
     return f"{n}\N{NO-BREAK SPACE}seed" + "s" * (n != 1)
 
 
@@ -159,27 +160,52 @@ def _draw_block(block: SubFigure, metric: str, curves: Sequence[Curve], legend_c
     titles = (f"validation {METRICS[metric].title}", "validation loss (nats)", "training loss (nats)")
     for ax, column, title in zip(axes, (f"val_{metric}", "val_loss", "train_loss"), titles, strict=True):
         for curve in curves:
-            _draw_curve(ax, curve, column, METRICS[column.partition("_")[2]].scale)
-        _style(ax, "y")
-        ax.set_xlabel("epoch")
-        ax.set_ylabel(title)
-        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
-    look = dict(fontsize=FONT, title_fontsize=FONT, frameon=False, ncols=legend_columns)
-    title = "mean over seeds, band: one standard deviation" if any(len(runs) > 1 for *_, runs in curves) else None
-    block.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", title=title, **look)
+            draw_curve(ax, curve, METRICS[column.partition("_")[2]].scale * by_seed(curve[2], column))
+        label_epochs(ax, title)
+    add_legend(block, axes[0], legend_columns, band_title(curves))
 
 
-def _draw_curve(ax: Axes, curve: Curve, column: str, scale: float) -> None:
-    """Mean over the runs with a band of one standard deviation; dashed where they are not finished."""
+def label_epochs(ax: Axes, name: str) -> None:
+    style_axes(ax, "y")
+    ax.set_xlabel("epoch")
+    ax.set_ylabel(name)
+    ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+
+
+def band_title(curves: Sequence[Curve]) -> str | None:
+    """What a legend says of the bands, where there are any."""
+    return "mean over seeds, band: one standard deviation" if any(len(runs) > 1 for *_, runs in curves) else None
+
+
+def add_legend(figure: FigureBase, ax: Axes, columns: int, title: str | None) -> None:
+    """The legend of ax, below all panels of the figure."""
+    look = dict(fontsize=FONT, title_fontsize=FONT, frameon=False, ncols=columns)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", title=title, **look)
+
+
+def look_of(place: int) -> dict[str, str]:
+    """Colour and marker of a row."""
+    return dict(color=COLORS[place % len(COLORS)], marker=MARKERS[place % len(MARKERS)])
+
+
+def by_seed(runs: Sequence[RunFiles], column: str) -> pd.DataFrame:
+    """(epochs, seeds) a column of metrics.csv, as stored."""
+    return pd.concat([run.epochs[column] for run in runs], axis=1)
+
+
+def draw_curve(ax: Axes, curve: Curve, seeds: pd.DataFrame) -> None:
+    """Mean over the runs with a band of one standard deviation; dashed where they are not finished.
+
+    seeds: (epochs, seeds), in the unit of the axis.
+    """
     place, text, runs = curve
-    color, marker = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
-    seeds = scale * pd.concat([run.epochs[column] for run in runs], axis=1)  # (epochs, seeds)
+    look = look_of(place)
     mean, std = seeds.mean(axis=1), seeds.std(axis=1)  # pandas divides by n - 1
     if len(runs) > 1:
-        ax.fill_between(mean.index, mean - std, mean + std, color=color, alpha=0.18, linewidth=0)
+        ax.fill_between(mean.index, mean - std, mean + std, color=look["color"], alpha=0.18, linewidth=0)
     step = max(1, len(mean) // 8)
     every = (place * step // 4 % step, step)  # so that not all experiments have their markers at the same epochs
-    look = dict(color=color, marker=marker, markersize=4, markevery=every, linewidth=1.5)
+    look |= dict(markersize=4, markevery=every, linewidth=1.5)
     ax.plot(mean.index, mean, "--" if runs[0].summary is None else "-", label=text, **look)
 
 
@@ -199,7 +225,7 @@ def draw_final(tasks: dict[Task, list[Row]]) -> Figure:
 
 def _unit_and_seeds(row: Row) -> str:
     unit = " %" if row.metric.percent else ""
-    return f"{unit}\n{_seeds(len(row.test))}" if len(row.test) else ""
+    return f"{unit}\n{seeds_text(len(row.test))}" if len(row.test) else ""
 
 
 def _draw_bars(ax: Axes, metric: str, rows: Sequence[Row]) -> None:
@@ -213,7 +239,7 @@ def _draw_bars(ax: Axes, metric: str, rows: Sequence[Row]) -> None:
     note = ", with one standard deviation; a dot is a seed" if any(len(row.test) > 1 for row in rows) else ""
     ax.set_xlabel(f"test {METRICS[metric].title}{note}")
     ax.set_xlim(left=0)
-    _style(ax, "x")
+    style_axes(ax, "x")
 
 
 def _label_bars(ax: Axes, left: Sequence[str], right: Sequence[str]) -> None:
@@ -226,7 +252,7 @@ def _label_bars(ax: Axes, left: Sequence[str], right: Sequence[str]) -> None:
         each.tick_params(axis="y", length=0)
 
 
-def _style(ax: Axes, grid: str) -> None:
+def style_axes(ax: Axes, grid: str) -> None:
     ax.grid(axis=grid, color="0.9", linewidth=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)

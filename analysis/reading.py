@@ -1,5 +1,6 @@
 """What runs left on disk, read back and grouped: for every script that makes tables or plots of them."""
 
+import io
 import json
 import math
 import sys
@@ -41,11 +42,11 @@ class RunFiles:
 
     @property
     def metric(self) -> Metric:
-        """That of the column val_<key> which is not the loss. Raises ValueError without one, KeyError if unknown."""
-        keys = [name.removeprefix("val_") for name in self.epochs if name.startswith("val_") and name != "val_loss"]
-        if len(keys) != 1:
-            raise ValueError("metrics.csv has not just one column val_<metric> beside val_loss")
-        return METRICS[keys[0]]
+        """That of the first column val_<key> after val_loss. Raises ValueError without one, KeyError if unknown."""
+        keys = [name.removeprefix("val_") for name in self.epochs if name.startswith("val_")]
+        if "loss" not in keys[:-1]:
+            raise ValueError("metrics.csv has no column val_<metric> after val_loss")
+        return METRICS[keys[keys.index("loss") + 1]]
 
     @property
     def best_epoch(self) -> int:
@@ -80,6 +81,11 @@ class Row:
         return [run for run in self.runs if run.summary is None]
 
     @property
+    def counted(self) -> list[RunFiles]:
+        """Those that averages are taken over: the finished ones, or all where none is."""
+        return self.finished or self.unfinished
+
+    @property
     def task(self) -> Task:
         return self.runs[0].config["data"]["name"], self.metric.key
 
@@ -100,7 +106,7 @@ class Row:
 
     def record(self) -> dict:
         """One line of results.csv; metrics as stored: those in percent as fractions."""
-        runs, metric = self.finished or self.unfinished, self.metric.key
+        runs, metric = self.counted, self.metric.key
         best = [run.epochs.loc[run.best_epoch, f"val_{metric}"] for run in runs]
         return {
             "experiment": self.experiment,
@@ -139,9 +145,9 @@ def read_runs(folders: Iterable[Path]) -> list[RunFiles]:
 
 def read_run(folder: Path) -> RunFiles:
     """Reads and checks one run. Raises one of DAMAGED."""
-    epochs = pd.read_csv(folder / "metrics.csv")
-    if len(epochs) and epochs.iloc[-1].isna().any():
-        epochs = epochs.iloc[:-1]  # the process was stopped while it wrote its last line
+    text = (folder / "metrics.csv").read_text()
+    whole = text[: text.rfind("\n") + 1]  # a last line without its end: the process was stopped while it wrote it
+    epochs = pd.read_csv(io.StringIO(whole))
     config = json.loads((folder / "config.json").read_text())
     summary = folder / "summary.json"
     summary = json.loads(summary.read_text()) if summary.exists() else None

@@ -186,6 +186,12 @@ def word_in_csv(folder):
     (folder / "metrics.csv").write_text("\n".join([*text[:2], "2,much,0.5,0.7,1e-4,50,800,1200", *text[3:], ""]))
 
 
+def short_line(folder):
+    """The last line ends, but lacks the numbers behind val_loss."""
+    text = (folder / "metrics.csv").read_text().splitlines()
+    (folder / "metrics.csv").write_text("\n".join([*text[:-1], ",".join(text[-1].split(",")[:3]), ""]))
+
+
 def lost_epoch(folder):
     text = (folder / "metrics.csv").read_text().splitlines(keepends=True)
     (folder / "metrics.csv").write_text("".join(text[:2] + text[3:]))
@@ -203,6 +209,7 @@ DAMAGES = (
     header_only,
     binary_csv,
     word_in_csv,
+    short_line,
     lost_epoch,
     lost_last_epoch,
 )

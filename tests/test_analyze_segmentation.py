@@ -1,0 +1,369 @@
+"""Tables, pictures and the report of segmentation runs, from folders made up in the format that training writes."""
+
+import csv
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+
+from analysis import analyze_segmentation_results as segmentation
+from analysis.analyze import COLORS
+from analysis.analyze_segmentation_results import analyze_segmentation, segmentation_rows
+from analysis.reading import find_runs, read_run, read_runs
+from training import UserError
+from training.config import ROOT
+
+FIRST = dict(miou=(0.10, 0.37, 0.40, 0.385, 0.39), train_miou=(0.1, 0.3, 0.46, 0.5, 0.55))  # best: epoch 3
+SECOND = dict(miou=(0.20, 0.30, 0.40, 0.47, 0.50), train_miou=(0.1, 0.2, 0.3, 0.4, 0.48))  # best: epoch 5
+SKY, POLE = (0.1, 0.2, 0.8, 0.4, 0.5), (0.1, 0.2, None, 0.3, 0.3)
+LONG = "bdh_unet+learning_rate=0.001+mlp_internal_dim_multiplier=32+attention=softmax+patch_size=16+n_embd="
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    """Writes a run's folder, by default below runs, and returns it.
+
+    miou, train_miou and each list in classes: fractions, one an epoch; None for a class that was not there.
+    epochs: those it was to have, where it is not finished.
+    """
+
+    def write(name="bdh_unet", seed=0, epochs=None, classes=None, data="camvid", parameters=2_000_000, **numbers):
+        numbers = FIRST | numbers
+        done = len(numbers["miou"])
+        classes = classes or {"sky": SKY[:done], "pole": POLE[:done], "ghost": (None,) * done}
+        folder = tmp_path / "runs" / name / f"seed{seed}"
+        folder.mkdir(parents=True)
+        config = {
+            "experiment": name,
+            "config": {"model": {"n_layer": 6}, "train": {"epochs": epochs or done, "dataset": data, "seed": seed}},
+            "model_class": "BDHUNetConfig",
+            "data": {"name": data, "class_names": list(classes), "images": {"train": 367, "val": 101, "test": 0}},
+            "parameters": parameters,
+            "hardware": {"device": "cuda", "name": "GPU X", "memory_gb": 8.0},
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        rows = [
+            {
+                "epoch": epoch,
+                "train_loss": 2.0 / epoch,
+                "val_loss": 2.5 / epoch,
+                "val_miou": numbers["miou"][epoch - 1],
+                "learning_rate": 1e-4,
+                "epoch_time_sec": 30.0 + 10 * seed + epoch,
+                "images_per_sec": 12.0,
+                "peak_memory_mb": 1000.0 + 100 * seed + epoch,
+                "train_miou": numbers["train_miou"][epoch - 1],
+                "val_pixel_accuracy": 0.5 + epoch / 10,
+                "val_miou_batch": numbers["miou"][epoch - 1] - 0.03 * (seed + 1),
+                **{f"val_iou_{label}": values[epoch - 1] for label, values in classes.items()},
+            }
+            for epoch in range(1, done + 1)
+        ]
+        with (folder / "metrics.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        if epochs is None:
+            best = {key: value for key, value in max(rows, key=lambda row: row["val_miou"]).items() if "val_" in key}
+            best["epoch"] = int(np.argmax(numbers["miou"])) + 1
+            (folder / "summary.json").write_text(json.dumps({"test": None, "best": best, "epochs": done}))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def two_seeds(write_run):
+    """One experiment, two seeds; the class pole is not there at the first one's best epoch."""
+    first = write_run(**FIRST)
+    return first, write_run(
+        seed=1, classes={"sky": (0.0,) * 4 + (0.9,), "pole": (0.3,) * 5, "ghost": (None,) * 5}, **SECOND
+    )
+
+
+def read_table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def numbers_of(line, *keys):
+    return pytest.approx([float(line[key]) for key in keys])
+
+
+def rows_of(tmp_path):
+    return segmentation_rows(read_runs(find_runs(tmp_path / "runs")), "camvid")
+
+
+def test_numbers_of_two_seeds(two_seeds, tmp_path):
+    """Against values worked out by hand from FIRST and SECOND."""
+    paths = analyze_segmentation(two_seeds, tmp_path / "out")
+    assert [path.name for path in paths] == [
+        *segmentation.PICTURES,
+        "performance_comparison.csv",
+        "analysis_report.txt",
+    ]
+    (line,) = read_table(paths[4])
+    assert [line[key] for key in ("experiment", "dataset", "hardware")] == ["bdh_unet", "camvid", "GPU X"]
+    assert [int(line[key]) for key in ("seeds", "seeds_not_finished", "parameters")] == [2, 0, 2_000_000]
+    miou = ("best_val_miou_mean", "best_val_miou_std", "final_val_miou_mean", "best_val_miou_per_million_parameters")
+    assert numbers_of(line, *miou) == [0.45, 0.1 / 2**0.5, 0.445, 0.225]
+    best = ("val_miou_batch", "val_pixel_accuracy", "train_miou", "train_val_miou_gap")
+    assert numbers_of(line, *(f"{key}_at_best_mean" for key in best)) == [0.405, 0.9, 0.47, 0.02]
+    epochs = ("best_epoch_median", "epochs_to_90_percent_of_best_median", "epochs_to_95_percent_of_best_median")
+    assert numbers_of(line, *epochs) == [4, 3, 4]  # of 3 and 5, 2 and 4, 3 and 5
+    assert numbers_of(line, "epoch_time_sec_median", "peak_memory_mb_max") == [38, 1105]
+    assert numbers_of(line, "iou_sky", "iou_pole") == [0.85, 0.3] and line["iou_ghost"] == ""
+
+
+def test_numbers_of_one_seed(write_run, tmp_path):
+    (line,) = read_table(analyze_segmentation([write_run()], tmp_path / "out")[4])
+    assert numbers_of(line, "best_val_miou_mean", "best_epoch_median", "iou_sky") == [0.40, 3, 0.8]
+    assert line["best_val_miou_std"] == line["iou_pole"] == ""
+    assert numbers_of(line, "train_val_miou_gap_at_best_mean", "val_miou_batch_at_best_mean") == [0.06, 0.37]
+
+
+def test_a_run_that_is_not_finished(two_seeds, write_run, tmp_path):
+    """It is told apart everywhere, comes last, and does not change the mean of seeds that are finished."""
+    write_run(seed=2, epochs=5, miou=(0.9, 0.8))
+    write_run("unet", epochs=9, miou=(0.6, 0.55, 0.5))
+    paths = analyze_segmentation(find_runs(tmp_path / "runs"), tmp_path / "out")
+    first, second = read_table(paths[4])
+    assert (first["experiment"], first["seeds"], first["seeds_not_finished"]) == ("bdh_unet", "2", "1")
+    assert numbers_of(first, "best_val_miou_mean") == [0.45]
+    assert (second["seeds"], second["epochs"], second["epochs_done"]) == ("0", "9", "3")
+    assert numbers_of(second, "best_val_miou_mean", "best_epoch_median", "final_val_miou_mean") == [0.6, 1, 0.5]
+    report = " ".join(paths[5].read_text().split())
+    assert "Not finished: seed 2, epoch 2 of 5." in report and "Not finished: seed 0, epoch 3 of 9." in report
+    assert "2. unet (1 seed): best validation mIoU so far 60.00 %" in report and "(and 1 not finished)" in report
+    axes = segmentation.draw_learning(rows_of(tmp_path)).axes
+    curves = [line for line in axes[3].lines if len(line.get_xdata()) > 1]  # the others mark the ends
+    assert [line.get_linestyle() for line in curves] == ["-", "--", "--"]
+    assert [len(line.get_xdata()) for line in curves] == [5, 2, 3]
+
+
+def test_report(two_seeds, write_run, tmp_path):
+    write_run("unet", miou=(0.1, 0.2, 0.3), parameters=14_000_000)
+    path = analyze_segmentation(find_runs(tmp_path / "runs"), tmp_path / "out")[5]
+    text = path.read_text()
+    plain = " ".join(text.split())
+    assert "one confusion matrix over all 101 validation images, void pixels ignored" in plain
+    assert "for comparison with published numbers" in plain and "There is no test part" in plain
+    assert "Experiments of a single seed: 2." in plain and "no difference to these is claimed" in plain
+    table = [line.split() for line in text.splitlines() if line[:3] in ("1  ", "2  ")]
+    assert table[0] == ("1 bdh_unet 2 2,000,000 45.00 7.07 4 44.50 40.50 90.00 47.00 +2.00 3 4 38 1,105".split())
+    assert table[1][:6] == "2 unet 1 14,000,000 30.00 -".split()
+    assert "1. bdh_unet (2 seeds): best validation mIoU 45.00 ± 7.07 % at epoch 4 of 5, 44.50 % at the last" in plain
+    assert "a gap of +2.00 points. Lowest IoU: pole (30.00 %), sky (85.00 %)." in plain
+    classes = [line.split() for line in text.splitlines()[-3:]]
+    assert classes == [["sky", "85.00", "80.00"], ["pole", "30.00", "-"], ["ghost", "-", "-"]]
+    assert "Not finished" not in text and "\N{NO-BREAK SPACE}" not in text
+
+
+def test_report_of_several_seeds_names_no_single_one(two_seeds, tmp_path):
+    plain = " ".join(analyze_segmentation(two_seeds, tmp_path / "out")[5].read_text().split())
+    assert "single seed" not in plain and "analysis/compare.py" in plain
+
+
+def test_columns_of_the_tables_stand_below_each_other(write_run, tmp_path):
+    for index, parameters in enumerate((900, 123_456_789)):
+        write_run(f"{LONG}{index}+width={'wide' * 8}", parameters=parameters)
+    lines = segmentation.report_lines(rows_of(tmp_path))
+    (rule,) = (place for place, line in enumerate(lines) if len(line) > 120 and set(line) == {"-"})
+    numbers = [line for line in lines[rule + 1 :] if line[:3] in ("1  ", "2  ")]
+    assert len({len(line) for line in [lines[rule], lines[rule - 1].ljust(len(lines[rule])), *numbers]}) == 1
+    end = lines[rule - 2].index("para-") + len("para-")
+    assert [line[:end].split()[-1] for line in numbers] == ["900", "123,456,789"]
+
+
+def test_curves(two_seeds, tmp_path):
+    """What matplotlib was given: means over seeds, in percent."""
+    rows = rows_of(tmp_path)
+    axes = segmentation.draw_learning(rows).axes
+    assert [ax.get_ylabel() for ax in axes] == list(segmentation.PANELS.values())
+    means = {"train_miou": (0.1, 0.25, 0.38, 0.45, 0.515), "val_miou": (0.15, 0.335, 0.4, 0.4275, 0.445)}
+    for ax, values in zip(axes[2:], means.values(), strict=True):
+        assert np.allclose(ax.lines[0].get_ydata(), 100 * np.array(values))
+        assert ax.lines[1].get_xdata() == [5] and np.allclose(ax.lines[1].get_ydata(), 100 * values[-1])
+        assert len(ax.collections) == 1  # the band
+    assert np.allclose(axes[0].lines[0].get_ydata(), 2.0 / np.arange(1, 6))
+
+    figure = segmentation.draw_convergence(rows)
+    shares = (np.array(FIRST["miou"]) / 0.4 + np.array(SECOND["miou"]) / 0.5) / 2
+    low, high, curve = figure.axes[0].lines
+    assert np.allclose(curve.get_ydata(), 100 * shares)
+    assert [line.get_ydata()[0] for line in (low, high)] == [90, 95] and low.get_linestyle() == "--"
+    (text,) = (text.get_text() for text in figure.legends[0].get_texts())
+    assert text == "bdh_unet (2\N{NO-BREAK SPACE}seeds): 90 % at epoch 3"
+
+
+def test_gaps(two_seeds, write_run, tmp_path):
+    """A panel for each experiment and for each run that is not finished, none for the rest of the grid."""
+    write_run("unet", epochs=5, miou=(0.1, 0.3), train_miou=(0.2, 0.25))
+    for index in range(3):
+        write_run(f"other{index}", miou=(0.01, 0.02))
+    axes = segmentation.draw_gaps(rows_of(tmp_path)).axes
+    titles = [ax.get_title() for ax in axes if ax.get_visible()]
+    assert titles[0].endswith("gap +2.0 points at epoch 4") and titles[-1].endswith("gap -5.0 points at epoch 2")
+    assert (len(axes), len(titles)) == (6, 5)
+    last = [ax for ax in axes if ax.get_visible()][-1]
+    assert [line.get_linestyle() for line in last.lines] == ["--", "--", ":"]
+    assert np.allclose(last.lines[0].get_ydata(), [10, 30]) and np.allclose(last.lines[1].get_ydata(), [20, 25])
+    assert len(last.collections) == 1  # what is between
+
+
+def test_classes(two_seeds, write_run, tmp_path):
+    """Highest IoU on top; a class that no experiment has is named; what is not finished has hollow dots."""
+    write_run("unet", epochs=9)
+    (ax,) = segmentation.draw_classes(rows_of(tmp_path)).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["sky", "pole", "ghost: not there"]
+    assert ax.get_ylim() == (2.5, -0.5)
+    full, hollow = (container[0] for container in ax.containers)
+    assert np.allclose(full.get_xdata().astype(float), [85, 30, np.nan], equal_nan=True)
+    assert np.allclose(hollow.get_xdata().astype(float), [80, np.nan, np.nan], equal_nan=True)
+    assert hollow.get_markerfacecolor() == "white" != full.get_markerfacecolor()
+    assert all(full.get_ydata() < hollow.get_ydata()) and np.allclose(np.round(hollow.get_ydata()), [0, 1, 2])
+
+
+def share_of_color(path, color):
+    """The share of the picture's pixels that have this colour."""
+    pixels = matplotlib.image.imread(path)[..., :3]  # (height, width, RGB) from 0 to 1
+    return np.isclose(pixels, to_rgb(color), atol=0.01).all(-1).mean()
+
+
+@pytest.mark.parametrize("n_classes", [1, 11, 21])
+def test_pictures_show_every_experiment(write_run, tmp_path, n_classes):
+    for index in range(5):
+        heights = {f"class_{place}": (0.1 + place / 30,) * 5 for place in range(n_classes)}
+        write_run(f"{LONG}{index}", miou=tuple(np.linspace(0.05, 0.3 + index / 10, 5)), classes=heights)
+    for path in analyze_segmentation(find_runs(tmp_path / "runs"), tmp_path / "out")[:4]:
+        height, width = matplotlib.image.imread(path).shape[:2]
+        assert width == 1440 and 500 < height < 2400
+        colors = COLORS[: 2 if path.name == "train_val_gap.png" else 5]
+        assert all(share_of_color(path, color) > 1e-4 for color in colors), path.name
+
+
+def draw(figure):
+    """Lays the figure out as for a file."""
+    FigureCanvasAgg(figure).draw()
+    return figure
+
+
+@pytest.mark.parametrize("name", ["draw_learning", "draw_convergence", "draw_gaps", "draw_classes"])
+@pytest.mark.parametrize("experiments", [1, 6])
+def test_long_names_are_neither_cut_nor_over_the_panels(write_run, tmp_path, name, experiments):
+    for index in range(experiments):
+        write_run(f"{LONG}{index}{'+wide=yes' * index}", epochs=9 if index == 2 else None)
+    figure = draw(getattr(segmentation, name)(rows_of(tmp_path)))
+    legend = figure.legends[0].get_window_extent()
+    panels = [ax.get_tightbbox() for ax in figure.axes if ax.get_visible()]
+    for box in [legend, *panels, figure._suptitle.get_window_extent()]:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
+    assert all(box.y0 >= legend.y1 for box in panels)
+    assert all(ax.get_window_extent().height > 100 for ax in figure.axes if ax.get_visible())  # of 100 dots an inch
+    titles = [ax.title.get_window_extent() for ax in figure.axes if ax.get_visible() and ax.get_title()]
+    assert not any(one.overlaps(other) for place, one in enumerate(titles) for other in titles[:place])
+
+
+def test_other_runs_are_ignored(make_run, write_run, tmp_path):
+    """Classification, and segmentation of other data; neither gets a warning nor a place."""
+    make_run(folder=tmp_path / "runs" / "classified")
+    write_run("on_voc", data="voc")
+    write_run()
+    runs = find_runs(tmp_path / "runs")
+    assert [line["experiment"] for line in read_table(analyze_segmentation(runs, tmp_path / "out")[4])] == ["bdh_unet"]
+    (line,) = read_table(analyze_segmentation(runs, tmp_path / "voc", "voc")[4])
+    assert (line["experiment"], line["dataset"]) == ("on_voc", "voc")
+
+
+def test_different_configurations_stay_apart(write_run, tmp_path):
+    for seed, n_layer in ((0, 6), (1, 12)):
+        path = write_run(seed=seed) / "config.json"
+        config = json.loads(path.read_text())
+        config["config"]["model"]["n_layer"] = n_layer
+        path.write_text(json.dumps(config))
+    lines = read_table(analyze_segmentation(find_runs(tmp_path / "runs"), tmp_path / "out")[4])
+    assert {(line["differs_in"], line["seeds"]) for line in lines} == {("n_layer=6", "1"), ("n_layer=12", "1")}
+
+
+def cut_config(folder):
+    (folder / "config.json").write_text('{"experiment": ')
+
+
+def no_train_miou(folder):
+    text = (folder / "metrics.csv").read_text()
+    (folder / "metrics.csv").write_text(text.replace("train_miou", "other"))
+
+
+def no_classes(folder):
+    (folder / "metrics.csv").write_text((folder / "metrics.csv").read_text().replace("val_iou_", "iou_"))
+
+
+def word_for_a_class(folder):
+    (folder / "metrics.csv").write_text((folder / "metrics.csv").read_text().replace("0.8,", "much,"))
+
+
+def short_line(folder):
+    """The last line ends, but lacks its last numbers, val_pixel_accuracy among them."""
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    (folder / "metrics.csv").write_text("\n".join([*lines[:-1], ",".join(lines[-1].split(",")[:9]), ""]))
+
+
+@pytest.mark.parametrize(
+    "damage", (cut_config, no_train_miou, no_classes, word_for_a_class, short_line), ids=lambda damage: damage.__name__
+)
+def test_damaged_runs_are_left_out_with_one_line(write_run, tmp_path, capsys, damage):
+    whole, broken = write_run(), write_run(seed=1)
+    damage(broken)
+    (line,) = read_table(analyze_segmentation([whole, broken], tmp_path / "out")[4])
+    assert line["seeds"] == "1"
+    error = capsys.readouterr().err
+    assert error.startswith(f"warning: {broken} is left out") and error.count("\n") == 1
+    damage(whole)
+    with pytest.raises(UserError, match="no segmentation run"):
+        analyze_segmentation([whole, broken], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_absent_class_in_the_last_line_does_not_lose_the_epoch(write_run):
+    run = read_run(write_run(epochs=9, miou=(0.1, 0.2, 0.3)))  # pole is not there in epoch 3, ghost never
+    assert len(run.epochs) == 3 and run.metric.key == "miou" and run.best_epoch == 3
+
+
+@pytest.mark.parametrize("keep", [1, 3, 12, 14])
+def test_a_last_line_without_its_end_is_not_an_epoch(write_run, keep):
+    """Cut behind any of its 14 fields, even where all numbers are there."""
+    folder = write_run(epochs=9, miou=(0.1, 0.2, 0.3))
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    (folder / "metrics.csv").write_text("\n".join([*lines[:-1], ",".join(lines[-1].split(",")[:keep])]))
+    assert read_run(folder).epochs.index.tolist() == [1, 2]
+
+
+def test_runs_of_before_still_read():
+    folders = find_runs(ROOT / "results" / "ablation_small_cpu")
+    runs = read_runs(folders)
+    assert len(runs) == len(folders) == 18 and {run.metric.key for run in runs} == {"accuracy"}
+
+
+SCRIPT = "analysis/analyze_segmentation_results.py"
+
+
+def test_command_line(write_run, call_script, tmp_path, capsys):
+    write_run()
+    assert call_script(SCRIPT, "--runs-dir", "runs", "--output-dir", "out") == 0
+    names = (*segmentation.PICTURES, "performance_comparison.csv", "analysis_report.txt")
+    assert capsys.readouterr().out.split() == [f"out/{name}" for name in names]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+
+
+def test_no_runs_is_one_message(make_run, write_run, call_script, tmp_path, capsys):
+    make_run()
+    assert call_script(SCRIPT, "--runs-dir", "runs", "--output-dir", "out") == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("error: there is no segmentation run on camvid: train one (python ")
+    assert shown.err.count("\n") == 1 and "train_bdh_unet.py" in shown.err and "--dataset" not in shown.err
+    write_run(data="voc")
+    assert call_script(SCRIPT, "--runs-dir", "runs", "--output-dir", "out") == 1
+    assert "--dataset voc" in capsys.readouterr().err and not (tmp_path / "out").exists()
