@@ -32,8 +32,8 @@ PICTURES = ("learning_curves.png", "convergence.png", "train_val_gap.png", "per_
 CLASS = "val_iou_"  # what the column of a class begins with
 NEEDED = ("train_miou", "val_pixel_accuracy", "val_miou_batch", "peak_memory_mb")  # beside what every run has
 PANELS = {
-    "train_loss": "training loss (nats)",
-    "val_loss": "validation loss (nats)",
+    "train_loss": "training loss",
+    "val_loss": "validation loss",
     "train_miou": "training mIoU (%)",
     "val_miou": "validation mIoU (%)",
 }

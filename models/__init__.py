@@ -12,6 +12,7 @@ from models.baselines import (
 )
 from models.bdh import BDHConfig
 from models.bdh_unet import BDHUNetConfig
+from models.masked_bdh import MaskedBDHConfig
 from models.vision_bdh import VisionBDHConfig
 
 CONFIG_CLASSES = {
@@ -25,6 +26,7 @@ CONFIG_CLASSES = {
         MobileNetV2Config,
         EfficientNetB0Config,
         BDHUNetConfig,
+        MaskedBDHConfig,
         ResNetUNetConfig,
     )
 }

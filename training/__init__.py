@@ -3,6 +3,7 @@
 from training.config import (
     ClassificationConfig,
     Experiment,
+    PretrainingConfig,
     RunOptions,
     SegmentationConfig,
     TextConfig,
@@ -14,6 +15,7 @@ from training.loop import fit
 __all__ = [
     "ClassificationConfig",
     "Experiment",
+    "PretrainingConfig",
     "RunOptions",
     "SegmentationConfig",
     "TextConfig",

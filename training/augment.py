@@ -88,7 +88,7 @@ def joint_transform(config: SegmentationConfig, void: int) -> JointTransform:
         [
             albumentations.HorizontalFlip(p=config.horizontal_flip),
             albumentations.Affine(  # with the ranges of albumentations' own ShiftScaleRotate, but the rotation's
-                translate_percent=(-0.0625, 0.0625),
+                translate_percent={"x": (-0.0625, 0.0625), "y": (-0.0625, 0.0625)},  # drawn apart from each other
                 scale=(0.9, 1.1),
                 keep_ratio=True,
                 rotate=(-15, 15),

@@ -83,6 +83,11 @@ class ClassificationConfig(HeldOutConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PretrainingConfig(ClassificationConfig):
+    """Training on the same images without their classes, by filling in what is masked."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SegmentationConfig(TrainConfig):
     """Training on images with a class for every pixel."""
 

@@ -44,6 +44,7 @@ METRICS = {
         Metric("miou", "mIoU", percent=True, higher_is_better=True),
         Metric("miou_batch", "mIoU by batches", percent=True, higher_is_better=True),
         Metric("pixel_accuracy", "pixel accuracy", percent=True, higher_is_better=True),
+        Metric("psnr", "PSNR in dB", percent=False, higher_is_better=True),
         Metric("bits_per_byte", "bits per byte", percent=False, higher_is_better=False),
     )
 }
@@ -75,6 +76,12 @@ class Sums:
 def classification_ratios(sums: dict[str, float]) -> dict[str, float]:
     """Mean loss in nats and accuracy between 0 and 1, from the sums that `tasks.Classification` counts."""
     return {"loss": sums["loss"] / sums["images"], "accuracy": sums["correct"] / sums["images"]}
+
+
+def reconstruction_ratios(sums: dict[str, float]) -> dict[str, float]:
+    """Mean absolute error and peak signal-to-noise ratio of masked pixels, which lie in [-1, 1]."""
+    error = sums["squared_error"] / sums["images"]
+    return {"loss": sums["loss"] / sums["images"], "psnr": 10 * math.log10(2**2 / max(error, 1e-12))}
 
 
 def text_ratios(sums: dict[str, float]) -> dict[str, float]:

@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.config import ClassificationConfig, Experiment, SegmentationConfig, TextConfig, TrainConfig, UserError
+from models.masked_bdh import Reconstruction
+from training.config import (
+    ClassificationConfig,
+    Experiment,
+    PretrainingConfig,
+    SegmentationConfig,
+    TextConfig,
+    TrainConfig,
+    UserError,
+)
 from training.data import DataSet, ImageBatches, Split, data_folder, load_dataset, split_train
 from training.masks import CLASSES, find_masks
 from training.metrics import (
@@ -20,6 +29,7 @@ from training.metrics import (
     batch_miou,
     classification_ratios,
     confusion_matrices,
+    reconstruction_ratios,
     segmentation_ratios,
     text_ratios,
 )
@@ -101,6 +111,24 @@ class Classification:
 
     def ratios(self, sums: dict[str, float]) -> dict[str, float]:
         return classification_ratios(sums)
+
+
+class MaskedImages(Classification):
+    """Absolute error of masked pixels (SimMIM); the classes of the images are not looked at."""
+
+    metric = METRICS["psnr"]
+
+    def loss(self, outputs: Reconstruction, labels: Tensor) -> Tensor:
+        """Mean over the masked pixels of |prediction - truth|, in the images' unit, [-1, 1]."""
+        return (outputs.predicted.float() - outputs.truth.float()).abs().mean()
+
+    def counts(self, loss: Tensor, outputs: Reconstruction, labels: Tensor) -> dict[str, Tensor]:
+        squared = (outputs.predicted.float() - outputs.truth.float()).square().mean()
+        images = torch.full_like(labels[0], len(labels))
+        return {"loss": loss * len(labels), "squared_error": squared * len(labels), "images": images}
+
+    def ratios(self, sums: dict[str, Any]) -> dict[str, float | None]:
+        return reconstruction_ratios(sums)
 
 
 class LanguageModelling:
@@ -206,7 +234,12 @@ def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
     return ((1 - dice) * (pixels > 0)).mean()
 
 
-TASKS = {ClassificationConfig: Classification, SegmentationConfig: Segmentation, TextConfig: LanguageModelling}
+TASKS = {
+    ClassificationConfig: Classification,
+    PretrainingConfig: MaskedImages,
+    SegmentationConfig: Segmentation,
+    TextConfig: LanguageModelling,
+}
 
 
 def make_task(train: TrainConfig) -> Task:
@@ -220,7 +253,7 @@ def _check_fit(model: Any, dataset: DataSet) -> None:
     if height != width:
         raise UserError(f"{images}, but the models here read square images only")
     for name, value in {"img_size": height, "in_channels": channels, "num_classes": len(dataset.class_names)}.items():
-        if getattr(model, name) != value:
+        if getattr(model, name, value) != value:  # pretraining has no classes
             is_flag = name in {field.name for field in dataclasses.fields(model)}
             mend = f"set --{name.replace('_', '-')} {value}" if is_flag else "choose another --dataset or model"
             raise UserError(f"{images}, but the model has {name} = {getattr(model, name)}: {mend}")

@@ -1,0 +1,93 @@
+"""Vision-BDH trained without labels: it sees some patches of an image and says what the others look like.
+
+SimMIM (Xie et al. 2022, arXiv 2111.09886): masked patches enter the encoder as one learned token, with their positions,
+and a linear layer makes pixels of the states. The encoder's weights have the names that they have in Vision-BDH.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.bdh import WEIGHT_STD
+from models.vision_bdh import VisionEncoder, VisionEncoderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedBDHConfig(VisionEncoderConfig):
+    """A Vision-BDH encoder that learns to fill in masked patches."""
+
+    img_size: int = 32
+    """height and width of the images, in pixels"""
+    mask_ratio: float = 0.6
+    """share of the patches that the encoder does not see"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.n_masked < self.n_patches:
+            raise ValueError(
+                f"mask_ratio = {self.mask_ratio} masks {self.n_masked} of {self.n_patches} patches: "
+                "some have to be masked and some seen"
+            )
+
+    @property
+    def n_patches(self) -> int:
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def n_masked(self) -> int:
+        """Patches of each image that are masked."""
+        return round(self.mask_ratio * self.n_patches)
+
+    def build(self) -> "MaskedBDH":
+        return MaskedBDH(self)
+
+
+class Reconstruction(NamedTuple):
+    """What a model made of the masked patches, and what they are; P = patch_size ** 2 * in_channels."""
+
+    predicted: Tensor
+    """(B, n_masked, P)"""
+    truth: Tensor
+    """(B, n_masked, P)"""
+
+
+class MaskedBDH(VisionEncoder):
+    """The encoder, and a linear layer from states to pixels."""
+
+    def __init__(self, config: MaskedBDHConfig):
+        super().__init__(config)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, config.n_embd))
+        self.head = nn.Linear(config.n_embd, config.patch_size**2 * config.in_channels)
+        for weight in (self.mask_token, self.head.weight):
+            nn.init.normal_(weight, std=WEIGHT_STD)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        """images: (B, C, img_size, img_size). The mask is drawn in training; otherwise all images share one."""
+        masked = self.draw_masked(len(images), images.device)  # (B, n_masked) indices of patches
+        x, grid = self.embed(images)
+        hidden = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, masked, True)
+        positions = 0.0 if self.pos_embed is None else self.pos_embed
+        x = torch.where(hidden.unsqueeze(-1), (self.mask_token + positions).to(x.dtype), x)
+        states = self.normalised(self.levels(x, grid))
+        pixels = F.unfold(images, self.config.patch_size, stride=self.config.patch_size).mT  # (B, T, P)
+        return Reconstruction(self.head(_rows(states, masked)), _rows(pixels, masked))
+
+    def draw_masked(self, n_images: int, device: torch.device) -> Tensor:
+        """(B, n_masked) indices of the patches that are not seen."""
+        T, n = self.config.n_patches, self.config.n_masked
+        if self.training:
+            return torch.rand(n_images, T, device=device).topk(n).indices
+        order = torch.randperm(
+            T, generator=torch.Generator().manual_seed(0)
+        )  # whatever the batch, so it can be compared
+        return order[:n].to(device).expand(n_images, -1)
+
+
+def _rows(x: Tensor, indices: Tensor) -> Tensor:
+    """(B, T, P) and (B, n) -> (B, n, P), the rows of each image that its indices name."""
+    return x.gather(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[2]))
