@@ -47,7 +47,9 @@ def take_all(model: nn.Module, config: Any, path: Path) -> dict[str, Any]:
             f"{path} holds weights of another architecture ({'; '.join(problems[:3])}): give the model the sizes of "
             f"the run it is from ({_differences(config, fields)}), or name another file"
         )
-    model.load_state_dict(weights | _own_frequencies(model))
+    # rotary frequencies follow from the model's own configuration
+    own = {name: value for name, value in model.state_dict().items() if name.endswith("attn.freqs")}
+    model.load_state_dict(weights | own)
     print(f"starting from {path}, epoch {state['epoch']}: all of its {len(weights)} tensors taken")
     _say_differences(config, fields)
     return {"file": str(path), "epoch": state["epoch"]}
@@ -63,7 +65,7 @@ def take_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Any]:
     source = build_config(class_name, fields)
     if not isinstance(source, VisionEncoderConfig):
         raise UserError(f"{path} holds a {class_name}, not a Vision-BDH: name the best.pt of a run of one")
-    mine = encoder.state_dict()
+    mine = dict(encoder.named_parameters())
     theirs = {name.removeprefix("encoder."): weight for name, weight in state["model"].items()}
     if "pos_embed" in theirs and "pos_embed" in mine:
         theirs["pos_embed"] = interpolate_positions(theirs["pos_embed"], source.grid, encoder.config.grid)
@@ -74,7 +76,7 @@ def take_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Any]:
             f"{path} does not fit the encoder (its {', '.join(missing)}): give the encoder the sizes and choices of "
             f"the run it is from ({_differences(encoder.config, fields)})"
         )
-    encoder.load_state_dict(taken | _own_frequencies(encoder), strict=False)
+    encoder.load_state_dict(taken, strict=False)
     left = sorted(mine.keys() - taken)
     grids = "" if source.grid == encoder.config.grid else f" (positions interpolated from {_by(source.grid)} patches)"
     print(
@@ -134,11 +136,6 @@ def _differences(config: Any, fields: dict[str, Any]) -> str:
         if name in mine and name not in ("num_classes", "img_size", "encoder") and value != mine[name]
     ]
     return " ".join(flags)
-
-
-def _own_frequencies(model: nn.Module) -> dict[str, Tensor]:
-    """Rotary frequencies: they follow from the model's own configuration, and are no weights to be taken."""
-    return {name: value for name, value in model.state_dict().items() if name.endswith("attn.freqs")}
 
 
 def _say_differences(config: Any, fields: dict[str, Any]) -> None:
