@@ -31,10 +31,14 @@ class RunFiles:
 
     @property
     def fields(self) -> dict:
-        """All fields that decide the result, but the seed; names are unique over model and training."""
+        """All fields that decide the result, but the seed; names are unique over model and training.
+
+        What is None is left out: runs of earlier versions may lack it.
+        """
         model_class = {"model_class": self.config["model_class"]}
         data = {"data": self.config["data"]["name"]}
-        return model_class | data | self.config["config"]["model"] | self.train | {"seed": None}
+        fields = model_class | data | self.config["config"]["model"] | self.train
+        return {key: value for key, value in fields.items() if value is not None and key != "seed"}
 
     @property
     def train(self) -> dict:

@@ -186,7 +186,7 @@ def test_a_run_of_bdh_unet_and_its_fine_tuning(call, tmp_path, capsys):
     assert call("finetune_bdh_unet.py", *TINY, "--epochs", 1, "--start-from", start, "--name", "tuned") == 0
     assert "starting from" in capsys.readouterr().out
     tuned = json.loads((tmp_path / "runs" / "tuned" / "seed0" / "config.json").read_text())
-    assert tuned["origin"] == {"file": str(start), "epoch": summary["best"]["epoch"]}
+    assert tuned["origin"] == {"file": "unet-seed0-best.pt", "epoch": summary["best"]["epoch"]}
 
 
 def test_it_learns_and_resumes_to_the_same_result(call, tmp_path):

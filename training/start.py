@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models import build_config
 from models.vision_bdh import VisionEncoder, VisionEncoderConfig, interpolate_positions
-from training.config import Experiment, UserError
+from training.config import Experiment, UserError, name_of_file
 from training.runs import UNREADABLE, Run, first_line, load_file
 
 
@@ -52,7 +52,7 @@ def take_all(model: nn.Module, config: Any, path: Path) -> dict[str, Any]:
     model.load_state_dict(weights | own)
     print(f"starting from {path}, epoch {state['epoch']}: all of its {len(weights)} tensors taken")
     _say_differences(config, fields)
-    return {"file": str(path), "epoch": state["epoch"]}
+    return {"file": name_of_file(path), "epoch": state["epoch"]}
 
 
 def take_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def take_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Any]:
         f"{', '.join(left) or 'nothing'} in it and the rest of the model drawn anew"
     )
     _say_differences(encoder.config, fields)
-    return {"file": str(path), "epoch": state["epoch"], "taken": sorted(taken), "drawn": left}
+    return {"file": name_of_file(path), "epoch": state["epoch"], "taken": sorted(taken), "drawn": left}
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
