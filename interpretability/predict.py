@@ -1,17 +1,17 @@
 """What a trained segmentation model says of images: image, prediction and truth side by side, in the data's colours.
 
 Takes image files, or folders of them, and writes one picture each. The truth is shown where the image lies in the data
-set that the run was trained on, or in the same layout (DIR/val/NAME.png with DIR/valannot/NAME.png); pixels that are
-void in it are black there, and count nowhere. Images are scaled to the size that the model was trained at, and the
-prediction back to theirs.
+set that the run was trained on, or in CamVid's layout (DIR/val/NAME.png with DIR/valannot/NAME.png); pixels that are
+void in it count nowhere. Images are scaled to the size that the model was trained at, and the prediction back to
+theirs.
 
     python interpretability/predict.py data_camvid/val --run runs/bdh_unet/seed0
     python interpretability/predict.py street.jpg --run runs/bdh_unet/seed0/last.pt --output-dir pictures
 """
 
-import functools
 import sys
 import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,13 +33,15 @@ from training.augment import normalise
 from training.config import ROOT, UserError
 from training.data import data_folder
 from training.device import pick_device
-from training.masks import CLASSES, IMAGE_SUFFIXES, BadFile, Classes, MaskFiles, find_masks, read_image
+from training.masks import CLASSES, BadFile, Classes, MaskFiles, Pair, find_masks, is_image, read_image
 from training.metrics import confusion_matrices, segmentation_ratios
 from training.runs import load_model
 from training.script import run_script
+from training.segmentation import read_pair
 
 DPI = 200
 PANEL_INCHES = 3.2
+TALLEST_PANEL = 3  # times its width; a taller image is drawn narrower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,8 @@ def draw(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray | None, cla
     columns_of_legend = 3 * len(panels)
     rows_of_legend = -(-len(shown) // columns_of_legend)
     lines = textwrap.wrap(title, int(14 * PANEL_INCHES * len(panels)))
-    height = PANEL_INCHES * image.shape[0] / image.shape[1] + 0.45 + 0.15 * len(lines) + 0.2 * rows_of_legend
+    panel_height = PANEL_INCHES * min(image.shape[0] / image.shape[1], TALLEST_PANEL)
+    height = panel_height + 0.45 + 0.15 * len(lines) + 0.2 * rows_of_legend
     figure = Figure((PANEL_INCHES * len(panels), height), layout="constrained")
     figure.suptitle("\n".join(lines), fontsize=8.5, x=0.01, ha="left")
     for ax, (name, pixels) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
@@ -89,13 +92,14 @@ def draw(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray | None, cla
     handles = [
         Patch(facecolor=classes.palette[label] / 255, edgecolor="0.5", label=names[label]) for label in sorted(shown)
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns_of_legend, fontsize=8.5, frameon=False)
+    layout = dict(loc="outside lower center", ncols=columns_of_legend, columnspacing=1.5, handlelength=1.2)
+    figure.legend(handles=handles, fontsize=8.5, frameon=False, **layout)
     return figure
 
 
 def _with_scores(name: str, predicted: np.ndarray, truth: np.ndarray | None, classes: Classes) -> str:
     """The panel's title, with how good this image's prediction is where the truth is known."""
-    if truth is None:
+    if truth is None or (truth == classes.void).all():
         return name
     confusion = confusion_matrices(
         torch.from_numpy(predicted)[None].long(), torch.from_numpy(truth)[None].long(), len(classes.names)
@@ -111,13 +115,20 @@ def image_files(paths: tuple[Path, ...]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} is not there: name an image or a folder of images")
-        inside = (
-            sorted(each for each in path.iterdir() if each.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else None
-        )
-        files += [path] if inside is None else inside
+        files += sorted(filter(is_image, path.iterdir())) if path.is_dir() else [path]
     if not files:
         raise UserError("there is no image to look at: name image files, or folders that hold some")
-    return files
+    return list({path.resolve(): path for path in files}.values())  # each once
+
+
+def picture_names(files: list[Path]) -> list[str]:
+    """A name for the picture of each file: its folder's and its own, with a number where another has them, too."""
+    names, taken = [], Counter()
+    for path in files:
+        name = f"{path.resolve().parent.name}_{path.stem}"
+        taken[name] += 1
+        names.append(f"{name}.png" if taken[name] == 1 else f"{name}-{taken[name]}.png")
+    return names
 
 
 class Truth:
@@ -125,26 +136,28 @@ class Truth:
 
     def __init__(self, name: str, data_dir: Path | None):
         self.name = name
+        self.found: dict[Path, dict[Path, tuple[Pair, MaskFiles]]] = {}
         self.place = data_folder(name, data_dir)
 
-    def __call__(self, image: Path) -> np.ndarray | None:
-        """(h, w) labels, None where there is no mask. Raises BadFile for a mask that cannot be read."""
-        image = image.resolve()
-        for place in [self.place, *([image.parent.parent] if self.name == "camvid" else [])]:
-            files, masks = self._masks(place)
-            if image in masks:
-                return files.read_mask(masks[image])
+    def __call__(self, path: Path) -> np.ndarray | None:
+        """(h, w) labels, None where there is no mask. Raises BadFile, also where it is not of the image's size."""
+        path = path.resolve()
+        for place in [self.place, *([path.parent.parent] if self.name == "camvid" else [])]:
+            if path in (pairs := self._pairs(place)):
+                pair, files = pairs[path]
+                return read_pair(pair, files)[1]
         return None
 
-    @functools.cache  # noqa: B019 (one object, which lives as long as the script)
-    def _masks(self, place: Path) -> tuple[MaskFiles | None, dict[Path, Path]]:
-        """The data set in a folder, and by image its mask; none where the folder is no such data set."""
-        try:
-            files = find_masks(self.name, place) if place.is_dir() else None
-        except UserError:
-            files = None
-        pairs = (pair for part in files.pairs.values() for pair in part) if files else ()
-        return files, {pair.image.resolve(): pair.mask for pair in pairs}
+    def _pairs(self, place: Path) -> dict[Path, tuple[Pair, MaskFiles]]:
+        """By the images' resolved paths; listed once."""
+        if place not in self.found:
+            try:
+                files = find_masks(self.name, place, download=False)
+                pairs = [pair for of in files.pairs.values() for pair in of]
+            except UserError:  # no folder of this data set: an image has no truth there
+                pairs = []
+            self.found[place] = {pair.image.resolve(): (pair, files) for pair in pairs}
+        return self.found[place]
 
 
 def main(options: Options) -> None:
@@ -159,16 +172,20 @@ def main(options: Options) -> None:
     truth = Truth(train["dataset"], options.data_dir)
     experiment = config["experiment"]
     output = options.output_dir / f"{experiment[:200]}_seed{train['seed']}"  # file systems allow names of 255 bytes
-    output.mkdir(parents=True, exist_ok=True)
-    for path in tqdm(files, unit="img", leave=False, disable=None):
+    with_truth = 0
+    names = picture_names(files)
+    for path, name in tqdm(list(zip(files, names, strict=True)), unit="img", leave=False, disable=None):
         try:
             image, mask = read_image(path), truth(path)
         except BadFile as error:
             raise UserError(str(error)) from None
         title = f"{path.name}: {experiment.replace('+', ', ')}, seed {train['seed']}"
         figure = draw(image, predict(model, image, img_size, device), mask, classes, title)
-        figure.savefig(output / f"{path.resolve().parent.name}_{path.stem}.png", dpi=DPI)
-    print(f"{options.run}\n-> {output}, {len(files)} picture{'s' * (len(files) != 1)}")
+        output.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output / name, dpi=DPI)
+        with_truth += mask is not None
+    pictures = f"{len(files)} picture{'s' * (len(files) != 1)}"
+    print(f"{options.run}\n-> {output}, {pictures}, {with_truth or 'none'} with the truth")
 
 
 if __name__ == "__main__":

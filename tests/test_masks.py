@@ -61,11 +61,14 @@ def test_the_fold_has_each_of_the_32_classes_once():
     assert [set(group) for group in CAMVID_FOLD.values()] == [set(COLOURS[label]) for label in range(12)]
 
 
-def test_every_colour_is_read_as_the_label_it_is_folded_to(tmp_path):
-    write_class_dict(tmp_path / "class_dict.csv")
+@pytest.mark.parametrize("comma", [",", ", "])  # copies of the data differ in it
+def test_every_colour_is_read_as_the_label_it_is_folded_to(tmp_path, comma):
+    table = tmp_path / "class_dict.csv"
+    write_class_dict(table)
+    table.write_text("\ufeff" + table.read_text().replace(",", comma), encoding="utf-8")
     colours = [(label, colour) for label, group in COLOURS.items() for colour in group.values()]
     Image.fromarray(np.array([[colour for _, colour in colours]], dtype=np.uint8)).save(tmp_path / "mask.png")
-    assert ColourMasks(tmp_path / "class_dict.csv")(tmp_path / "mask.png").tolist() == [[label for label, _ in colours]]
+    assert ColourMasks(table)(tmp_path / "mask.png").tolist() == [[label for label, _ in colours]]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -86,8 +89,9 @@ def test_palette_masks_and_files_that_are_no_images(camvid):
     mask = Image.open(path)
     mask.putpalette(range(36))
     mask.save(path)
-    for name in ("Thumbs.db", ".DS_Store", "notes.txt"):
+    for name in ("Thumbs.db", ".DS_Store", "notes.txt", "._train_001.png", "._other.png"):
         (folder / "train" / name).touch()
+        (folder / "trainannot" / name).touch()
     assert Image.open(path).mode == "P"
     assert np.array_equal(make_batches("camvid", folder).parts["train"].masks, before)
 
@@ -111,6 +115,10 @@ def save(array, path):
     Image.fromarray(np.asarray(array, dtype=np.uint8)).save(path)
 
 
+def sixteen_bits(path):
+    Image.fromarray(np.full((32, 48), 5000, dtype=np.uint16)).save(path)
+
+
 def damage(folder, layout):
     """Each fault: what makes it, and what must be said of it."""
     image, mask = folder / "train" / "train_001.png", folder / MASKS[layout].format(1)
@@ -123,16 +131,26 @@ def damage(folder, layout):
         "cut image": (lambda: image.write_bytes(image.read_bytes()[:200]), [image, "cannot be read"]),
         "empty image": (lambda: image.write_bytes(b""), [image, "cannot be read"]),
         "empty part": (lambda: [path.unlink() for path in folder.glob("val*/*")], [folder / "val", "holds no images"]),
-        "no part": (lambda: [shutil.rmtree(path) for path in folder.glob("val*")], [folder / "val", "holds no images"]),
+        "no part": (
+            lambda: [shutil.rmtree(path) for path in folder.glob("val*")],
+            [folder, "val/", f"val{mask.parent.name[5:]}/ missing"],
+        ),
         "no masks of a part": (
             lambda: [shutil.rmtree(path) for path in folder.glob("val*") if path.name != "val"],
-            [folder / "val" / "val_000.png", "has no mask"],
+            [folder, f"(val{mask.parent.name[5:]}/ missing)", "train_labels"],
         ),
+        "test without masks": (lambda: shutil.copytree(folder / "val", folder / "test"), [folder / "test", "is not"]),
+        "both layouts": (
+            lambda: [(folder / name).mkdir(exist_ok=True) for name in ("trainannot", "train_labels")],
+            [folder, "both layouts", "trainannot", "train_labels", "elsewhere"],
+        ),
+        "one name": (lambda: shutil.copy(image, image.with_suffix(".bmp")), ["train_001.bmp", image.name, "one name"]),
+        "16 bits": (lambda: sixteen_bits(image), [image, "more than 8 bits"]),
     }
     if layout == "labels":
         label = np.full((32, 48), 3)
         label[5, 7] = 12
-        faults["label"] = (lambda: save(label, mask), [mask, "label 12", "row 5, column 7", "11 is void"])
+        faults["label"] = (lambda: save(label, mask), [mask, "label 12", "row 5, column 7", "0 to 11"])
         faults["colours"] = (lambda: save(np.zeros((32, 48, 3)), mask), [mask, "RGB", "no mask of labels"])
     else:
         colour = np.zeros((32, 48, 3))
@@ -141,10 +159,17 @@ def damage(folder, layout):
         table = folder / "class_dict.csv"
         faults["no table"] = (table.unlink, [table, "name, r, g, b"])
         faults["no columns"] = (lambda: table.write_text("a,b\n1,2\n"), [table, "name, r, g, b"])
+        faults["empty table"] = (lambda: table.write_text(""), [table, "name, r, g, b"])
+        faults["only a header"] = (lambda: table.write_text("name,r,g,b\n"), [table, "no classes"])
+        faults["binary table"] = (lambda: table.write_bytes(b"PK\x03\x04\xff\xfe"), [table, "name, r, g, b"])
+        faults["a colour twice"] = (
+            lambda: table.write_text("name,r,g,b\nSky,1,2,3\nCar,1,2,3\n"),
+            [table, "line 3", "Car"],
+        )
         faults["no numbers"] = (lambda: table.write_text("name,r,g,b\nSky,1,x,3\n"), [table, "name, r, g, b"])
         faults["short rows"] = (lambda: table.write_text("name,r,g,b\nSky,1\n"), [table, "name, r, g, b"])
         faults["other classes"] = (lambda: table.write_text("name,r,g,b\nCheese,1,2,3\n"), [table, "Cheese"])
-        faults["no colour"] = (lambda: table.write_text("name,r,g,b\nSky,1,2,300\n"), [table, "between 0 and 255"])
+        faults["no colour"] = (lambda: table.write_text("name,r,g,b\nSky,1,2,300\n"), [table, "line 2", "0 to 255"])
     return faults
 
 
@@ -159,7 +184,7 @@ def test_a_fault_is_told_before_training_starts(layout, fault, camvid, call_scri
     where = ["--data-dir", folder, "--runs-dir", tmp_path / "runs", "--device", "cpu"]
     assert call_script("train_bdh_unet.py", *where, "--img-size", 32, "--n-layer", 1) == 1
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and "Traceback" not in said
+    assert said.startswith("error: ") and "Traceback" not in said and "Errno" not in said
     assert all(str(part) in said for part in parts), said
     assert not (tmp_path / "runs").exists()
 
@@ -178,13 +203,29 @@ def test_several_faults_are_told_together_and_the_rest_counted(camvid):
     assert len(lines) == 7 and lines[-1] == "and 3 more"
 
 
-def test_folders_that_are_not_camvid(camvid, tmp_path):
+def test_faults_of_both_parts_are_told_together(camvid):
     folder = camvid()
-    (folder / "train_labels").mkdir()
-    for place in (tmp_path / "nowhere", tmp_path, folder):  # the last has both layouts
+    broken = [folder / "train" / "train_000.png", folder / "valannot" / "val_001.png"]
+    for path in broken:
+        path.write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        make_batches("camvid", folder)
+    assert len(lines := str(error.value).splitlines()) == 3 and lines[0].startswith("2 of the files")
+    assert [line.split(" cannot")[0] for line in lines[1:]] == [*map(str, broken)]
+
+
+def test_folders_that_are_not_camvid(tmp_path):
+    for place, why in [(tmp_path / "nowhere", "there is no such folder"), (tmp_path, "train/, trainannot/, val/")]:
         with pytest.raises(UserError, match="does not hold CamVid") as error:
             find_masks("camvid", place)
-        assert str(place) in str(error.value) and "--data-dir" in str(error.value)
+        assert all(part in str(error.value) for part in (str(place), why, "--data-dir"))
+
+
+def test_an_image_size_that_the_patch_does_not_divide(camvid, call_script, tmp_path, capsys):
+    where = ["--data-dir", camvid(), "--runs-dir", tmp_path / "runs"]
+    assert call_script("train_bdh_unet.py", *where, "--img-size", 100, "--patch-size", 8) == 2
+    said = capsys.readouterr().err
+    assert "100" in said and "patch_size" in said and not (tmp_path / "runs").exists()
 
 
 # ---------------------------------------------------------------------------- the checker
@@ -224,6 +265,18 @@ def test_the_checker_lists_every_fault_once(layout, camvid, call_script, capsys)
     ):
         assert name in line and what in line
     assert "48 x 32 (2)" in captured.out and "no problems" not in captured.out
+
+
+def test_the_checker_lists_few_of_many_sizes(tmp_path, call_script, capsys):
+    for index in range(10):
+        for name, shape in (("train", (index + 1, 8, 3)), ("trainannot", (index + 1, 8))):
+            for folder in (name, name.replace("train", "val")):
+                (tmp_path / folder).mkdir(exist_ok=True)
+                save(np.zeros(shape), tmp_path / folder / f"{index}.png")
+    (tmp_path / "val" / "9.png").unlink()
+    assert call_script("tools/verify_camvid.py", "--data-dir", tmp_path) == 1
+    captured = capsys.readouterr()
+    assert "and 2 more sizes" in " ".join(captured.out.split()) and captured.err.startswith("error: 1 problem:\n")
 
 
 def test_the_checker_without_camvid(tmp_path, call_script, capsys):
@@ -267,14 +320,23 @@ def test_voc_faults(voc, tmp_path, monkeypatch):
         make_batches("voc", voc)
     assert str(mask) in str(error.value)
     mask.unlink()
-    with pytest.raises(UserError, match=r"c\.png cannot be read"):
+    with pytest.raises(UserError, match=r"c\.png is missing"):
+        make_batches("voc", voc)
+    parts = voc / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation"
+    (parts / "val.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"val\.txt names no images"):
+        make_batches("voc", voc)
+    (parts / "train.txt").unlink()
+    with pytest.raises(UserError, match=r"VOC2012 is not whole \(.*train\.txt\).*VOCtrainval_11-May-2012\.tar"):
         make_batches("voc", voc)
 
+
+def test_voc_that_is_not_there(tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
         raise OSError("no network")
 
     monkeypatch.setattr(datasets.voc, "download_and_extract_archive", no_network)
-    with pytest.raises(UserError, match="could not be downloaded") as error:
+    with pytest.raises(UserError, match=r"could not be downloaded \(no network\)") as error:
         find_masks("voc", tmp_path / "elsewhere")
     assert "VOCtrainval_11-May-2012.tar" in str(error.value) and str(tmp_path / "elsewhere") in str(error.value)
 
@@ -307,6 +369,29 @@ def test_cityscapes(cityscapes):
     assert CITYSCAPES.void == 19 and CITYSCAPES.names[0] == "road" and CITYSCAPES.names[18] == "bicycle"
     by_name = {each.name.replace(" ", "_"): each.color for each in datasets.Cityscapes.classes}
     assert all(by_name[name] == colour for name, colour in zip(CITYSCAPES.names, CITYSCAPES.colours, strict=True))
+
+
+def test_cityscapes_in_order_and_without_files_that_are_no_images(cityscapes):
+    for city in ("bonn", "zell", "aachen"):
+        for kind in ("leftImg8bit", "gtFine"):
+            shutil.copytree(cityscapes / kind / "train" / "ulm", cityscapes / kind / "train" / city)
+            (cityscapes / kind / "train" / city / "Thumbs.db").touch()
+    pairs = find_masks("cityscapes", cityscapes).pairs["train"]
+    assert [pair.image.parent.name for pair in pairs] == ["aachen", "bonn", "ulm", "zell"]
+    assert all(pair.mask.is_file() and pair.mask.parent.name == pair.image.parent.name for pair in pairs)
+
+
+def test_cityscapes_faults(cityscapes):
+    mask = cityscapes / "gtFine" / "val" / "ulm" / "ulm_0_gtFine_labelIds.png"
+    save(np.full((16, 24), 34), mask)
+    with pytest.raises(UserError, match=r"labelIds\.png has the label 34.*0 to 33"):
+        make_batches("cityscapes", cityscapes)
+    mask.unlink()
+    with pytest.raises(UserError, match=r"labelIds\.png is missing"):
+        make_batches("cityscapes", cityscapes)
+    shutil.rmtree(cityscapes / "leftImg8bit" / "val" / "ulm")
+    with pytest.raises(UserError, match=r"leftImg8bit/val holds no images"):
+        make_batches("cityscapes", cityscapes)
 
 
 def test_no_cityscapes(tmp_path):

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from camvid_data import write_camvid
 from matplotlib.image import imread
 from PIL import Image
+from torchvision import datasets
 
 from interpretability.predict import Truth, draw, predict
+from models.baselines import ResNetUNetConfig
 from models.bdh_unet import bdh_unet_config
 from training import Experiment, RunOptions, SegmentationConfig, fit
-from training.masks import CAMVID, find_masks, read_image
+from training.masks import CAMVID, CLASSES, find_masks, read_image
 from training.runs import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,6 +108,25 @@ def test_the_truth_of_another_copy_and_of_a_stranger(trained, tmp_path):
     assert truth(tmp_path / "street.png") is None
 
 
+def test_pascal_voc_is_not_downloaded_for_its_truth(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.voc, "download_and_extract_archive", lambda *args, **kwargs: pytest.fail("asked"))
+    (tmp_path / "data_voc").mkdir()
+    assert Truth("voc", tmp_path)(tmp_path / "street.jpg") is None
+    assert Truth("voc", tmp_path / "nowhere")(tmp_path / "street.jpg") is None
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_data_are_listed_once_however_many_images(trained, monkeypatch):
+    listed = []
+    monkeypatch.setattr(
+        "interpretability.predict.find_masks",
+        lambda name, folder, **rest: listed.append(folder) or find_masks(name, folder, **rest),
+    )
+    truth = Truth("camvid", trained)
+    assert all(truth(path) is not None for path in (trained / "data_camvid" / "train").iterdir())
+    assert listed == [trained / "data_camvid"]
+
+
 # ---------------------------------------------------------------------------- the picture
 
 
@@ -131,6 +152,32 @@ def test_scores_are_of_this_image():
     assert title.axes[1].get_title() == "prediction: 75% of pixels right, mIoU 38%"  # road 75, sky 0
 
 
+def test_a_truth_of_void_alone_has_no_score():
+    figure = draw(np.zeros((32, 48, 3), dtype=np.uint8), stripes([3]), stripes([CAMVID.void]), CAMVID, "")
+    assert [ax.get_title() for ax in figure.axes] == ["image", "prediction", "truth"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 900), (900, 2)])
+def test_pictures_of_odd_shapes_have_bounds(size):
+    figure = draw(np.zeros((*size, 3), dtype=np.uint8), stripes([3], size), stripes([4], size), CAMVID, "a title")
+    width, height = figure.get_size_inches()
+    assert 5 < width < 20 and 0.5 < height < 20
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("with_truth", [True, False])
+def test_the_legend_of_all_classes_fits_in(name, with_truth):
+    classes = CLASSES[name]
+    predicted, truth = (stripes(range(n), (32, 48)) for n in (classes.void, classes.void + 1))
+    image = np.zeros((32, 48, 3), dtype=np.uint8)
+    figure = draw(image, predicted, truth if with_truth else None, classes, "a title")
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box, panel = legend.get_window_extent(), figure.axes[0].get_window_extent()
+    assert len(legend.get_texts()) == classes.void + with_truth
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0 and box.y1 <= panel.y0
+
+
 def test_no_truth_no_third_panel():
     figure = draw(np.zeros((32, 48, 3), dtype=np.uint8), stripes([3, 4]), None, CAMVID, "a title")
     assert [ax.get_title() for ax in figure.axes] == ["image", "prediction"]
@@ -144,11 +191,49 @@ def test_a_folder_and_a_file(call, run, trained, tmp_path, capsys):
     other.parent.mkdir()
     Image.open(trained / "data_camvid" / "val" / "val_000.png").resize((90, 50)).save(other)
     code, output = call(trained / "data_camvid" / "val", other, "--run", run)
-    assert code == 0 and f"-> {output}, 3 pictures" in capsys.readouterr().out
+    assert code == 0 and f"-> {output}, 3 pictures, 2 with the truth" in capsys.readouterr().out
     assert sorted(path.name for path in output.iterdir()) == ["other_street.png", "val_val_000.png", "val_val_001.png"]
     for path in output.iterdir():
         assert imread(path).std() > 0.05
     assert imread(output / "val_val_000.png").shape[1] > 1.3 * imread(output / "other_street.png").shape[1]
+
+
+def test_the_picture_shows_the_prediction_in_its_classes_colours(call, run, trained):
+    path = trained / "data_camvid" / "val" / "val_000.png"
+    output = call(path, "--run", run)[1]
+    picture = {
+        tuple(pixel) for pixel in (imread(output / "val_val_000.png") * 255).round().astype(int)[..., :3].reshape(-1, 3)
+    }
+    model, _ = load_model(run)
+    predicted = predict(model, read_image(path), (32, 40), CPU)
+    shown = set(np.unique(predicted)) | set(np.unique(Truth("camvid", trained)(path)))
+    assert {label for label in shown if tuple(map(int, CAMVID.palette[label])) not in picture} == set()
+
+
+def test_every_image_has_a_picture_of_its_own(call, run, trained, tmp_path, capsys):
+    image = trained / "data_camvid" / "val" / "val_000.png"
+    for folder, names in {"a": ["x.png", "x.bmp", ".x.png", "._x.png"], "b/a": ["x.png"]}.items():
+        (tmp_path / folder).mkdir(parents=True)
+        for name in names:
+            Image.open(image).save(tmp_path / folder / name)
+    code, output = call(tmp_path / "a", tmp_path / "b" / "a", tmp_path / "a" / "x.png", "--run", run)
+    assert code == 0 and "3 pictures, none with the truth" in capsys.readouterr().out
+    assert sorted(path.name for path in output.iterdir()) == ["a_x-2.png", "a_x-3.png", "a_x.png"]
+
+
+def test_a_resnet_unet(trained, call_script, tmp_path):
+    fit(
+        Experiment(
+            "resnet",
+            ResNetUNetConfig(depth=34, img_size=32, num_classes=11, encoder_weights="none"),
+            SegmentationConfig(epochs=1, batch_size=3, learning_rate=1e-3, weight_decay=0.0),
+            RunOptions(data_dir=trained, runs_dir=tmp_path, device="cpu", num_workers=0),
+        )
+    )
+    image = trained / "data_camvid" / "val" / "val_000.png"
+    where = ["--data-dir", trained, "--output-dir", tmp_path / "out"]
+    assert call_script("interpretability/predict.py", image, "--run", tmp_path / "resnet" / "seed0", *where) == 0
+    assert imread(tmp_path / "out" / "resnet_seed0" / "val_val_000.png").std() > 0.05
 
 
 @pytest.mark.parametrize("name", ["best.pt", "last.pt", "previous.pt"])
@@ -172,8 +257,17 @@ def test_bad_input(call, run, trained, tmp_path, capsys):
         assert call(*args)[0] == 1
         said = capsys.readouterr().err
         assert said.startswith("error: ") and all(part in said for part in parts), said
+        assert not (tmp_path / "out").exists()
     assert call("--run", run)[0] == 1 and "name image files" in capsys.readouterr().err
     assert call(image)[0] == 2
+
+
+def test_a_mask_of_another_size_is_told(call, run, tmp_path, capsys):
+    write_camvid(tmp_path / "other", n_train=1, n_val=1)
+    mask = tmp_path / "other" / "valannot" / "val_000.png"
+    Image.open(mask).resize((24, 16)).save(mask)
+    assert call(tmp_path / "other" / "val", "--run", run)[0] == 1
+    assert f"its mask {mask} is 24 x 16" in capsys.readouterr().err
 
 
 def test_a_run_that_does_not_label_pixels(call, run, trained, experiment, capsys):

@@ -26,6 +26,8 @@ from training.masks import BadFile, ColourMasks, MaskFiles, find_masks
 from training.script import run_script
 from training.segmentation import read_pair
 
+SHOWN_SIZES = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -68,7 +70,9 @@ def show(files: MaskFiles, found: dict[str, Found]) -> None:
     console = Console(width=100)
     table = Table("part", "usable pairs", "sizes (images)")
     for part, here in found.items():
-        sizes = ", ".join(f"{size} ({n})" for size, n in here.sizes.most_common())
+        sizes = ", ".join(f"{size} ({n})" for size, n in here.sizes.most_common(SHOWN_SIZES))
+        if (more := len(here.sizes) - SHOWN_SIZES) > 0:
+            sizes += f", and {more} more sizes"
         table.add_row(part, str(here.pairs), sizes or "-")
     console.print(table)
     shares = Table("label", "class", *(f"{part}, % of pixels" for part in found))
@@ -88,7 +92,7 @@ def main(options: Options) -> None:
     found, problems = verify(files)
     show(files, found)
     if problems:
-        raise UserError("\n".join([f"{len(problems)} problems:", *problems]))
+        raise UserError("\n".join([f"{len(problems)} problem{'s' * (len(problems) != 1)}:", *problems]))
     print("no problems: ready to train")
 
 

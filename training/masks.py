@@ -4,13 +4,13 @@ Void, the label of pixels that no class has or that do not count, is always the 
 """
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision import datasets
 
 from training.config import UserError
@@ -119,18 +119,46 @@ class MaskFiles:
         return CLASSES[self.name]
 
 
-def find_masks(name: str, folder: Path) -> MaskFiles:
-    """The files of the data set called name. Raises UserError where the folder is none of its layouts."""
-    return {"camvid": _find_camvid, "voc": _find_voc, "cityscapes": _find_cityscapes}[name](folder)
+def find_masks(name: str, folder: Path, download: bool = True) -> MaskFiles:
+    """The files of the data set called name. Raises UserError where the folder is none of its layouts.
+
+    download: Pascal VOC, where it is not there; the others cannot be.
+    """
+    if name == "voc":
+        return _find_voc(folder, download)
+    return {"camvid": _find_camvid, "cityscapes": _find_cityscapes}[name](folder)
+
+
+def is_image(path: Path) -> bool:
+    """Whether its name is that of an image; those of hidden files, which some systems leave in folders, are not."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def read_image(path: Path) -> np.ndarray:
-    """(h, w, 3) uint8. Raises BadFile."""
+    """(h, w, 3) uint8. Raises BadFile, also at 16 bits a channel."""
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":  # Pillow would cut off what is above 255, and most of the image be white
+                raise ValueError("it has more than 8 bits a channel")
             return np.array(image.convert("RGB"))
     except DAMAGED as error:
-        raise BadFile(f"{path} cannot be read as an image ({error}): replace it by a whole copy") from None
+        raise _unreadable(path, "an image", error) from None
+
+
+def _unreadable(path: Path, kind: str, error: Exception) -> BadFile:
+    """What to say of a file at which Pillow raised that."""
+    if isinstance(error, FileNotFoundError):
+        return BadFile(f"{path} is missing: bring it back")
+    if isinstance(error, UnidentifiedImageError):  # its words are the path once more
+        return BadFile(f"{path} cannot be read as {kind} (it is in no format of images): replace it by a whole copy")
+    return BadFile(f"{path} cannot be read as {kind} ({_in_one_line(error)}): replace it by a whole copy")
+
+
+def _in_one_line(error: Exception) -> str:
+    """What the error says; of one of the file system not its number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(str(error).split())
 
 
 # ---------------------------------------------------------------------------- CamVid
@@ -138,30 +166,45 @@ def read_image(path: Path) -> np.ndarray:
 
 def _find_camvid(folder: Path) -> MaskFiles:
     """Either layout: train/ with trainannot/ (labels as pixel values) or train_labels/ and class_dict.csv (colours)."""
-    layouts = {"annot": "index masks", "_labels": "colour masks"}
-    found = [suffix for suffix in layouts if (folder / f"train{suffix}").is_dir()]
-    if not (folder / "train").is_dir() or len(found) != 1:
+    layouts = {
+        suffix: [name for part in PARTS if (folder / (name := f"{part}{suffix}")).is_dir()]
+        for suffix in ("annot", "_labels")
+    }
+    if all(layouts.values()):
+        both = [name for names in layouts.values() for name in names]
         raise UserError(
-            f"{folder} does not hold CamVid: there must be train/ and val/ with images, and beside them either "
+            f"{folder} holds masks in both layouts of CamVid ({', '.join(both)}), and which are meant is not clear: "
+            "move those of one layout elsewhere"
+        )
+    suffix = "_labels" if layouts["_labels"] else "annot"
+    needed = [f"{part}{end}" for part in PARTS[:2] for end in ("", suffix)]
+    if missing := [name for name in needed if not (folder / name).is_dir()]:
+        why = f"{', '.join(f'{name}/' for name in missing)} missing" if folder.is_dir() else "there is no such folder"
+        raise UserError(
+            f"{folder} does not hold CamVid ({why}): there must be train/ and val/ with images, and beside them either "
             "trainannot/ and valannot/ (masks of labels 0 to 11) or train_labels/, val_labels/ and class_dict.csv "
             "(masks of 32 colours). Put them there, or name another place with --data-dir"
         )
-    suffix = found[0]
     read = _read_camvid_labels if suffix == "annot" else ColourMasks(folder / "class_dict.csv")
     pairs, problems = {}, []
     for part in PARTS:
-        pairs[part], unpaired = pair_files(folder / part, folder / f"{part}{suffix}")
+        images, masks = folder / part, folder / f"{part}{suffix}"
+        pairs[part], unpaired = pair_files(images, masks)
+        if unpaired and images.is_dir() != masks.is_dir():  # of test: the others are there
+            there, absent = (images, masks) if images.is_dir() else (masks, images)
+            unpaired = [f"{there} is there, but {absent} is not: add it, or move {there.name}/ elsewhere"]
         problems += unpaired
         if part != "test" and not pairs[part] and not unpaired:
-            problems.append(f"{folder / part} holds no images: put the {part} part of CamVid there")
+            problems.append(f"{images} holds no images: put the {part} part of CamVid there")
     return MaskFiles("camvid", pairs, read, problems)
 
 
 def pair_files(images: Path, masks: Path) -> tuple[list[Pair], list[str]]:
     """Images with the masks of the same name (or that name and _L), sorted; and a message for each that has none."""
-    by_stem = {path.stem: path for path in _image_files(images)}
-    masks_by_stem = {path.stem.removesuffix("_L"): path for path in _image_files(masks)}
-    problems = [
+    by_stem, problems = _by_stem(images, "")
+    masks_by_stem, more = _by_stem(masks, "_L")
+    problems += more
+    problems += [
         f"{by_stem[stem]} has no mask in {masks}: add it, or remove the image"
         for stem in sorted(by_stem.keys() - masks_by_stem)
     ]
@@ -173,10 +216,14 @@ def pair_files(images: Path, masks: Path) -> tuple[list[Pair], list[str]]:
     return pairs, problems
 
 
-def _image_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+def _by_stem(folder: Path, end: str) -> tuple[dict[str, Path], list[str]]:
+    """The images in a folder by their names without suffix and end; and a message for each name that two have."""
+    by_stem: dict[str, Path] = {}
+    problems = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if is_image(path) and (before := by_stem.setdefault(path.stem.removesuffix(end), path)) != path:
+            problems.append(f"{before} and {path.name} go by one name: remove one of them")
+    return by_stem, problems
 
 
 def _read_camvid_labels(path: Path) -> np.ndarray:
@@ -186,15 +233,17 @@ def _read_camvid_labels(path: Path) -> np.ndarray:
 def read_labels(path: Path, classes: Classes, renamed: dict[int, int]) -> np.ndarray:
     """The labels of a mask that has them as pixel values. renamed: those of the file that are other ones here.
 
-    Raises BadFile for a file that is no such mask, and for a label that no class has.
+    Raises BadFile for a file that is no such mask, and for a label that is neither a class nor void.
     """
     try:
         with Image.open(path) as image:
             mode, pixels = image.mode, np.array(image)
     except DAMAGED as error:
-        raise BadFile(f"{path} cannot be read as a mask ({error}): replace it by a whole copy") from None
+        raise _unreadable(path, "a mask", error) from None
     if mode not in ("L", "P"):
-        raise BadFile(f"{path} is no mask of labels (its mode is {mode}, not one byte a pixel): replace it")
+        raise BadFile(
+            f"{path} is no mask of labels (it is an image of mode {mode}, not of one byte a pixel): replace it by one"
+        )
     table = np.full(256, 255, dtype=np.uint8)
     table[: classes.void + 1] = np.arange(classes.void + 1)
     for theirs, ours in renamed.items():
@@ -203,10 +252,16 @@ def read_labels(path: Path, classes: Classes, renamed: dict[int, int]) -> np.nda
     if (labels == 255).any():
         row, column = np.argwhere(labels == 255)[0]
         raise BadFile(
-            f"{path} has the label {pixels[row, column]} in row {row}, column {column}, which no class has "
-            f"({classes.void} is void): mend the mask, or remove it together with its image"
+            f"{path} has the label {pixels[row, column]} in row {row}, column {column}, which is neither a class nor "
+            f"void (those are {_spans(np.flatnonzero(table != 255))}): mend the mask, or remove it with its image"
         )
     return labels
+
+
+def _spans(numbers: np.ndarray) -> str:
+    """Sorted numbers in words: 0 to 20 and 255."""
+    spans = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+    return " and ".join(f"{span[0]} to {span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans)
 
 
 class ColourMasks:
@@ -217,21 +272,16 @@ class ColourMasks:
         fold = {theirs: label for label, group in enumerate(CAMVID_FOLD.values()) for theirs in group}
         try:
             with table.open(newline="", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file, skipinitialspace=True))
-            names = [row["name"].strip() for row in rows]
-            colours = np.array([[int(row[channel]) for channel in "rgb"] for row in rows]).reshape(-1, 3)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:  # the last two of short rows
+                classes = _read_class_dict(file, fold)
+        except (OSError, ValueError, csv.Error) as error:
+            why = "it is missing" if isinstance(error, FileNotFoundError) else _in_one_line(error)
             raise UserError(
-                f"{table} cannot be read ({' '.join(str(error).split())}): masks of colours need it, with the columns "
-                "name, r, g, b"
+                f"{table} cannot be used ({why}): masks of colours need it. Put CamVid's own there, with the columns "
+                "name, r, g, b and a row for each of its 32 classes"
             ) from None
-        unknown = sorted(set(names) - set(fold))
-        if unknown or ((colours < 0) | (colours > 255)).any():
-            what = f"{', '.join(unknown)} is no class of CamVid" if unknown else "a colour is not between 0 and 255"
-            raise UserError(f"{table}: {what}; put CamVid's own class_dict.csv there")
         self.table = table
         self.labels = np.full(2**24, 255, dtype=np.uint8)  # by colour; 255 where no class has it
-        self.labels[_colour_codes(colours)] = [fold[name] for name in names]
+        self.labels[_colour_codes(np.array(list(classes)))] = [fold[name] for name in classes.values()]
 
     def __call__(self, path: Path) -> np.ndarray:
         """(h, w) uint8 labels. Raises BadFile for a file that is no image, and for a colour that no class has."""
@@ -246,6 +296,25 @@ class ColourMasks:
         return labels
 
 
+def _read_class_dict(lines: Iterable[str], known: Container[str]) -> dict[tuple[int, ...], str]:
+    """The classes of class_dict.csv by their colours. Raises ValueError where it is not that."""
+    rows = csv.DictReader(lines, restval="", skipinitialspace=True)
+    if not {"name", *"rgb"} <= set(rows.fieldnames or ()):
+        raise ValueError("its first line is not name, r, g, b")
+    classes: dict[tuple[int, ...], str] = {}
+    for row in rows:
+        name, numbers = row["name"].strip(), [row[channel].strip() for channel in "rgb"]
+        if name not in known:
+            raise ValueError(f"line {rows.line_num}: {name!r} is no class of CamVid")
+        if not all(number.isdecimal() and int(number) < 256 for number in numbers):
+            raise ValueError(f"line {rows.line_num}: {', '.join(numbers)} is no colour of three numbers from 0 to 255")
+        if classes.setdefault(tuple(map(int, numbers)), name) != name:
+            raise ValueError(f"line {rows.line_num}: {name} has the colour of another class")
+    if not classes:
+        raise ValueError("it has no classes")
+    return classes
+
+
 def _colour_codes(colours: np.ndarray) -> np.ndarray:
     """(..., 3) RGB -> (...) one number a colour."""
     red, green, blue = np.moveaxis(colours.astype(np.int32), -1, 0)
@@ -255,46 +324,68 @@ def _colour_codes(colours: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------- Pascal VOC 2012 and Cityscapes
 
 
-def _find_voc(folder: Path) -> MaskFiles:
+def _find_voc(folder: Path, download: bool) -> MaskFiles:
     """torchvision's reader of Pascal VOC 2012, which downloads it where it is not there. The val part is its own."""
-    there = (folder / "VOCdevkit" / "VOC2012").is_dir()
+    root = folder / "VOCdevkit" / "VOC2012"
+    read = partial(datasets.VOCSegmentation, folder, "2012")
+    if not root.is_dir():
+        try:
+            if download:
+                folder.mkdir(parents=True, exist_ok=True)
+            read("train", download=download)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"{folder} does not hold Pascal VOC 2012, and it could not be downloaded ({_in_one_line(error)}). "
+                "Connect to the network and start again, or unpack VOCtrainval_11-May-2012.tar there (it makes "
+                "VOCdevkit/VOC2012)"
+            ) from None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        parts = {
-            part: datasets.VOCSegmentation(folder, "2012", part, download=not there and part == "train")
-            for part in ("train", "val")
-        }
-    except (OSError, RuntimeError) as error:
+        parts = {part: read(part) for part in PARTS[:2]}
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder} does not hold Pascal VOC 2012, and it could not be downloaded ({error}). Connect to the network "
-            "and start again, or unpack VOCtrainval_11-May-2012.tar there (it makes VOCdevkit/VOC2012)"
+            f"{root} is not whole ({_in_one_line(error)}): unpack VOCtrainval_11-May-2012.tar in {folder} once more, "
+            "or remove the folder, and it is downloaded at the next start"
         ) from None
-    pairs = {
-        part: [Pair(Path(image), Path(mask)) for image, mask in zip(of.images, of.masks, strict=True)]
-        for part, of in parts.items()
-    }
-    read = partial(read_labels, classes=VOC, renamed={VOC.void: 255, 255: VOC.void})
-    return MaskFiles("voc", pairs | {"test": []}, read, [])
+    pairs = {part: _usable_pairs(of.images, of.masks) for part, of in parts.items()}
+    problems = [
+        f"{root / 'ImageSets' / 'Segmentation' / part}.txt names no images: unpack Pascal VOC 2012 once more"
+        for part, of in pairs.items()
+        if not of
+    ]
+    read_mask = partial(read_labels, classes=VOC, renamed={VOC.void: 255, 255: VOC.void})
+    return MaskFiles("voc", pairs | {"test": []}, read_mask, problems)
 
 
 def _find_cityscapes(folder: Path) -> MaskFiles:
     """torchvision's reader of Cityscapes' fine annotations, which have to be asked for at its web site."""
     try:
         parts = {
-            part: datasets.Cityscapes(folder, split=part, mode="fine", target_type="semantic")
-            for part in ("train", "val")
+            part: datasets.Cityscapes(folder, split=part, mode="fine", target_type="semantic") for part in PARTS[:2]
         }
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{folder} does not hold Cityscapes ({' '.join(str(error).split())}). Get leftImg8bit_trainvaltest.zip and "
-            "gtFine_trainvaltest.zip from cityscapes-dataset.com (with an account) and unpack both there"
+            f"{folder} does not hold Cityscapes ({_in_one_line(error)}). Get leftImg8bit_trainvaltest.zip and "
+            "gtFine_trainvaltest.zip from cityscapes-dataset.com (with an account) and unpack both there: they make "
+            "leftImg8bit/ and gtFine/ with train/ and val/"
         ) from None
-    pairs = {
-        part: [Pair(Path(image), Path(targets[0])) for image, targets in zip(of.images, of.targets, strict=True)]
+    pairs = {  # sorted: torchvision has them as the file system does, which differs between machines
+        part: sorted(_usable_pairs(of.images, (targets[0] for targets in of.targets)), key=lambda pair: pair.image)
         for part, of in parts.items()
     }
+    problems = [
+        f"{folder / 'leftImg8bit' / part} holds no images: unpack leftImg8bit_trainvaltest.zip in {folder}"
+        for part, of in pairs.items()
+        if not of
+    ]
     places = {each.train_id: label for label, each in enumerate(_CITYSCAPES)}
     renamed = {
         each.id: places.get(each.train_id, CITYSCAPES.void) for each in datasets.Cityscapes.classes if each.id >= 0
     }
-    return MaskFiles("cityscapes", pairs | {"test": []}, partial(read_labels, classes=CITYSCAPES, renamed=renamed), [])
+    read_mask = partial(read_labels, classes=CITYSCAPES, renamed=renamed)
+    return MaskFiles("cityscapes", pairs | {"test": []}, read_mask, problems)
+
+
+def _usable_pairs(images: Iterable[str], masks: Iterable[str]) -> list[Pair]:
+    """Without what torchvision takes for images: any file in a folder, an empty line in a list."""
+    pairs = [Pair(Path(image), Path(mask)) for image, mask in zip(images, masks, strict=True)]
+    return [pair for pair in pairs if is_image(pair.image)]

@@ -32,7 +32,7 @@ class MaskPart:
     """Decoded images and masks of a part at the model's size, and the masks at their own where asked."""
 
     def __init__(self, files: MaskFiles, pairs: list[Pair], img_size: ImageSize, full_masks: bool):
-        """Raises UserError that lists the files which cannot be used."""
+        """problems then has a message for each file that cannot be used."""
         height, width = height_and_width(img_size)
         self.images = np.empty((len(pairs), height, width, 3), dtype=np.uint8)
         self.masks = np.empty((len(pairs), height, width), dtype=np.uint8)
@@ -51,8 +51,8 @@ class MaskPart:
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             work = pool.map(read, range(len(pairs)))
-            problems = list(tqdm(work, total=len(pairs), unit="img", desc="reading", leave=False, disable=None))
-        refuse([problem for problem in problems if problem], files.name)
+            read_all = list(tqdm(work, total=len(pairs), unit="img", desc="reading", leave=False, disable=None))
+        self.problems = [problem for problem in read_all if problem]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -142,6 +142,7 @@ class MaskBatches:
         self.parts = {
             part: MaskPart(files, of, img_size, config.eval_full_size and part != "train") for part, of in pairs.items()
         }
+        refuse([problem for part in self.parts.values() for problem in part.problems], files.name)
         workers = min(num_workers, os.cpu_count() or 1)
         self.order = _EpochOrder(len(self.parts["train"]), config)
         self.loader = DataLoader(
