@@ -5,6 +5,7 @@ Documented result: 53.33 % validation mIoU at epoch 8, after 53.17 % (one seed, 
 published work, with the encoder of any Vision-BDH of the same width, heads and neurons, and a new decoder:
 
     python finetune_bdh_unet.py
+    python finetune_bdh_unet.py --seed 1 --start-from runs/bdh_unet/seed1/best.pt --name bdh_unet_finetune
     python finetune_bdh_unet.py --encoder runs/v2_cifar10/seed0/best.pt --n-embd 192 --n-head 6 \\
         --mlp-internal-dim-multiplier 32 --epochs 80 --learning-rate 3e-4
 """

@@ -62,6 +62,8 @@ class MaskedBDH(VisionEncoder):
         super().__init__(config)
         self.mask_token = nn.Parameter(torch.empty(1, 1, config.n_embd))
         self.head = nn.Linear(config.n_embd, config.patch_size**2 * config.in_channels)
+        order = torch.randperm(config.n_patches, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("eval_masked", order[: config.n_masked], persistent=False)
         for weight in (self.mask_token, self.head.weight):
             nn.init.normal_(weight, std=WEIGHT_STD)
         nn.init.zeros_(self.head.bias)
@@ -79,13 +81,9 @@ class MaskedBDH(VisionEncoder):
 
     def draw_masked(self, n_images: int, device: torch.device) -> Tensor:
         """(B, n_masked) indices of the patches that are not seen."""
-        T, n = self.config.n_patches, self.config.n_masked
         if self.training:
-            return torch.rand(n_images, T, device=device).topk(n).indices
-        order = torch.randperm(
-            T, generator=torch.Generator().manual_seed(0)
-        )  # whatever the batch, so it can be compared
-        return order[:n].to(device).expand(n_images, -1)
+            return torch.rand(n_images, self.config.n_patches, device=device).topk(self.config.n_masked).indices
+        return self.eval_masked.expand(n_images, -1)  # the same whatever the batch, so that epochs can be compared
 
 
 def _rows(x: Tensor, indices: Tensor) -> Tensor:

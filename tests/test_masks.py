@@ -24,7 +24,7 @@ TRAIN = dict(epochs=1, batch_size=2, learning_rate=1e-3, weight_decay=0.0)
 
 def make_batches(name, folder, **fields):
     config = SegmentationConfig(**(TRAIN | dict(dataset=name, horizontal_flip=0.5, shift_scale_rotate=1.0) | fields))
-    return MaskBatches(find_masks(name, folder), config, (16, 24), 2, torch.device("cpu"))
+    return MaskBatches(find_masks(name, folder), config, (16, 24), torch.device("cpu"))
 
 
 @pytest.fixture

@@ -390,6 +390,18 @@ def test_an_empty_metrics_file_gets_its_header(experiment, reference, monkeypatc
     assert_same_run(trial.folder, reference)
 
 
+def test_a_file_of_fewer_columns_keeps_them(experiment, monkeypatch):
+    """As an earlier version began it: the lines that a resumed run adds must fit its header."""
+    trial = experiment(**TRIAL)
+    interrupt(monkeypatch, trial, 2)
+    path = trial.folder / "metrics.csv"
+    lines = [line.rpartition(",")[0] + "\n" for line in path.read_text().splitlines()]
+    path.write_text("".join(lines))
+    fit(resumed(trial))
+    after = path.read_text().splitlines()
+    assert len(after) > len(lines) and {line.count(",") for line in after} == {lines[0].count(",")}
+
+
 @pytest.mark.parametrize("keep", [5, 90])
 def test_half_a_header_is_written_anew(keep, experiment, reference, monkeypatch):
     trial = experiment(**TRIAL)

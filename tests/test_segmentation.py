@@ -1,7 +1,9 @@
 """The segmentation task: its metrics and losses against libraries, what void does, augmentation, batches."""
 
 import dataclasses
+import pickle
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ import torch.nn.functional as F
 import torchmetrics
 from camvid_data import write_camvid
 
-from training import SegmentationConfig
-from training.augment import joint_transform
+from training import SegmentationConfig, UserError
+from training.augment import JointTransform
 from training.masks import CAMVID, find_masks
 from training.metrics import Sums, batch_miou, confusion_matrices, metric_of
 from training.segmentation import MaskBatches
@@ -84,12 +86,10 @@ def test_batch_miou_is_the_mean_over_the_classes_that_the_masks_hold():
     assert batch_miou(torch.zeros(3, 3)) == 0
 
 
-@pytest.mark.parametrize("eval_batch", [4, 8])
-def test_the_published_metric_is_a_mean_over_batches_of_the_training_size(eval_batch):
-    """However many images one forward pass takes."""
+def test_the_published_metric_is_a_mean_over_batches():
     logits, masks = random_maps(16)
     logits[:4] += 5 * F.one_hot(masks[:4], 12)[..., :11].movedim(-1, 1)  # the first batch is easy
-    ratios = ratios_of(list(zip(logits.split(eval_batch), masks.split(eval_batch), strict=True)))
+    ratios = ratios_of(list(zip(logits.split(4), masks.split(4), strict=True)))
     predicted = logits.argmax(1)
     by_batch = []
     for here in torch.arange(16).split(4):
@@ -173,6 +173,8 @@ def test_predictions_are_brought_to_the_size_of_the_masks():
     enlarged = F.interpolate(logits, size=(8, 18), mode="bilinear", align_corners=False)
     assert torch.equal(at_size_of(masks, logits), enlarged)
     assert at_size_of(masks[:, :4, :6], logits) is logits
+    half = logits.bfloat16()  # is enlarged in float32
+    assert torch.equal(at_size_of(masks, half), at_size_of(masks, half.float()))
     assert ratios_of([(logits, masks)]) == ratios_of([(enlarged, masks)])
 
 
@@ -187,7 +189,7 @@ def coloured_blocks(rng, labels=(0, 4, 10), size=(48, 64), block=16):
 
 
 def test_image_and_mask_move_together():
-    transform = joint_transform(make_config(**(AUGMENTED | dict(brightness_contrast=0.0))), VOID)
+    transform = JointTransform(make_config(**(AUGMENTED | dict(brightness_contrast=0.0))), VOID)
     image, mask = coloured_blocks(np.random.default_rng(0), size=(96, 128))
     wrong, still = [], []
     for seed in range(8):
@@ -203,7 +205,7 @@ def test_image_and_mask_move_together():
 
 def test_labels_are_never_mixed_and_what_comes_into_view_is_void():
     """Between 0 and 10, interpolation would make all others; fill 0 would be sky."""
-    transform = joint_transform(make_config(**AUGMENTED), VOID)
+    transform = JointTransform(make_config(**AUGMENTED), VOID)
     image, mask = coloured_blocks(np.random.default_rng(0), labels=(0, 10))
     seen, outside = set(), 0
     for seed in range(30):
@@ -216,7 +218,7 @@ def test_labels_are_never_mixed_and_what_comes_into_view_is_void():
 
 
 def test_brightness_leaves_the_mask_alone():
-    transform = joint_transform(make_config(brightness_contrast=1.0), VOID)
+    transform = JointTransform(make_config(brightness_contrast=1.0), VOID)
     image, mask = coloured_blocks(np.random.default_rng(0))
     results = [transform(image, mask, seed) for seed in range(5)]
     assert all(np.array_equal(each, mask) for _, each in results)
@@ -224,7 +226,7 @@ def test_brightness_leaves_the_mask_alone():
 
 
 def test_nothing_is_changed_unless_asked_for():
-    transform = joint_transform(make_config(), VOID)
+    transform = JointTransform(make_config(), VOID)
     image, mask = coloured_blocks(np.random.default_rng(0))
     for seed in range(5):
         same_image, same_mask = transform(image, mask, seed)
@@ -233,7 +235,7 @@ def test_nothing_is_changed_unless_asked_for():
 
 def test_draws_follow_from_the_seed_and_are_independent_of_each_other():
     """Flips and changes of brightness each come half of the time, together a quarter."""
-    transform = joint_transform(make_config(horizontal_flip=0.5, brightness_contrast=0.5), VOID)
+    transform = JointTransform(make_config(horizontal_flip=0.5, brightness_contrast=0.5), VOID)
     image, mask = coloured_blocks(np.random.default_rng(1))
     assert not np.array_equal(mask, mask[:, ::-1])
     flipped, changed = [], []
@@ -249,6 +251,20 @@ def test_draws_follow_from_the_seed_and_are_independent_of_each_other():
         assert abs(share - expected) < 0.11  # over four standard deviations
 
 
+def test_workers_that_are_not_forked_can_be_given_it():
+    transform = JointTransform(make_config(**AUGMENTED), VOID)
+    copy = pickle.loads(pickle.dumps(transform))
+    image, mask = coloured_blocks(np.random.default_rng(2))
+    for one, other in zip(transform(image, mask, 3), copy(image, mask, 3), strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "albumentations", None)
+    with pytest.raises(UserError, match=r"albumentations, which is missing.*requirements\.txt"):
+        JointTransform(make_config(), VOID)
+
+
 # ---------------------------------------------------------------------------- batches
 
 
@@ -260,9 +276,9 @@ def camvid(tmp_path_factory):
     return folder
 
 
-def make_batches(folder, img_size=16, eval_batch_size=2, num_workers=0, **fields):
+def make_batches(folder, img_size=16, num_workers=0, **fields):
     files = find_masks("camvid", folder)
-    return MaskBatches(files, make_config(**(AUGMENTED | fields)), img_size, eval_batch_size, CPU, num_workers)
+    return MaskBatches(files, make_config(**(AUGMENTED | fields)), img_size, CPU, num_workers)
 
 
 def same(batches, others):
@@ -280,7 +296,7 @@ def test_batches_are_ready_for_the_model(camvid):
     for images, masks in [*data.train_batches(0), *data.eval_batches("val")]:
         assert images.dtype == torch.float32 and -1 <= images.min() < images.max() <= 1
         assert masks.dtype == torch.int64 and masks.min() >= 0 and masks.max() <= VOID
-    assert [len(images) for images, _ in data.eval_batches("val")] == [2, 2, 1]
+    assert [len(images) for images, _ in data.eval_batches("val")] == [4, 1]
     assert list(data.eval_batches("test")) == []
 
 
@@ -327,7 +343,7 @@ def test_a_limit_draws_some_of_the_training_images(camvid):
 
 def test_masks_of_their_own_size(camvid):
     data = make_batches(camvid, eval_full_size=True)
-    assert [tuple(masks.shape) for _, masks in data.eval_batches("val")] == [(2, 32, 48), (2, 32, 48), (1, 32, 48)]
+    assert [tuple(masks.shape) for _, masks in data.eval_batches("val")] == [(4, 32, 48), (1, 32, 48)]
     assert all(images.shape[2:] == (16, 16) for images, _ in data.eval_batches("val"))
     assert all(masks.shape[1:] == (16, 16) for _, masks in data.train_batches(0))
     files = find_masks("camvid", camvid)
@@ -336,7 +352,7 @@ def test_masks_of_their_own_size(camvid):
 
 
 def test_a_batch_holds_masks_of_one_size(camvid):
-    data = make_batches(camvid, eval_full_size=True, eval_batch_size=4)
+    data = make_batches(camvid, eval_full_size=True)
     full = data.parts["val"].full_masks
     full[1], full[2] = full[1][:20], full[2][:20]
     sizes = [tuple(masks.shape) for _, masks in data.eval_batches("val")]

@@ -142,6 +142,7 @@ def test_a_wrong_flag_is_refused_with_a_hint(script, flags, word, call, tmp_path
     [
         ("--num-classes 12", ["11 classes", "--num-classes 11"]),
         ("--in-channels 1", ["colour images", "--in-channels 3"]),
+        ("--eval-batch-size 16", ["leave out --eval-batch-size"]),
     ],
 )
 def test_a_model_that_does_not_fit_the_data(flags, words, call, tmp_path, capsys):

@@ -11,12 +11,13 @@ from models.baselines import ResNetUNetConfig
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import interpolate_positions
 from training import Experiment, RunOptions, SegmentationConfig, UserError, fit
-from training.config import full_experiment_name
+from training.config import full_experiment_name, parse_experiment
 from training.runs import load_file
 from training.start import start_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+TRAIN = dict(epochs=1, batch_size=2, learning_rate=1e-3, weight_decay=0.0)
 CORE = dict(n_layer=1, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
 
 
@@ -38,9 +39,7 @@ def runs(tmp_path_factory, camvid, experiment_in):
 
 
 def make_experiment(runs_dir, camvid, name="trial", start_from=None, options=None, epochs=1, **model):
-    train = SegmentationConfig(
-        epochs=epochs, batch_size=2, learning_rate=1e-3, weight_decay=0.0, start_from=start_from, horizontal_flip=0.5
-    )
+    train = SegmentationConfig(**(TRAIN | dict(epochs=epochs, start_from=start_from, horizontal_flip=0.5)))
     where = dict(data_dir=camvid, runs_dir=runs_dir, device="cpu", num_workers=0)
     config = bdh_unet_config(**(CORE | dict(img_size=32) | model))
     return Experiment(name, config, train, RunOptions(**(where | (options or {}))))
@@ -119,7 +118,11 @@ def test_a_resumed_run_does_not_need_the_file(runs, camvid, tmp_path):
     ("model", "parts"),
     [
         (dict(n_embd=32), ["another architecture", "decoder is 64 x 16, not 128 x 32", "--n-embd 16"]),
-        (dict(skips=True, skip_levels=(1, 1)), ["another architecture", "no skips.", "--skips False"]),
+        (
+            dict(skips=True, skip_levels=(1, 1)),
+            ["another architecture", "no skips.", "--no-skips", "--skip-levels 4 2"],
+        ),
+        (dict(num_classes=12), ["head.weight is 11 x 2", "--num-classes 11", "--encoder takes the encoder alone"]),
     ],
 )
 def test_another_architecture_is_refused(runs, camvid, tmp_path, model, parts):
@@ -176,10 +179,12 @@ def test_a_classifiers_weights_go_into_the_encoder(runs, camvid, tmp_path, capsy
 
 def test_patches_of_another_size_are_drawn_anew(runs, camvid, tmp_path, capsys):
     model, before, origin = started(make_experiment(tmp_path, camvid, encoder=checkpoint(runs, "fine")))
-    assert origin["drawn"] == ["patch_embed.weight"]
+    assert origin["drawn"] == ["patch_embed.bias", "patch_embed.weight"]  # the one is of no use without the other
     assert torch.equal(model.encoder.patch_embed.weight, before["encoder.patch_embed.weight"])
     assert not torch.equal(model.encoder.encoder, before["encoder.encoder"])
-    assert "; patch_embed.weight in it and the rest of the model drawn anew" in capsys.readouterr().out
+    assert (
+        "; patch_embed.bias, patch_embed.weight in it and the rest of the model drawn anew" in capsys.readouterr().out
+    )
 
 
 def test_other_choices_are_told(runs, camvid, tmp_path, capsys):
@@ -201,6 +206,25 @@ def test_an_encoder_of_other_sizes_is_refused_with_the_flags_that_would_do(runs,
     with pytest.raises(UserError, match="does not fit the encoder") as error:
         started(experiment)
     assert "--n-embd 16" in str(error.value) and "--n-head 2" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "misfit", "flag"),
+    [(dict(qk="separate"), "encoder_k", "--qk separate"), (dict(residual="scaled_pre"), "level_norms", "scaled_pre")],
+)
+def test_an_encoder_with_more_to_its_core_is_refused(fields, misfit, flag, runs, camvid, tmp_path, experiment_in):
+    fit(experiment_in(tmp_path, "more", model=CORE | dict(patch_size=8) | fields, epochs=1, train_limit=20))
+    with pytest.raises(UserError, match="does not fit the encoder") as error:
+        started(make_experiment(tmp_path, camvid, encoder=tmp_path / "more" / "seed0" / "best.pt"))
+    assert misfit in str(error.value) and flag in str(error.value)
+
+
+def test_an_encoder_replaces_the_whole_in_the_record_too(runs, tmp_path):
+    flags = ["--encoder", str(checkpoint(runs, "v2"))]
+    train = SegmentationConfig(**TRAIN, start_from=tmp_path / "unread.pt")
+    experiment = parse_experiment("unet", bdh_unet_config(), train, "", flags)
+    assert experiment.train.start_from is None and experiment.name == "unet+encoder=v2-seed0-best.pt"
+    assert parse_experiment("unet", bdh_unet_config(), train, "", []).train.start_from == tmp_path / "unread.pt"
 
 
 def test_the_runs_name_says_which_checkpoint(runs):

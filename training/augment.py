@@ -8,18 +8,16 @@ an image together with its mask, by the workers that load them.
 import math
 import os
 import random
-from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.config import SegmentationConfig
+from training.config import SegmentationConfig, UserError
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # of torchvision's RandomResizedCrop
 CROP_ATTEMPTS = 10
-JointTransform = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -75,35 +73,42 @@ def _sample_points(start: Tensor, length: Tensor, size: int) -> Tensor:
     return points * (2 / max(size - 1, 1)) - 1
 
 
-def joint_transform(config: SegmentationConfig, void: int) -> JointTransform:
-    """What changes an image and its mask together: a function of (h, w, 3) uint8, (h, w) uint8 and a seed.
+class JointTransform:
+    """What changes a training image and its mask together, as a seed says.
 
-    It follows from the seed alone. What comes into view from outside the image is black, and void in the mask. Labels
-    are never mixed. This is the one place that knows albumentations.
+    What comes into view from outside the image is black, and void in the mask. Labels are never mixed. This is the one
+    place that knows albumentations. A class, so that workers which are not forked can be given it.
     """
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else its import asks the network for a newer version
-    import albumentations
 
-    compose = albumentations.Compose(
-        [
-            albumentations.HorizontalFlip(p=config.horizontal_flip),
-            albumentations.Affine(  # with the ranges of albumentations' own ShiftScaleRotate, but the rotation's
-                translate_percent={"x": (-0.0625, 0.0625), "y": (-0.0625, 0.0625)},  # drawn apart from each other
-                scale=(0.9, 1.1),
-                keep_ratio=True,
-                rotate=(-15, 15),
-                fill=0,
-                fill_mask=void,
-                p=config.shift_scale_rotate,
-            ),
-            albumentations.RandomBrightnessContrast(0.2, 0.2, p=config.brightness_contrast),
-        ]
-    )
+    def __init__(self, config: SegmentationConfig, void: int):
+        """Raises UserError where albumentations is missing."""
+        os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else its import asks the network for a newer version
+        try:
+            import albumentations
+        except ImportError as error:  # also of OpenCV, which it needs
+            raise UserError(
+                f"images and masks are changed by albumentations, which is missing ({error}): "
+                "pip install -r requirements.txt"
+            ) from None
+        self.compose = albumentations.Compose(
+            [
+                albumentations.HorizontalFlip(p=config.horizontal_flip),
+                albumentations.Affine(  # with the ranges of albumentations' own ShiftScaleRotate, but the rotation's
+                    translate_percent={"x": (-0.0625, 0.0625), "y": (-0.0625, 0.0625)},  # drawn apart from each other
+                    scale=(0.9, 1.1),
+                    keep_ratio=True,
+                    rotate=(-15, 15),
+                    fill=0,
+                    fill_mask=void,
+                    p=config.shift_scale_rotate,
+                ),
+                albumentations.RandomBrightnessContrast(0.2, 0.2, p=config.brightness_contrast),
+            ]
+        )
 
-    def transform(image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """image: (h, w, 3) uint8, mask: (h, w) uint8 -> the same of the changed ones."""
         # one generator for all steps: set_random_seed would give each the same draws
-        compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
-        both = compose(image=image, mask=mask)
+        self.compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        both = self.compose(image=image, mask=mask)
         return both["image"], both["mask"]
-
-    return transform

@@ -150,7 +150,7 @@ class RunOptions:
     runs_dir: Path = ROOT / "runs"
     """folder of all runs"""
     eval_batch_size: int | None = None
-    """images (or texts) a forward pass in validation and test; default: 256, for segmentation batch_size"""
+    """images (or texts) a forward pass in validation and test; default: 256; segmentation takes batch_size"""
     log_every: int = 50
     """steps between two readings of the loss"""
     tensorboard: bool = False
@@ -213,7 +213,10 @@ def parse_experiment(
         config=(tyro.conf.OmitArgPrefixes,),
     )
     full_name = full_experiment_name(name, (model, train), (flags.model, flags.train))
-    return Experiment(flags.options.name or full_name, flags.model, flags.train, flags.options)
+    # what is not read is not recorded: an encoder's checkpoint replaces the whole model's
+    start_from = None if getattr(flags.model, "encoder", None) else flags.train.start_from
+    asked = dataclasses.replace(flags.train, start_from=start_from)
+    return Experiment(flags.options.name or full_name, flags.model, asked, flags.options)
 
 
 def full_experiment_name(name: str, before: tuple, after: tuple) -> str:

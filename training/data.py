@@ -72,7 +72,7 @@ def data_folder(name: str, data_dir: Path | None) -> Path:
     data_dir may also be that folder itself.
     """
     root = data_dir or Path(os.environ.get("VISION_BDH_DATA") or ROOT)
-    signs = {"camvid": ("trainannot", "train_labels"), "voc": ("VOCdevkit",), "cityscapes": ("leftImg8bit",)}
+    signs = {"camvid": ("trainannot", "train_labels", "val"), "voc": ("VOCdevkit",), "cityscapes": ("leftImg8bit",)}
     is_folder_itself = root.name == f"data_{name}" or any(
         (root / each).exists() for each in signs.get(name, [f"{name}.npz"])
     )

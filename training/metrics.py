@@ -102,7 +102,7 @@ def confusion_matrices(predicted: Tensor, truth: Tensor, n_classes: int) -> Tens
 
 
 def batch_miou(confusion: Tensor) -> Tensor:
-    """Mean IoU over the classes that a batch's masks hold, as the published numbers were made. (n, n) -> ()."""
+    """Mean IoU over the classes that a batch's masks hold; the published numbers are means of it. (n, n) -> ()."""
     hits = confusion.diagonal()
     present = confusion.sum(1) > 0
     iou = hits / (confusion.sum(0) + confusion.sum(1) - hits).clamp(min=1)

@@ -169,10 +169,13 @@ class Run:
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One line of metrics.csv, on disk when this returns."""
         path = self.folder / "metrics.csv"
-        is_new = not path.exists() or path.stat().st_size == 0
+        header = path.read_text().partition("\n")[0].split(",") if path.exists() else [""]
+        is_new = header == [""]
         try:
             with path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, row, lineterminator="\n")  # as cut_metrics leaves them
+                # an earlier version may have begun the file with fewer columns; line ends as cut_metrics leaves them
+                fields = list(row) if is_new else header
+                writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
                 if is_new:
                     writer.writeheader()
                 writer.writerow(row)

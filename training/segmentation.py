@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from models.vision_bdh import ImageSize, height_and_width
 from training import seeds
-from training.augment import JointTransform, joint_transform, normalise
+from training.augment import JointTransform, normalise
 from training.config import SegmentationConfig, UserError
 from training.device import fits_in_memory
 from training.masks import BadFile, MaskFiles, Pair, read_image
@@ -122,14 +122,17 @@ class MaskBatches:
         files: MaskFiles,
         config: SegmentationConfig,
         img_size: ImageSize,
-        eval_batch_size: int,
         device: torch.device,
         num_workers: int = 0,
     ):
-        """Raises UserError for files that cannot be used and for data larger than half of the memory."""
+        """Raises UserError for files that cannot be used and for data larger than half of the memory.
+
+        Masks that are kept at their own size are not counted there: they are not yet read.
+        """
         refuse(files.problems, files.name)
+        transform = JointTransform(config, files.classes.void)
         self.description = describe_masks(files)
-        self.eval_batch_size = eval_batch_size
+        self.batch_size = config.batch_size
         self.device = device
         pairs = files.pairs | {"train": _limit(files.pairs["train"], config)}
         height, width = height_and_width(img_size)
@@ -146,7 +149,7 @@ class MaskBatches:
         workers = min(num_workers, os.cpu_count() or 1)
         self.order = _EpochOrder(len(self.parts["train"]), config)
         self.loader = DataLoader(
-            _Augmented(self.parts["train"], joint_transform(config, files.classes.void)),
+            _Augmented(self.parts["train"], transform),
             batch_sampler=self.order,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -170,7 +173,7 @@ class MaskBatches:
         of = self.parts[part]
         first = 0
         while first < len(of):
-            here = slice(first, first + self.eval_batch_size)
+            here = slice(first, first + self.batch_size)
             masks = [
                 mask if full is None else full for mask, full in zip(of.masks[here], of.full_masks[here], strict=True)
             ]

@@ -11,6 +11,9 @@ from models.vision_bdh import VisionEncoder, VisionEncoderConfig, interpolate_po
 from training.config import Experiment, UserError, name_of_file
 from training.runs import UNREADABLE, Run, first_line, load_file
 
+CORE = ("encoder", "decoder", "level_norms")  # what the names of the core's weights begin with
+NO_DIFFERENCE = {"img_size", "encoder", "encoder_weights", "dropout"}  # fields that leave the weights' meaning alone
+
 
 def start_weights(model: nn.Module, experiment: Experiment) -> dict[str, Any] | None:
     """Gives the model the weights that the experiment asks for, says which, and returns where they are from.
@@ -29,29 +32,30 @@ def start_weights(model: nn.Module, experiment: Experiment) -> dict[str, Any] | 
 
 def take_all(model: nn.Module, config: Any, path: Path) -> dict[str, Any]:
     """Every weight of a checkpoint of the same model; learned positions are interpolated for another image size."""
-    state, fields, class_name = read_checkpoint(path)
-    if class_name != type(config).__name__:
+    state, source = read_checkpoint(path)
+    if type(source) is not type(config):
         raise UserError(
-            f"{path} holds the weights of a {class_name}, not of a {type(config).__name__}: name another file"
+            f"{path} holds the weights of a {type(source).__name__}, not of a {type(config).__name__}: "
+            "name another file"
         )
     weights = state["model"]
     if isinstance(config, VisionEncoderConfig):
-        before = build_config(class_name, fields).grid
         weights = {
-            name: interpolate_positions(weight, before, config.grid) if name.endswith("pos_embed") else weight
+            name: interpolate_positions(weight, source.grid, config.grid) if name.endswith("pos_embed") else weight
             for name, weight in weights.items()
         }
-    problems = _misfits(model.state_dict(), weights)
-    if problems:
+    flags = _flags_of(source, config, {field.name for field in dataclasses.fields(config)} - {"img_size"})
+    if problems := _misfits(model.state_dict(), weights):
+        encoder = " (--encoder takes the encoder alone)" if hasattr(config, "encoder") else ""
         raise UserError(
-            f"{path} holds weights of another architecture ({'; '.join(problems[:3])}): give the model the sizes of "
-            f"the run it is from ({_differences(config, fields)}), or name another file"
+            f"{path} holds weights of another architecture ({'; '.join(problems[:3])}): give the model what the run "
+            f"had that it is from ({flags}), or name another file{encoder}"
         )
     # rotary frequencies follow from the model's own configuration
     own = {name: value for name, value in model.state_dict().items() if name.endswith("attn.freqs")}
     model.load_state_dict(weights | own)
     print(f"starting from {path}, epoch {state['epoch']}: all of its {len(weights)} tensors taken")
-    _say_differences(config, fields)
+    _say_differences(flags)
     return {"file": name_of_file(path), "epoch": state["epoch"]}
 
 
@@ -61,43 +65,45 @@ def take_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Any]:
     Learned positions are interpolated. The core has to agree, else there is nothing worth starting from; patches of
     another size or images of other channels leave the patch embedding as it was drawn.
     """
-    state, fields, class_name = read_checkpoint(path)
-    source = build_config(class_name, fields)
+    state, source = read_checkpoint(path)
     if not isinstance(source, VisionEncoderConfig):
-        raise UserError(f"{path} holds a {class_name}, not a Vision-BDH: name the best.pt of a run of one")
+        raise UserError(f"{path} holds a {type(source).__name__}, not a Vision-BDH: name the best.pt of a run of one")
     mine = dict(encoder.named_parameters())
     theirs = {name.removeprefix("encoder."): weight for name, weight in state["model"].items()}
     if "pos_embed" in theirs and "pos_embed" in mine:
         theirs["pos_embed"] = interpolate_positions(theirs["pos_embed"], source.grid, encoder.config.grid)
     taken = {name: theirs[name] for name in mine if name in theirs and theirs[name].shape == mine[name].shape}
-    core = [name for name in mine if not name.startswith(("patch_embed", "pos_embed"))]
-    if missing := [name for name in core if name not in taken]:
+    if "patch_embed.weight" not in taken:
+        taken.pop("patch_embed.bias", None)  # it belongs to it
+    flags = _flags_of(source, encoder.config, {field.name for field in dataclasses.fields(VisionEncoderConfig)})
+    core = {name for name in mine.keys() | theirs if name.startswith(CORE)}
+    if misfits := sorted(core - taken.keys()):
         raise UserError(
-            f"{path} does not fit the encoder (its {', '.join(missing)}): give the encoder the sizes and choices of "
-            f"the run it is from ({_differences(encoder.config, fields)})"
+            f"{path} does not fit the encoder (its {', '.join(misfits)}): give the encoder what the run had that it is "
+            f"from ({flags})"
         )
     encoder.load_state_dict(taken, strict=False)
     left = sorted(mine.keys() - taken)
-    grids = "" if source.grid == encoder.config.grid else f" (positions interpolated from {_by(source.grid)} patches)"
+    other_grid = "pos_embed" in taken and source.grid != encoder.config.grid
+    grids = f" (positions interpolated from {_by(source.grid)} patches)" if other_grid else ""
     print(
         f"encoder from {path}, epoch {state['epoch']}: {', '.join(sorted(taken))} taken{grids}; "
         f"{', '.join(left) or 'nothing'} in it and the rest of the model drawn anew"
     )
-    _say_differences(encoder.config, fields)
+    _say_differences(flags)
     return {"file": name_of_file(path), "epoch": state["epoch"], "taken": sorted(taken), "drawn": left}
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """A checkpoint, the fields of its model, and the model's config class. Raises UserError where it is none."""
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], Any]:
+    """A checkpoint and the config of its model. Raises UserError where it is none."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name the file in it, {path / 'best.pt'}")
     if not path.exists():
         raise UserError(f"{path} is not there: train what it comes from first, or name another checkpoint (a best.pt)")
     try:
         state = load_file(path)
-        config = Run(path.parent).read_config()
-        build_config(config["model_class"], state["config"]["model"])
-        return {"model": state["model"], "epoch": state["epoch"]}, state["config"]["model"], config["model_class"]
+        config = build_config(Run(path.parent).read_config()["model_class"], state["config"]["model"])
+        return {"model": state["model"], "epoch": state["epoch"]}, config
     except (*UNREADABLE, TypeError) as error:
         raise UserError(
             f"{path} cannot be used as a checkpoint ({first_line(error)}): name a best.pt or last.pt in the folder of "
@@ -127,20 +133,23 @@ def _misfits(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
     ]
 
 
-def _differences(config: Any, fields: dict[str, Any]) -> str:
-    """The flags that would give the config those fields."""
-    mine = dataclasses.asdict(config)
-    flags = [
-        f"--{name.replace('_', '-')} {value}"
-        for name, value in fields.items()
-        if name in mine and name not in ("num_classes", "img_size", "encoder") and value != mine[name]
-    ]
+def _flags_of(source: Any, config: Any, names: set[str]) -> str:
+    """The flags that would give the config those fields of the source, as the command line takes them."""
+    flags = []
+    for name in sorted(names - NO_DIFFERENCE):
+        value, flag = getattr(source, name), name.replace("_", "-")
+        if value == getattr(config, name):
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags.append(f"--{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
     return " ".join(flags)
 
 
-def _say_differences(config: Any, fields: dict[str, Any]) -> None:
-    if differences := _differences(config, fields):
-        print(f"note: the weights were trained with {differences}")
+def _say_differences(flags: str) -> None:
+    if flags:
+        print(f"note: the weights were trained with {flags}")
 
 
 def _by(sizes: Any) -> str:

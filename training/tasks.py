@@ -33,7 +33,7 @@ from training.metrics import (
     segmentation_ratios,
     text_ratios,
 )
-from training.segmentation import MaskBatches, describe_masks
+from training.segmentation import MaskBatches, describe_masks, refuse
 from training.text import TextBatches, describe, load_text
 
 EVAL_BATCH_SIZE = 256
@@ -178,26 +178,31 @@ class Segmentation:
                     f"{self.train.dataset} has {len(self.classes.names)} classes and colour images, but the model has "
                     f"{name} = {getattr(model, name)}: set --{name.replace('_', '-')} {value}"
                 )
+        if options.eval_batch_size not in (None, self.train.batch_size):
+            raise UserError(
+                "segmentation validates in batches of --batch-size, because its loss and val_miou_batch depend on "
+                "them: leave out --eval-batch-size"
+            )
         files = find_masks(self.train.dataset, data_folder(self.train.dataset, options.data_dir))
+        refuse(files.problems, files.name)
         check(describe_masks(files))
-        eval_batch_size = options.eval_batch_size or self.train.batch_size  # a large image takes much more memory
-        return MaskBatches(files, self.train, model.img_size, eval_batch_size, device, options.num_workers)
+        return MaskBatches(files, self.train, model.img_size, device, options.num_workers)
 
     def loss(self, logits: Tensor, masks: Tensor) -> Tensor:
         """The weighted mean of cross-entropy (nats) and Dice loss. logits: (B, classes, h, w), masks: (B, h', w')."""
-        logits = at_size_of(masks, logits).float()
+        logits = at_size_of(masks, logits)
         share = self.train.dice_weight
         return (1 - share) * pixel_cross_entropy(logits, masks) + share * dice_loss(logits, masks)
 
     def counts(self, loss: Tensor, logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
-        confusion = confusion_matrices(at_size_of(masks, logits).argmax(1), masks, len(self.classes.names))
-        batches = confusion.split(self.train.batch_size)
+        predicted = at_size_of(masks, logits).argmax(1)
+        confusion = confusion_matrices(predicted, masks, len(self.classes.names)).sum(0)
         return {
             "loss": loss * len(masks),
             "images": torch.full_like(masks[0, 0, 0], len(masks)),
-            "confusion": confusion.sum(0),
-            "miou_batch": torch.stack([batch_miou(batch.sum(0)) for batch in batches]).sum(),
-            "batches": torch.full_like(masks[0, 0, 0], len(batches)),
+            "confusion": confusion,
+            "miou_batch": batch_miou(confusion),
+            "batches": torch.ones_like(masks[0, 0, 0]),
         }
 
     def ratios(self, sums: dict[str, Any]) -> dict[str, float | None]:
@@ -205,7 +210,8 @@ class Segmentation:
 
 
 def at_size_of(masks: Tensor, logits: Tensor) -> Tensor:
-    """logits: (B, classes, h, w), enlarged (bilinear) where the masks, (B, h', w'), are of another size."""
+    """logits: (B, classes, h, w) in float32, enlarged (bilinear) where the masks, (B, h', w'), are of another size."""
+    logits = logits.float()
     if logits.shape[2:] == masks.shape[1:]:
         return logits
     return F.interpolate(logits, size=masks.shape[1:], mode="bilinear", align_corners=False)
