@@ -103,6 +103,7 @@ def test_the_folder_may_be_named_or_the_one_above_it(camvid, named, tmp_path, mo
         folder = folder.rename(tmp_path / "CamVid")
     assert data_folder("camvid", folder) == folder
     if named:
+        (tmp_path / "val").mkdir()  # of something else: the folder of that name goes before
         assert data_folder("camvid", tmp_path) == folder
         monkeypatch.setenv("VISION_BDH_DATA", str(tmp_path))
         assert data_folder("camvid", None) == folder

@@ -7,10 +7,10 @@ import pytest
 import torch
 from camvid_data import write_camvid
 
-from models.baselines import ResNetUNetConfig
+from models.baselines import ResNetUNetConfig, vit_tiny_config
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import interpolate_positions
-from training import Experiment, RunOptions, SegmentationConfig, UserError, fit
+from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, UserError, fit
 from training.config import full_experiment_name, parse_experiment
 from training.runs import load_file
 from training.start import start_weights
@@ -135,6 +135,16 @@ def test_another_architecture_is_refused(runs, camvid, tmp_path, model, parts):
 def test_another_model_is_refused(runs, camvid, tmp_path):
     with pytest.raises(UserError, match=r"best\.pt holds the weights of a VisionBDHConfig, not of a BDHUNetConfig"):
         started(make_experiment(tmp_path, camvid, start_from=checkpoint(runs, "v2")))
+
+
+def test_a_baseline_at_another_size_is_told_its_own(tmp_path, data_dir):
+    sizes = dict(n_layer=1, n_embd=8, n_head=2, mlp_dim=8, patch_size=8)
+    train = ClassificationConfig(**(TRAIN | dict(dataset="cifar10", train_limit=20, batch_size=8)))
+    options = RunOptions(data_dir=data_dir, runs_dir=tmp_path, device="cpu")
+    fit(Experiment("vit", vit_tiny_config(**sizes), train, options))
+    train = dataclasses.replace(train, start_from=tmp_path / "vit" / "seed0" / "best.pt")
+    with pytest.raises(UserError, match=r"another architecture .* \(--img-size 32\), or name another file$"):
+        started(Experiment("larger", vit_tiny_config(**sizes, img_size=48), train, options))
 
 
 def test_what_is_no_checkpoint(runs, camvid, tmp_path):

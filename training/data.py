@@ -72,11 +72,14 @@ def data_folder(name: str, data_dir: Path | None) -> Path:
     data_dir may also be that folder itself.
     """
     root = data_dir or Path(os.environ.get("VISION_BDH_DATA") or ROOT)
-    signs = {"camvid": ("trainannot", "train_labels", "val"), "voc": ("VOCdevkit",), "cityscapes": ("leftImg8bit",)}
-    is_folder_itself = root.name == f"data_{name}" or any(
-        (root / each).exists() for each in signs.get(name, [f"{name}.npz"])
-    )
-    return root if is_folder_itself else root / f"data_{name}"
+    inside = root / f"data_{name}"
+    signs = {
+        "camvid": ("trainannot", "train_labels", "val"),
+        "voc": ("VOCdevkit",),
+        "cityscapes": ("leftImg8bit",),
+    }.get(name, (f"{name}.npz",))
+    is_folder_itself = root.name == inside.name or any((root / each).exists() for each in signs)
+    return root if is_folder_itself and not inside.is_dir() else inside
 
 
 def split_train(labels: np.ndarray, val_fraction: float, limit: int | None, seed: int) -> Split:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -177,9 +178,7 @@ class MaskBatches:
             masks = [
                 mask if full is None else full for mask, full in zip(of.masks[here], of.full_masks[here], strict=True)
             ]
-            masks = [
-                mask for k, mask in enumerate(masks) if all(each.shape == masks[0].shape for each in masks[: k + 1])
-            ]
+            masks = list(takewhile(lambda mask, shape=masks[0].shape: mask.shape == shape, masks))
             images = torch.from_numpy(of.images[first : first + len(masks)]).permute(0, 3, 1, 2)
             yield self._on_device(images.contiguous(), torch.from_numpy(np.stack(masks)))
             first += len(masks)

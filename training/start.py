@@ -12,7 +12,7 @@ from training.config import Experiment, UserError, name_of_file
 from training.runs import UNREADABLE, Run, first_line, load_file
 
 CORE = ("encoder", "decoder", "level_norms")  # what the names of the core's weights begin with
-NO_DIFFERENCE = {"img_size", "encoder", "encoder_weights", "dropout"}  # fields that leave the weights' meaning alone
+NO_DIFFERENCE = {"encoder", "encoder_weights", "dropout"}  # fields that leave the weights' shapes and meaning alone
 
 
 def start_weights(model: nn.Module, experiment: Experiment) -> dict[str, Any] | None:
@@ -38,13 +38,14 @@ def take_all(model: nn.Module, config: Any, path: Path) -> dict[str, Any]:
             f"{path} holds the weights of a {type(source).__name__}, not of a {type(config).__name__}: "
             "name another file"
         )
-    weights = state["model"]
+    weights, fields = state["model"], {field.name for field in dataclasses.fields(config)}
     if isinstance(config, VisionEncoderConfig):
+        fields.remove("img_size")
         weights = {
             name: interpolate_positions(weight, source.grid, config.grid) if name.endswith("pos_embed") else weight
             for name, weight in weights.items()
         }
-    flags = _flags_of(source, config, {field.name for field in dataclasses.fields(config)} - {"img_size"})
+    flags = _flags_of(source, config, fields)
     if problems := _misfits(model.state_dict(), weights):
         encoder = " (--encoder takes the encoder alone)" if hasattr(config, "encoder") else ""
         raise UserError(
@@ -75,7 +76,8 @@ def take_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Any]:
     taken = {name: theirs[name] for name in mine if name in theirs and theirs[name].shape == mine[name].shape}
     if "patch_embed.weight" not in taken:
         taken.pop("patch_embed.bias", None)  # it belongs to it
-    flags = _flags_of(source, encoder.config, {field.name for field in dataclasses.fields(VisionEncoderConfig)})
+    fields = {field.name for field in dataclasses.fields(VisionEncoderConfig)} - {"img_size"}
+    flags = _flags_of(source, encoder.config, fields)
     core = {name for name in mine.keys() | theirs if name.startswith(CORE)}
     if misfits := sorted(core - taken.keys()):
         raise UserError(
