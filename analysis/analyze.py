@@ -104,8 +104,12 @@ def _test_cell(row: Row) -> str:
     """The test result in percent, or why there is none."""
     if not len(row.test):
         return "no test part" if row.finished else "not finished"
-    spread = f" ± {row.metric.number(row.test.std())}" if len(row.test) > 1 else ""
-    return f"{row.metric.number(row.test.mean())}{spread}"
+    return _mean_and_spread(row, row.test)
+
+
+def _mean_and_spread(row: Row, values: pd.Series) -> str:
+    spread = f" ± {row.metric.number(values.std())}" if len(values) > 1 else ""
+    return f"{row.metric.number(values.mean())}{spread}"
 
 
 def labels_of(task: Task, rows: Sequence[Row]) -> tuple[list[str], str]:
@@ -210,7 +214,10 @@ def draw_curve(ax: Axes, curve: Curve, seeds: pd.DataFrame) -> None:
 
 
 def draw_final(tasks: dict[Task, list[Row]]) -> Figure:
-    """One block a data set: bars of the test metric with a standard deviation over seeds, and the numbers beside."""
+    """One block a data set: bars of the result with a standard deviation over seeds, and the numbers beside.
+
+    The result is the test's, or the best validation's where the data have no test part.
+    """
     labels = {task: [textwrap.fill(each, 38) for each in labels_of(task, rows)[0]] for task, rows in tasks.items()}
     bar_inches = 0.12 + 0.16 * max(2, *(len(each.splitlines()) for texts in labels.values() for each in texts))
     spans = [len(rows) + 0.2 for rows in tasks.values()]  # in bars
@@ -219,25 +226,28 @@ def draw_final(tasks: dict[Task, list[Row]]) -> Figure:
     for ax, (task, rows) in zip(axes, tasks.items(), strict=True):
         ax.set_title(textwrap.fill(labels_of(task, rows)[1], 85), fontsize=10)
         _draw_bars(ax, task[1], rows)
-        _label_bars(ax, labels[task], [_test_cell(row) + _unit_and_seeds(row) for row in rows])
+        _label_bars(ax, labels[task], [_result_cell(row) for row in rows])
     return figure
 
 
-def _unit_and_seeds(row: Row) -> str:
+def _result_cell(row: Row) -> str:
+    if not row.finished:
+        return "not finished"
     unit = " %" if row.metric.percent else ""
-    return f"{unit}\n{seeds_text(len(row.test))}" if len(row.test) else ""
+    return f"{_mean_and_spread(row, row.result)}{unit}\n{seeds_text(len(row.result))}"
 
 
 def _draw_bars(ax: Axes, metric: str, rows: Sequence[Row]) -> None:
     scale = METRICS[metric].scale
-    for place, values in enumerate(scale * row.test for row in rows):
+    for place, values in enumerate(scale * row.result for row in rows):
         if len(values):
             ax.barh(place, values.mean(), height=0.62, color=COLORS[place % len(COLORS)])
         if len(values) > 1:
             ax.errorbar(values.mean(), place, xerr=values.std(), color="black", capsize=4, linewidth=1.3)
             ax.scatter(values, [place] * len(values), s=12, color="white", edgecolor="black", zorder=3)
-    note = ", with one standard deviation; a dot is a seed" if any(len(row.test) > 1 for row in rows) else ""
-    ax.set_xlabel(f"test {METRICS[metric].title}{note}")
+    note = ", with one standard deviation; a dot is a seed" if any(len(row.result) > 1 for row in rows) else ""
+    part = "test" if any(len(row.test) for row in rows) or not any(row.finished for row in rows) else "best validation"
+    ax.set_xlabel(f"{part} {METRICS[metric].title}{note}")
     ax.set_xlim(left=0)
     style_axes(ax, "x")
 

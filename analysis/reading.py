@@ -104,6 +104,13 @@ class Row:
         return pd.Series([test[self.metric.key] for test in tests if test is not None], dtype=float)
 
     @property
+    def result(self) -> pd.Series:
+        """(seeds,) test as stored, or the metric of the best validation where the data have no test part."""
+        if len(self.test):
+            return self.test
+        return pd.Series([run.summary["best"][f"val_{self.metric.key}"] for run in self.finished], dtype=float)
+
+    @property
     def parts(self) -> list[str]:
         """The experiment's name, its changed fields, what it differs in."""
         return [*self.experiment.split("+"), *self.differs]
@@ -183,9 +190,9 @@ def make_rows(runs: Iterable[RunFiles]) -> list[Row]:
 
 
 def _badness(row: Row) -> float:
-    """The lower the better: of the test metric, last what has none."""
+    """The lower the better: of the result, last what has none."""
     sign = -1 if row.metric.higher_is_better else 1
-    return sign * row.test.mean() if len(row.test) else math.inf
+    return sign * row.result.mean() if len(row.result) else math.inf
 
 
 def _one_run_a_seed(runs: Iterable[RunFiles]) -> tuple[RunFiles, ...]:

@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from analysis.analyze import analyze, draw_curves, labels_of
+from analysis.analyze import analyze, draw_curves, draw_final, labels_of
 from analysis.reading import find_runs, make_rows, read_runs
 from training import UserError
 from training.config import ROOT
@@ -294,3 +294,22 @@ def test_command_line(make_run, call_script, tmp_path, capsys):
         f"out/{name}" for name in ("learning_curves.png", "final_accuracy.png", "results.md", "results.csv")
     ]
     assert read_results(tmp_path / "out" / "results.csv")[0]["experiment"] == "v2_cifar10"
+
+
+def test_without_a_test_part_the_best_validation_is_the_result(make_run):
+    best = {}
+    for name in ("one", "other"):
+        runs = [make_run(name=name, seed=seed, metric="miou", test=None) for seed in (0, 1)]
+        best[name] = [max(row["val_miou"] for row in rows) for _, rows in runs]
+        root = runs[0][0].parents[1]
+    rows = make_rows(read_runs(find_runs(root)))
+    order = sorted(best, key=lambda name: -np.mean(best[name]))
+    assert [row.experiment for row in rows] == order
+    figure = draw_final({rows[0].task: rows})
+    assert figure.axes[0].get_xlabel().startswith("best validation mIoU (%)")
+    assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx([100 * np.mean(best[n]) for n in order])
+    labels = [label.get_text() for ax in figure.axes for label in ax.get_yticklabels()]
+    assert all(
+        f"{100 * np.mean(best[name]):.2f} ± {100 * np.std(best[name], ddof=1):.2f} %" in "".join(labels)
+        for name in order
+    )
