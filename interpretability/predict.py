@@ -23,21 +23,20 @@ import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 from models import build_config
-from models.vision_bdh import ImageSize, height_and_width
+from models.vision_bdh import ImageSize
 from training.augment import normalise
 from training.config import ROOT, UserError
 from training.data import data_folder
 from training.device import pick_device
 from training.masks import CLASSES, BadFile, Classes, MaskFiles, Pair, find_masks, is_image, read_image
-from training.metrics import confusion_matrices, segmentation_ratios
+from training.metrics import confusion_matrices, confusion_ratios
 from training.runs import load_model
 from training.script import run_script
-from training.segmentation import read_pair
+from training.segmentation import read_pair, scale_image
 
 DPI = 200
 PANEL_INCHES = 3.2
@@ -62,9 +61,7 @@ class Options:
 
 def predict(model: nn.Module, image: np.ndarray, img_size: ImageSize, device: torch.device) -> np.ndarray:
     """The most probable class of every pixel. image: (h, w, 3) uint8 of any size -> (h, w) uint8."""
-    height, width = height_and_width(img_size)
-    scaled = np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
-    pixels = normalise(torch.from_numpy(scaled).to(device).permute(2, 0, 1)[None])
+    pixels = normalise(torch.from_numpy(scale_image(image, img_size)).to(device).permute(2, 0, 1)[None])
     with torch.inference_mode():
         logits = F.interpolate(model(pixels).float(), size=image.shape[:2], mode="bilinear", align_corners=False)
     return logits[0].argmax(0).to(torch.uint8).cpu().numpy()
@@ -104,8 +101,7 @@ def _with_scores(name: str, predicted: np.ndarray, truth: np.ndarray | None, cla
     confusion = confusion_matrices(
         torch.from_numpy(predicted)[None].long(), torch.from_numpy(truth)[None].long(), len(classes.names)
     )
-    sums = {"confusion": confusion[0].tolist(), "loss": 0.0, "images": 1, "miou_batch": 0.0, "batches": 1}
-    ratios = segmentation_ratios(sums, classes.names)
+    ratios = confusion_ratios(confusion[0], classes.names)
     return f"{name}: {ratios['pixel_accuracy']:.0%} of pixels right, mIoU {ratios['miou']:.0%}"
 
 

@@ -110,18 +110,28 @@ def batch_miou(confusion: Tensor) -> Tensor:
 
 
 def segmentation_ratios(sums: dict[str, Any], class_names: Sequence[str]) -> dict[str, float | None]:
-    """Mean loss, mIoU, pixel accuracy, mean of `batch_miou`, and iou_<class>, from what `tasks.Segmentation` counts.
+    """Mean loss, mean of `batch_miou`, and `confusion_ratios`, from what `tasks.Segmentation` counts."""
+    ratios = confusion_ratios(sums["confusion"], class_names)
+    return {
+        "loss": sums["loss"] / sums["images"],
+        "miou": ratios.pop("miou"),
+        "pixel_accuracy": ratios.pop("pixel_accuracy"),
+        "miou_batch": sums["miou_batch"] / sums["batches"],
+        **ratios,
+    }
+
+
+def confusion_ratios(confusion: Any, class_names: Sequence[str]) -> dict[str, float | None]:
+    """mIoU, pixel accuracy and iou_<class>. confusion: (n, n) pixels by true class (row) and predicted class.
 
     The IoU of a class that is neither there nor predicted is None, and not part of the mean.
     """
-    confusion = np.array(sums["confusion"])
+    confusion = np.array(confusion)
     hits = confusion.diagonal()
     union = confusion.sum(0) + confusion.sum(1) - hits
     iou = [float(hit / all_) if all_ else None for hit, all_ in zip(hits, union, strict=True)]
     return {
-        "loss": sums["loss"] / sums["images"],
         "miou": float(np.mean([each for each in iou if each is not None] or [0.0])),
         "pixel_accuracy": float(hits.sum() / max(1, confusion.sum())),
-        "miou_batch": sums["miou_batch"] / sums["batches"],
         **{f"iou_{name}": each for name, each in zip(class_names, iou, strict=True)},
     }

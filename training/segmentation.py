@@ -44,7 +44,7 @@ class MaskPart:
                 image, mask = read_pair(pairs[index], files)
             except BadFile as error:
                 return str(error)
-            self.images[index] = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+            self.images[index] = scale_image(image, img_size)
             self.masks[index] = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
             if full_masks:
                 self.full_masks[index] = mask
@@ -57,6 +57,12 @@ class MaskPart:
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+def scale_image(image: np.ndarray, img_size: ImageSize) -> np.ndarray:
+    """(h, w, 3) uint8 brought to the model's size, stretched where its shape is another."""
+    height, width = height_and_width(img_size)
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def read_pair(pair: Pair, files: MaskFiles) -> tuple[np.ndarray, np.ndarray]:
