@@ -101,7 +101,7 @@ def _with_scores(name: str, predicted: np.ndarray, truth: np.ndarray | None, cla
     confusion = confusion_matrices(
         torch.from_numpy(predicted)[None].long(), torch.from_numpy(truth)[None].long(), len(classes.names)
     )
-    ratios = confusion_ratios(confusion[0], classes.names)
+    ratios = confusion_ratios(confusion[0].tolist(), classes.names)
     return f"{name}: {ratios['pixel_accuracy']:.0%} of pixels right, mIoU {ratios['miou']:.0%}"
 
 
