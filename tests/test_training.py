@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from training import UserError, fit, loop
+from training import UserError, fit, loop, seeds
 from training.data import load_dataset
 from training.runs import Run, load_file, load_model
 
@@ -331,6 +331,20 @@ def test_precisions_train(precision, experiment):
 
 
 # ---------------------------------------------------------------------------- a loss that is not finite
+
+
+def test_weights_kept_on_the_way(experiment):
+    """Those before training, those after every second epoch, and the same result as without."""
+    plain, trial = experiment("plain", epochs=5), experiment(epochs=5, options={"keep_every": 2})
+    assert fit(plain)["test"] == fit(trial)["test"]
+    kept = Run(trial.folder).kept_weights()
+    assert {epoch: path.name for epoch, path in kept.items()} == {epoch: f"epoch_{epoch:03d}.pt" for epoch in (0, 2, 4)}
+    weights = {epoch: load_model(path)[0].encoder.detach() for epoch, path in kept.items()}
+    assert not any(torch.equal(weights[epoch], weights[epoch + 2]) for epoch in (0, 2))
+    assert torch.equal(weights[4], load_file(trial.folder / "previous.pt")["model"]["encoder"])
+    torch.manual_seed(seeds.derive("weights", trial.train.seed))
+    assert torch.equal(weights[0], trial.model.build().encoder)
+    assert not Run(plain.folder).kept_weights()
 
 
 @pytest.mark.parametrize("log_every", [1, 50])

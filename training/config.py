@@ -153,6 +153,8 @@ class RunOptions:
     """images (or texts) a forward pass in validation and test; default: 256; segmentation takes batch_size"""
     log_every: int = 50
     """steps between two readings of the loss"""
+    keep_every: int | None = None
+    """also keep the first weights and those after every so many epochs, as epoch_<n>.pt in the run's folder"""
     tensorboard: bool = False
     """write TensorBoard events into the run's folder"""
     wandb: str | None = None
@@ -163,6 +165,7 @@ class RunOptions:
             self.eval_batch_size is None or self.eval_batch_size >= 1, self, "eval_batch_size", "must be at least 1"
         )
         _require(self.log_every >= 1, self, "log_every", "must be at least 1")
+        _require(self.keep_every is None or self.keep_every >= 1, self, "keep_every", "must be at least 1")
         _require(self.num_workers >= 0, self, "num_workers", "must not be negative")
         if self.name is not None and (not re.fullmatch(r"[\w+=.,-]+", self.name) or self.name in (".", "..")):
             raise ValueError(f"name = {self.name!r} must be a plain folder name of letters, digits and _ + = . , -")

@@ -1,4 +1,4 @@
-"""A run's folder: config.json, split.npz, metrics.csv, last.pt, previous.pt, best.pt, summary.json.
+"""A run's folder: config.json, split.npz, metrics.csv, last.pt, previous.pt, best.pt, epoch_<n>.pt, summary.json.
 
 Every file but metrics.csv is written under a temporary name and renamed, so that whatever stops the process leaves
 whole files.
@@ -86,8 +86,9 @@ class Run:
             raise UserError(
                 f"{self.folder} cannot be made ({error.strerror}): name another place with --runs-dir"
             ) from None
-        for old in (*FILES, *(path.name for path in self.folder.glob("events.out.tfevents*"))):
-            (self.folder / old).unlink(missing_ok=True)
+        optional = [*self.folder.glob("events.out.tfevents*"), *self.kept_weights().values()]
+        for old in (*(self.folder / name for name in FILES), *optional):
+            old.unlink(missing_ok=True)
         config = {
             "experiment": experiment.name,
             "config": experiment.fields(),
@@ -137,6 +138,15 @@ class Run:
 
     def save_best(self, state: dict[str, Any]) -> None:
         self._replace("best.pt", lambda path: _save(state, path))
+
+    def keep_weights(self, state: dict[str, Any]) -> None:
+        """state becomes epoch_<n>.pt, n being its epoch."""
+        self._replace(f"epoch_{state['epoch']:03d}.pt", lambda path: _save(state, path))
+
+    def kept_weights(self) -> dict[int, Path]:
+        """The files that `keep_weights` wrote, by epoch, 0 being before training; in order."""
+        numbers = {path: path.stem.removeprefix("epoch_") for path in self.folder.glob("epoch_*.pt")}
+        return dict(sorted((int(number), path) for path, number in numbers.items() if number.isdecimal()))
 
     def load_checkpoint(self, say: Callable[[str], None]) -> dict[str, Any]:
         """last.pt, or previous.pt where that cannot be read. Raises UserError where neither can.
