@@ -29,7 +29,8 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.measure import Precision, in_turns, seconds_of, spread, step_memory_mb
-from models.bdh import StepWeights, Tables, layer_norm, rope
+from models.bdh import StepWeights, layer_norm
+from models.rotary import Tables, rope
 from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
 from training.device import (
     describe_hardware,

@@ -25,7 +25,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from interpretability.recorder import make_probe, record
+from interpretability.adapters import adapter_of
+from interpretability.recorder import record
+from interpretability.trained import latest_run
 from models import build_config
 from training.augment import normalise
 from training.config import ROOT, UserError
@@ -87,7 +89,7 @@ def visualize(
     model, config = load_model(run)
     sizes, train = build_config(config["model_class"], config["config"]["model"]), config["config"]["train"]
     try:
-        make_probe(model)
+        adapter_of(model)
     except TypeError as error:
         raise UserError(f"the attention of {run} cannot be shown: {error}") from None
     if not hasattr(sizes, "patch_size"):
@@ -112,9 +114,9 @@ def visualize(
 @torch.no_grad()
 def attention_maps(model: nn.Module, images: Tensor, patch: tuple[int, int], grid: int) -> Maps:
     """One forward pass, looked into. images: (B, C, img_size, img_size) uint8; patch: row and column."""
-    probe = make_probe(model)
+    probe = adapter_of(model)
     levels = show_levels(probe.n_levels)
-    with record(model, levels) as trace:
+    with record(model, levels=levels) as trace:
         probabilities = model(normalise(images)).softmax(-1)
     query = patch[0] * grid + patch[1]
     attention = {}
@@ -233,17 +235,6 @@ def _check_indices(indices: Sequence[int], n_images: int) -> list[int]:
         if not 0 <= index < n_images:
             raise UserError(f"there is no test image {index}: the test set has {n_images}, numbered from 0")
     return list(indices)
-
-
-def latest_run(runs_dir: Path) -> Path:
-    """Folder of the run that was finished last, anywhere below runs_dir. Raises UserError where there is none."""
-    finished = [path for path in runs_dir.rglob("summary.json") if (path.parent / "best.pt").is_file()]
-    if not finished:
-        raise UserError(
-            f"there is no finished run in {runs_dir}: train one first (python train_quickstart.py takes two minutes), "
-            "or name its folder with --run"
-        )
-    return max(finished, key=lambda path: path.stat().st_mtime).parent
 
 
 def main(options: Options) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import kernels
+from models.rotary import RotaryAttention, Tables, rope
 
 LN_EPS = 1e-5
 WEIGHT_STD = 0.02  # of every weight under init="normal", and of embeddings, patch projection and head always
@@ -105,107 +106,6 @@ def layer_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=LN_EPS)
 
 
-def rope_frequencies(n_neurons: int, theta: float = 2.0**16) -> Tensor:
-    """(N,) float32, turns per position: theta ** (-2 floor(j / 2) / N) / (2 pi); neighbours share one."""
-    pair = torch.arange(n_neurons, dtype=torch.float32) // 2
-    return theta ** (-2 * pair / n_neurons) / (2 * math.pi)
-
-
-def rope(v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (e, o) of even and odd neighbours to (e cos - o sin, o cos + e sin).
-
-    v: (..., T, N); cos, sin: (T, N), equal within a pair, in the precision to compute in. Returns v's shape and dtype.
-    """
-    turned = torch.stack((-v[..., 1::2], v[..., 0::2]), dim=-1).flatten(-2)
-    return (v * cos + turned * sin).to(v.dtype)
-
-
-class Tables(NamedTuple):
-    """What turns the neurons of T tokens; T rows, one for each."""
-
-    cos: Tensor
-    """(T, N), of the angles"""
-    sin: Tensor
-    """(T, N)"""
-    phases: Tensor | None
-    """(T, N / 2), exp(i angle) of the pairs, for the fast path; None for a compiler, which does without"""
-
-
-class RotaryAttention(nn.Module):
-    """Attention of x by the neurons' activity, turned by position: no projections, so no parameters."""
-
-    def __init__(self, n_neurons: int, softmax: bool, causal: bool, rotary: str = "raster"):
-        super().__init__()
-        if rotary == "axial":  # rows and columns each have the whole range of frequencies, on their half of the pairs
-            freqs = rope_frequencies(n_neurons // 2).repeat(2)
-        else:
-            freqs = rope_frequencies(n_neurons)
-        self.register_buffer("freqs", freqs.view(1, 1, 1, -1))
-        self.softmax = softmax
-        self.causal = causal
-        self.rotary = rotary
-        self._tables: dict[tuple, Tables] = {}
-
-    def angles(self, n_tokens: int, grid: tuple[int, int] | None = None) -> Tensor:
-        """(T, N) in radians: the fraction of position times frequency, times 2 pi. grid: see `tables`."""
-        freqs = self.freqs.view(-1)
-        index = torch.arange(n_tokens, device=freqs.device, dtype=freqs.dtype)
-        if self.rotary != "axial":
-            turns = index[:, None] * freqs
-        else:
-            rows, columns = grid
-            extra = n_tokens - rows * columns
-            place = (index - extra).clamp(min=0)
-            row, column = place.div(columns, rounding_mode="floor"), place % columns
-            if extra:  # the class token stands at (0, 0), outside the grid of patches
-                row, column = ((each + 1) * (index >= extra) for each in (row, column))
-            by_row, by_column = freqs.chunk(2)
-            turns = torch.cat((row[:, None] * by_row, column[:, None] * by_column), dim=1)
-        return turns.frac() * (2 * math.pi)
-
-    def tables(self, n_tokens: int, grid: tuple[int, int] | None = None) -> Tables | None:
-        """Kept for the next call; one shape at a time, since shapes rarely change. None where nothing is turned.
-
-        grid: (rows, columns) of the patches, which are the last rows * columns of the tokens; only axial needs it.
-        """
-        if self.rotary == "none":
-            return None
-        if torch.compiler.is_compiling():  # the compiler makes the tables part of its program
-            angles = self.angles(n_tokens, grid)
-            return Tables(angles.cos(), angles.sin(), None)
-        key = (n_tokens, grid, self.freqs.device, self.freqs.dtype)
-        if key not in self._tables:
-            with torch.inference_mode(False):  # else a table made in inference mode could not serve training later
-                angles = self.angles(n_tokens, grid)
-                cos, sin = angles.cos(), angles.sin()
-            self._tables = {key: Tables(cos, sin, torch.complex(cos[:, 0::2], sin[:, 0::2]))}
-        return self._tables[key]
-
-    def weights(self, q: Tensor, k: Tensor) -> Tensor:
-        """(B, H, T, T), the factors with which tokens enter the output: scores, masked, through the softmax if any.
-
-        q, k: (B, H, T, N). The causal model attends to keys strictly before the query: with raw scores the first token
-        receives zero.
-        """
-        scores = q @ k.mT
-        if self.softmax:
-            scores = scores / math.sqrt(q.shape[-1])
-            if self.causal:
-                later = torch.ones_like(scores, dtype=torch.bool).triu()
-                return scores.masked_fill(later, -math.inf).softmax(-1).nan_to_num()
-            return scores.softmax(-1)
-        return scores.tril(-1) if self.causal else scores
-
-    def forward(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
-        """q, k: (B, H, T, N), x: (B, T, D) -> (B, H, T, D)."""
-        values = x.unsqueeze(1)
-        if self.causal:
-            return self.weights(q, k) @ values
-        if self.softmax:  # scaled by 1 / sqrt(N); the library's kernels, where one serves, never hold a T x T matrix
-            return F.scaled_dot_product_attention(q, k, values.expand(-1, q.shape[1], -1, -1))
-        return kernels.raw_attention(q, k, values)
-
-
 class StepWeights(NamedTuple):
     """The weights of one step."""
 
@@ -217,6 +117,17 @@ class StepWeights(NamedTuple):
     """(H N, D)"""
     encoder_k: Tensor | None = None
     """(H, D, N), where keys have an encoder of their own"""
+
+
+class Activity(NamedTuple):
+    """Of the neurons in one step; (B, H, T, N) each."""
+
+    x_sparse: Tensor
+    """what the token itself excites"""
+    y_sparse: Tensor
+    """what attention excites"""
+    gated: Tensor
+    """both together, by the gate: what the decoder reads, before dropout"""
 
 
 class BDHCore(nn.Module):
@@ -234,7 +145,8 @@ class BDHCore(nn.Module):
             self.encoder_k = nn.Parameter(torch.empty(*sets, H, D, N))
         self.attn = RotaryAttention(N, config.attention == "softmax", causal, config.rotary)
         self.activation = ACTIVATIONS[config.activation]
-        self.level_input = nn.Identity()  # what enters each level passes here: hooks for looking inside attach to it
+        # what enters each level and what leaves it pass here: hooks for looking inside attach to them
+        self.level_input, self.level_output = nn.Identity(), nn.Identity()
         if config.residual == "scaled_pre":
             self.level_norms = nn.ModuleList(nn.LayerNorm(D, eps=LN_EPS) for _ in range(config.n_layer + 1))
         self.use_fast_path = True
@@ -293,10 +205,14 @@ class BDHCore(nn.Module):
                 x = x + self.update(self.scaled_norm(x, level), *step)
             else:
                 x = x + self.update(x, *step)
+            x = self.level_output(x)
             states.append(x)
-        if residual == "scaled_pre":
-            states[-1] = self.scaled_norm(x, self.config.n_layer)
+        states[-1] = self.finished(x)
         return states
+
+    def finished(self, x: Tensor) -> Tensor:
+        """The stream of any level as the last one gives it on: scaled_pre normalises it once more. (B, T, D)."""
+        return self.scaled_norm(x, self.config.n_layer) if self.config.residual == "scaled_pre" else x
 
     def scaled_norm(self, x: Tensor, level: int) -> Tensor:
         """S_l of DESIGN's scaled_pre with l = level + 1: affine LN times 1 / sqrt(l)."""
@@ -325,6 +241,12 @@ class BDHCore(nn.Module):
 
     def plain_update(self, x: Tensor, weights: StepWeights, tables: Tables | None) -> Tensor:
         """The step from x E to the decoder product, as its equations read. x: (B, T, D) -> (B, T, D)."""
+        gated = F.dropout(self.activity(x, weights, tables).gated, self.config.dropout, self.training)
+        decoder = weights.decoder.view(self.config.n_head, -1, self.config.n_embd)  # (H, N, D)
+        return torch.einsum("bhtn,hnd->btd", gated, decoder)
+
+    def activity(self, x: Tensor, weights: StepWeights, tables: Tables | None) -> Activity:
+        """What the neurons of a step do. x: (B, T, D), its input."""
         before = _all_heads(x, weights.encoder)  # (B, H, T, N)
         x_sparse = self.activation(before)
         a = self.attn(*self.queries_and_keys(x, x_sparse, weights, tables), x)
@@ -332,12 +254,10 @@ class BDHCore(nn.Module):
             a = layer_norm(a)
         y_sparse = self.activation(torch.einsum("bhtd,hdn->bhtn", a, weights.encoder_v))
         if self.config.gate == "multiplicative":
-            y_sparse = x_sparse * y_sparse
-        elif self.config.gate == "sigmoid":
-            y_sparse = before.sigmoid() * y_sparse
-        gated = F.dropout(y_sparse, self.config.dropout, self.training)
-        decoder = weights.decoder.view(self.config.n_head, -1, self.config.n_embd)  # (H, N, D)
-        return torch.einsum("bhtn,hnd->btd", gated, decoder)
+            return Activity(x_sparse, y_sparse, x_sparse * y_sparse)
+        if self.config.gate == "sigmoid":
+            return Activity(x_sparse, y_sparse, before.sigmoid() * y_sparse)
+        return Activity(x_sparse, y_sparse, y_sparse)
 
     def queries_and_keys(
         self, x: Tensor, x_sparse: Tensor, weights: StepWeights, tables: Tables | None
@@ -352,11 +272,22 @@ class BDHCore(nn.Module):
             return q, q
         return q, turned(self.activation(_all_heads(x, weights.encoder_k)))
 
-    def attention_weights(self, x: Tensor, level: int, grid: tuple[int, int] | None = None) -> Tensor:
-        """(B, H, T, T), with which factor each query (row) receives each key at a level. x: (B, T, D), its input."""
+    def attention_weights(
+        self, x: Tensor, level: int, grid: tuple[int, int] | None = None, queries: slice = slice(None)
+    ) -> Tensor:
+        """(B, H, T, T), with which factor each query (row) receives each key at a level. x: (B, T, D), its input.
+
+        queries: of these tokens only, one after the other: (B, H, Q, T).
+        """
         weights = self.step_weights()[level]
         x_sparse = self.activation(_all_heads(x, weights.encoder))
-        return self.attn.weights(*self.queries_and_keys(x, x_sparse, weights, self.attn.tables(x.shape[1], grid)))
+        q, k = self.queries_and_keys(x, x_sparse, weights, self.attn.tables(x.shape[1], grid))
+        first, _, _ = queries.indices(x.shape[1])
+        return self.attn.weights(q[:, :, queries], k, first)
+
+    def level_activity(self, x: Tensor, level: int, grid: tuple[int, int] | None = None) -> Activity:
+        """What the neurons do at a level. x: (B, T, D), its input."""
+        return self.activity(x, self.step_weights()[level], self.attn.tables(x.shape[1], grid))
 
     def has_fast_path(self, device: torch.device) -> bool:
         """Whether `kernels.raw_update` serves this setting there."""

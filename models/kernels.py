@@ -23,7 +23,7 @@ CPU_SLICE_BYTES = 12 * 2**20
 
 
 def rotate(v: Tensor, phases: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rotary positions as one complex product; the twin of `bdh.rope`.
+    """Rotary positions as one complex product; the twin of `rotary.rope`.
 
     v: (..., T, N) with pairs at (even, odd) neighbours; phases: (T, N / 2), exp(i angle), complex64 or complex128, the
     precision in which the rotation is computed. The conjugate of phases rotates back. Returns v's shape and dtype,

@@ -159,10 +159,13 @@ class VisionBDH(VisionEncoder):
             x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
         return self.levels(x, grid)
 
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """What the head reads of the last state. tokens: (B, T, D) -> (B, D)."""
+        return self.normalised(tokens[:, 0] if self.config.pool == "cls" else tokens.mean(1))
+
     def features(self, images: Tensor) -> Tensor:
         """What the head reads. images: (B, C, height, width) -> (B, D)."""
-        tokens = self.tokens(images)
-        return self.normalised(tokens[:, 0] if self.config.pool == "cls" else tokens.mean(1))
+        return self.pooled(self.tokens(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, C, height, width) -> logits (B, num_classes)."""

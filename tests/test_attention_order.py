@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import kernels
-from models.bdh import RotaryAttention, layer_norm
+from models.bdh import layer_norm
+from models.rotary import RotaryAttention
 from models.vision_bdh import vision_bdh_v2
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import bdh
+from models import rotary
 from models.bdh import BDHConfig
 
 SMALL = dict(n_layer=3, n_embd=12, n_head=3, mlp_internal_dim_multiplier=4, vocab_size=11)  # N = 16 neurons a head
@@ -305,7 +305,7 @@ def test_generation_builds_no_graph():
 
 @pytest.mark.parametrize("n_neurons", [2, 16, 1024])
 def test_frequencies_follow_the_formula(n_neurons):
-    frequencies = bdh.rope_frequencies(n_neurons)
+    frequencies = rotary.rope_frequencies(n_neurons)
     assert frequencies.dtype == torch.float32
     assert torch.allclose(frequencies.double(), formula_frequencies(n_neurons), rtol=2e-6, atol=0)
     assert torch.equal(frequencies[0::2], frequencies[1::2])
@@ -335,14 +335,14 @@ def test_rope_turns_each_pair_by_its_angle():
     v = torch.tensor([[3.0, 0.0]] * 3 + [[0.0, 2.0]] * 3, dtype=torch.float64).view(2, 3, 2)
     even_only = torch.stack((3 * angle.cos(), 3 * angle.sin()), dim=-1)
     odd_only = torch.stack((-2 * angle.sin(), 2 * angle.cos()), dim=-1)
-    turned = bdh.rope(v, *(each[:, None].expand(3, 2) for each in (angle.cos(), angle.sin())))
+    turned = rotary.rope(v, *(each[:, None].expand(3, 2) for each in (angle.cos(), angle.sin())))
     assert torch.allclose(turned, torch.stack((even_only, odd_only)), atol=1e-14, rtol=0)
 
 
 def test_rope_keeps_pair_norms_and_the_first_token():
     attn = small_model().attn
     v = torch.randn(2, 3, 40, 16, dtype=torch.float64)
-    turned = bdh.rope(v, *attn.tables(40)[:2])
+    turned = rotary.rope(v, *attn.tables(40)[:2])
     assert torch.allclose(turned.unflatten(-1, (-1, 2)).norm(dim=-1), v.unflatten(-1, (-1, 2)).norm(dim=-1))
     assert torch.equal(turned[:, :, 0], v[:, :, 0])
     assert not torch.allclose(turned[:, :, 1:], v[:, :, 1:])
@@ -352,7 +352,7 @@ def test_scores_depend_on_relative_position_only():
     attn = small_model().attn
     q, k = torch.randn(2, 16, dtype=torch.float64)
     tables = attn.tables(40)[:2]
-    scores = bdh.rope(q.expand(40, -1), *tables) @ bdh.rope(k.expand(40, -1), *tables).T
+    scores = rotary.rope(q.expand(40, -1), *tables) @ rotary.rope(k.expand(40, -1), *tables).T
     for shift in (1, 7, 25):  # both positions moved on by as much
         assert torch.allclose(scores[shift:, shift:], scores[:-shift, :-shift], atol=1e-10, rtol=0)
     assert scores[0].std() > 1e-3  # at one query, other offsets have other scores
@@ -364,13 +364,13 @@ def test_scores_with_frequencies_as_built_are_relative_in_float32():
     q, k = F.normalize(torch.randn(2, 16), dim=-1)
     tables = attn.tables(64)[:2]
     assert tables[0].dtype == torch.float32
-    scores = bdh.rope(q.expand(64, -1), *tables) @ bdh.rope(k.expand(64, -1), *tables).T
+    scores = rotary.rope(q.expand(64, -1), *tables) @ rotary.rope(k.expand(64, -1), *tables).T
     assert torch.allclose(scores[1:, 1:], scores[:-1, :-1], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_rope_keeps_shape_and_dtype(dtype):
     v = torch.randn(2, 3, 5, 16).to(dtype)
-    turned = bdh.rope(v, *small_model().attn.tables(5)[:2])
+    turned = rotary.rope(v, *small_model().attn.tables(5)[:2])
     assert turned.dtype == dtype
     assert turned.shape == v.shape

@@ -7,7 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import kernels
-from models.bdh import LN_EPS, BDHConfig, BDHCore, CoreConfig, layer_norm, rope
+from models.bdh import LN_EPS, BDHConfig, BDHCore, CoreConfig, layer_norm
+from models.rotary import rope
 from models.vision_bdh import VisionBDHConfig, vision_bdh_v1, vision_bdh_v2, vision_bdh_v2_softmax, vision_bdh_v3
 
 SMALL = dict(n_layer=2, n_embd=6, n_head=3, mlp_internal_dim_multiplier=5, img_size=6, patch_size=2)  # T = 9, N = 10

@@ -45,7 +45,7 @@ class MaskPart:
             except BadFile as error:
                 return str(error)
             self.images[index] = scale_image(image, img_size)
-            self.masks[index] = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
+            self.masks[index] = scale_mask(mask, img_size)
             if full_masks:
                 self.full_masks[index] = mask
             return None
@@ -63,6 +63,12 @@ def scale_image(image: np.ndarray, img_size: ImageSize) -> np.ndarray:
     """(h, w, 3) uint8 brought to the model's size, stretched where its shape is another."""
     height, width = height_and_width(img_size)
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def scale_mask(mask: np.ndarray, img_size: ImageSize) -> np.ndarray:
+    """(h, w) uint8 labels brought to the model's size; each pixel takes its nearest one's."""
+    height, width = height_and_width(img_size)
+    return np.array(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
 
 
 def read_pair(pair: Pair, files: MaskFiles) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,202 @@
+"""A finished run opened for looking inside: its model, and the images that it was tested with."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from interpretability.adapters import Adapter, adapter_of
+from models import build_config
+from models.vision_bdh import Grid, height_and_width
+from training.augment import normalise
+from training.config import ROOT, UserError
+from training.data import DataSet, data_folder, load_dataset
+from training.device import pick_device, tune_cpu_allocator
+from training.folder import read_images
+from training.masks import CLASSES, BadFile, MaskFiles, find_masks
+from training.runs import Run, load_model
+from training.segmentation import read_pair, scale_image, scale_mask
+
+RESULTS = ROOT / "interpretability_results"  # pictures and tables go into a folder of the run's name in it
+LONGEST_STEM = 200  # characters: file systems allow names of 255 bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunChoice:
+    """Which run to look into."""
+
+    run: Path | None = None
+    """folder of one run, such as runs/v2_cifar10/seed0; default: the most recent finished run in runs/"""
+    data_dir: Path | None = None
+    """folder that holds data_cifar10 and the like; default: $VISION_BDH_DATA, else beside the scripts"""
+    device: str = "auto"
+    """auto, cuda, cuda:1, mps or cpu"""
+
+
+class Samples(NamedTuple):
+    """B images with their truth, on the CPU."""
+
+    images: Tensor
+    """(B, C, height, width) uint8, at the model's size"""
+    labels: Tensor
+    """(B,) int64, the class of each; of segmentation (B, height, width), at the model's size"""
+
+
+class TrainedRun:
+    """The model with its best weights in evaluation mode, and its test images (validation, where there is no test)."""
+
+    def __init__(self, folder: Path, data_dir: Path | None = None, device: str = "auto"):
+        """folder: of the run, or a checkpoint in it. Raises UserError for what is no run of a model on images."""
+        self.checkpoint = folder
+        self.folder = folder.parent if folder.suffix == ".pt" else folder
+        self.data_dir = data_dir
+        self.device = pick_device(device)
+        if self.device.type == "cpu":
+            tune_cpu_allocator()
+        model, self.config = load_model(folder)
+        self.model: nn.Module = model.to(self.device)
+        self.sizes: Any = build_config(self.config["model_class"], self.config["config"]["model"])
+        self.train: dict[str, Any] = self.config["config"]["train"]
+        try:
+            self.adapter: Adapter = adapter_of(model)
+        except TypeError as error:
+            raise UserError(f"{folder} cannot be looked into: {error}") from None
+        if not hasattr(self.sizes, "patch_size"):
+            raise UserError(f"{folder} cannot be looked into: its model reads no images")
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of patches."""
+        height, width = height_and_width(self.sizes.img_size)
+        return height // self.sizes.patch_size, width // self.sizes.patch_size
+
+    @property
+    def labels_pixels(self) -> bool:
+        """Whether it is a segmentation model."""
+        return self.train["dataset"] in CLASSES
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.config['experiment'].replace('+', ', ')}, seed {self.train['seed']}"
+
+    @property
+    def stem(self) -> str:
+        """For names of files and folders."""
+        return f"{self.config['experiment'][:LONGEST_STEM]}_seed{self.train['seed']}"
+
+    def require(self, *names: str) -> None:
+        """Raises UserError where a trace of this model cannot give all of these quantities."""
+        for name in names:
+            if name not in self.adapter.quantities:
+                family = type(self.model).__name__
+                needs = "classify images" if name == "logits" else "be a BDH"
+                raise UserError(
+                    f"{self.checkpoint} is a {family}, which has no {name}: the model has to {needs} for this"
+                )
+
+    @cached_property
+    def _data(self) -> DataSet | MaskFiles:
+        name = self.train["dataset"]
+        if self.labels_pixels:
+            return find_masks(name, data_folder(name, self.data_dir), download=False)
+        dataset = load_dataset(name, self.data_dir, self.sizes.img_size, self.sizes.in_channels)
+        known = self.config["data"].get("class_names")
+        if known is not None and list(dataset.class_names) != known:
+            raise UserError(
+                f"the images of {name} have other classes than those that {self.folder} was trained on: "
+                "name their folder with --data-dir"
+            )
+        return dataset
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        return self._data.classes.names if self.labels_pixels else self._data.class_names
+
+    @cached_property
+    def _part(self) -> tuple[str, np.ndarray]:
+        """The part's name, and where in the data set its images are (None of a test part: in order)."""
+        data = self._data
+        if self.labels_pixels:
+            part = "test" if data.pairs.get("test") else "val"
+            return part, np.arange(len(data.pairs[part]))
+        if len(data.test_labels):
+            return "test", np.arange(len(data.test_labels))
+        return "val", Run(self.folder).read_split().val
+
+    @property
+    def part(self) -> str:
+        """ "test", or "val" where the data have no test part."""
+        return self._part[0]
+
+    @property
+    def n_images(self) -> int:
+        """Images of that part."""
+        return len(self._part[1])
+
+    def spread(self, n: int | None) -> list[int]:
+        """Numbers of n images at equal distances over the part, so that parts sorted by class give all of them.
+
+        None, or more than there are: all. Raises UserError for none.
+        """
+        if n is not None and n < 1:
+            raise UserError("there is no image to look at: give --images 1 or more")
+        if n is None or n >= self.n_images:
+            return list(range(self.n_images))
+        return [k * self.n_images // n for k in range(n)]
+
+    def samples(self, indices: Sequence[int]) -> Samples:
+        """Images of the part by their numbers, from 0. Raises UserError for a number that is not there."""
+        part, places = self._part
+        for index in indices:
+            if not 0 <= index < len(places):
+                name = {"test": "test", "val": "validation"}[part]
+                raise UserError(f"there is no {name} image {index}: there are {len(places)}, numbered from 0")
+        data, places = self._data, places[list(indices)]
+        if self.labels_pixels:
+            pairs = [self._read_pair(data, part, place) for place in places]
+            return Samples(*(torch.from_numpy(np.stack(each)) for each in zip(*pairs, strict=True)))
+        images, labels = (
+            (data.test_images, data.test_labels) if part == "test" else (data.train_images, data.train_labels)
+        )
+        return Samples(torch.from_numpy(read_images(images[places])), torch.from_numpy(labels[places]))
+
+    def _read_pair(self, files: MaskFiles, part: str, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """(C, height, width) uint8 and (height, width) int64, at the model's size."""
+        try:
+            image, mask = read_pair(files.pairs[part][place], files)
+        except BadFile as error:
+            raise UserError(str(error)) from None
+        size = self.sizes.img_size
+        return scale_image(image, size).transpose(2, 0, 1), scale_mask(mask, size).astype(np.int64)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """What the model reads. images: (B, C, height, width) uint8 -> float32 in [-1, 1], on the device."""
+        return normalise(images.to(self.device))
+
+    def batches(self, indices: Sequence[int], batch_size: int = 128) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels as the model reads them and labels of these images, in order, on the device."""
+        for first in range(0, len(indices), batch_size):
+            images, labels = self.samples(indices[first : first + batch_size])
+            yield self.pixels(images), labels.to(self.device)
+
+
+def open_run(choice: RunChoice) -> TrainedRun:
+    """The run that the flags name. Raises UserError where there is none."""
+    return TrainedRun(choice.run or latest_run(ROOT / "runs"), choice.data_dir, choice.device)
+
+
+def latest_run(runs_dir: Path) -> Path:
+    """Folder of the run that was finished last, anywhere below runs_dir. Raises UserError where there is none."""
+    finished = [path for path in runs_dir.rglob("summary.json") if (path.parent / "best.pt").is_file()]
+    if not finished:
+        raise UserError(
+            f"there is no finished run in {runs_dir}: train one first (python train_quickstart.py takes two minutes), "
+            "or name its folder with --run"
+        )
+    return max(finished, key=lambda path: path.stat().st_mtime).parent
