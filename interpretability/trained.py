@@ -95,10 +95,8 @@ class TrainedRun:
         for name in names:
             if name not in self.adapter.quantities:
                 family = type(self.model).__name__
-                needs = "classify images" if name == "logits" else "be a BDH"
-                raise UserError(
-                    f"{self.checkpoint} is a {family}, which has no {name}: the model has to {needs} for this"
-                )
+                mend = "that classifies images" if name == "logits" else "of a BDH"
+                raise UserError(f"{self.checkpoint} is a {family}, which has no {name}: give a run {mend}")
 
     @cached_property
     def _data(self) -> DataSet | MaskFiles:

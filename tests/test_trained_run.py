@@ -1,0 +1,148 @@
+"""A run opened for looking inside: its model, its images in order, and what is refused."""
+
+import dataclasses
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from camvid_data import write_camvid
+from PIL import Image
+
+from interpretability.trained import RunChoice, TrainedRun, latest_run, open_run
+from models.baselines import resnet20_config
+from models.bdh import BDHConfig
+from models.bdh_unet import bdh_unet_config
+from training import Experiment, RunOptions, SegmentationConfig, TextConfig, UserError, fit
+from training.augment import normalise
+from training.data import load_dataset
+from training.runs import Run, load_file
+from training.segmentation import scale_image, scale_mask
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def run(experiment, data_dir):
+    """Folder of a tiny run on the made-up CIFAR-10."""
+    trial = experiment(epochs=1, options={"keep_every": 1})
+    fit(trial)
+    return trial.folder
+
+
+def test_the_model_and_its_test_images(run, data_dir):
+    opened = TrainedRun(run, data_dir, "cpu")
+    assert torch.equal(opened.model.encoder, load_file(run / "best.pt")["model"]["encoder"])
+    assert not opened.model.training and opened.grid == (4, 4) and opened.stem == "trial_seed0"
+    assert (opened.part, opened.n_images, len(opened.class_names)) == ("test", 40, 10)
+    data = load_dataset("cifar10", data_dir)
+    images, labels = opened.samples([7, 3])
+    assert (
+        np.array_equal(images.numpy(), data.test_images[[7, 3]])
+        and labels.tolist() == data.test_labels[[7, 3]].tolist()
+    )
+    pixels, all_labels = (torch.cat(each) for each in zip(*opened.batches(range(40), batch_size=16), strict=True))
+    assert torch.equal(pixels, normalise(torch.from_numpy(data.test_images)))
+    assert all_labels.tolist() == data.test_labels.tolist()
+    with torch.no_grad():
+        accuracy = (opened.model(pixels).argmax(1) == all_labels).float().mean()
+    assert float(accuracy) == pytest.approx(Run(run).read_summary()["test"]["accuracy"])
+
+
+def test_a_checkpoint_on_the_way(run, data_dir):
+    opened = [TrainedRun(path, data_dir, "cpu") for path in Run(run).kept_weights().values()]
+    assert len(opened) == 2 and opened[0].folder == run
+    assert not torch.equal(opened[0].model.encoder, opened[1].model.encoder)
+    assert torch.equal(opened[1].model.encoder, load_file(run / "last.pt")["model"]["encoder"])
+
+
+def test_images_spread_over_the_part(run, data_dir):
+    opened = TrainedRun(run, data_dir, "cpu")
+    assert opened.spread(4) == [0, 10, 20, 30] and opened.spread(3) == [0, 13, 26]
+    assert opened.spread(None) == opened.spread(99) == list(range(40))
+    for n in (0, -2):
+        with pytest.raises(UserError, match="no image to look at"):
+            opened.spread(n)
+
+
+def test_data_without_a_test_part(tmp_path, data_dir, experiment):
+    """The validation images of the run's own split."""
+    photos, arrays = tmp_path / "photos", load_dataset("cifar10", data_dir)
+    for index, (image, label) in enumerate(zip(arrays.train_images[:60], arrays.train_labels[:60], strict=True)):
+        path = photos / f"class {label}" / f"{index:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.transpose(1, 2, 0)).save(path)
+    trial = experiment("photos", dataset="folder", epochs=1, options={"data_dir": photos})
+    fit(trial)
+    opened = TrainedRun(trial.folder, photos, "cpu")
+    split = Run(trial.folder).read_split()
+    assert (opened.part, opened.n_images) == ("val", len(split.val))
+    images, labels = opened.samples(range(len(split.val)))
+    data = load_dataset("folder", photos)
+    assert labels.tolist() == data.train_labels[split.val].tolist()
+    assert np.array_equal(images[1].numpy(), data.train_images[int(split.val[1])])
+    with pytest.raises(UserError, match="no validation image 60"):
+        opened.samples([60])
+    shutil.rmtree(photos / "class 0")
+    with pytest.raises(UserError, match="other classes than those"):
+        _ = TrainedRun(trial.folder, photos, "cpu").class_names
+
+
+def test_segmentation(tmp_path):
+    """Images and masks at the model's size, of the validation part."""
+    write_camvid(tmp_path / "data_camvid", n_train=3, n_val=2, size=(48, 32))
+    sizes = dict(img_size=(16, 40), n_layer=1, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
+    train = SegmentationConfig(epochs=1, batch_size=2, learning_rate=1e-2, weight_decay=0.0)
+    options = RunOptions(data_dir=tmp_path, runs_dir=tmp_path / "runs", device="cpu", num_workers=0)
+    trial = Experiment("unet", bdh_unet_config(**sizes), train, options)
+    fit(trial)
+    opened = TrainedRun(trial.folder, tmp_path, "cpu")
+    assert opened.labels_pixels and opened.grid == (2, 5) and (opened.part, opened.n_images) == ("val", 2)
+    images, labels = opened.samples([1])
+    image = np.array(Image.open(tmp_path / "data_camvid" / "val" / "val_001.png"))
+    mask = np.array(Image.open(tmp_path / "data_camvid" / "valannot" / "val_001.png"))
+    assert np.array_equal(images[0].permute(1, 2, 0).numpy(), scale_image(image, (16, 40)))
+    assert labels.dtype == torch.int64 and np.array_equal(labels[0].numpy(), scale_mask(mask, (16, 40)))
+    opened.require("x_sparse", "scores")
+    with pytest.raises(UserError, match="is a BDHUNet, which has no logits: give a run that classifies images"):
+        opened.require("logits")
+    (tmp_path / "data_camvid" / "val" / "val_001.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"val_001\.png"):
+        opened.samples([1])
+
+
+def test_what_is_refused(run, tmp_path, data_dir, experiment):
+    opened = TrainedRun(run, data_dir, "cpu")
+    for index in (40, -1):
+        with pytest.raises(UserError, match=f"no test image {index}: there are 40"):
+            opened.samples([0, index])
+    with pytest.raises(UserError, match="is no run"):
+        TrainedRun(tmp_path, None, "cpu")
+    trial = dataclasses.replace(experiment("other", epochs=1), model=resnet20_config())
+    fit(trial)
+    with pytest.raises(UserError, match="ResNet20 cannot be looked into, only models of"):
+        TrainedRun(trial.folder, data_dir, "cpu")
+    text = TextConfig(epochs=1, batch_size=8, learning_rate=1e-3, weight_decay=0.0, context=16, text=tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_bytes(bytes(range(256)) * 4)
+    model = BDHConfig(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4)
+    trial = dataclasses.replace(trial, name="text", model=model, train=text)
+    fit(trial)
+    with pytest.raises(UserError, match="its model reads no images"):
+        TrainedRun(trial.folder, None, "cpu")
+
+
+def test_latest_run(tmp_path, run, data_dir, monkeypatch):
+    """The one that was finished last; those without a summary or a checkpoint do not count."""
+    with pytest.raises(UserError, match="no finished run"):
+        latest_run(tmp_path / "none")
+    runs = tmp_path / "many" / "runs"
+    for age, name in enumerate(("b/seed0", "a/seed1", "c/seed0", "d/seed0")):
+        shutil.copytree(run, runs / name)
+        os.utime(runs / name / "summary.json", (1e9 + age, 1e9 + age))
+    (runs / "d/seed0/best.pt").unlink()
+    (runs / "c/seed0/summary.json").unlink()
+    assert latest_run(runs) == runs / "a" / "seed1"
+    monkeypatch.setattr("interpretability.trained.ROOT", tmp_path / "many")
+    assert open_run(RunChoice(data_dir=data_dir, device="cpu")).folder == runs / "a" / "seed1"
+    assert open_run(RunChoice(run=runs / "b/seed0", device="cpu")).folder == runs / "b" / "seed0"
