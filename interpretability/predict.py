@@ -26,6 +26,7 @@ from matplotlib.patches import Patch
 from torch import nn
 from tqdm import tqdm
 
+from interpretability.trained import stem_of, title_of
 from models import build_config
 from models.vision_bdh import ImageSize
 from training.augment import normalise
@@ -166,8 +167,7 @@ def main(options: Options) -> None:
     model, classes = model.to(device), CLASSES[train["dataset"]]
     img_size = build_config(config["model_class"], config["config"]["model"]).img_size
     truth = Truth(train["dataset"], options.data_dir)
-    experiment = config["experiment"]
-    output = options.output_dir / f"{experiment[:200]}_seed{train['seed']}"  # file systems allow names of 255 bytes
+    output = options.output_dir / stem_of(config)
     with_truth = 0
     names = picture_names(files)
     for path, name in tqdm(list(zip(files, names, strict=True)), unit="img", leave=False, disable=None):
@@ -175,7 +175,7 @@ def main(options: Options) -> None:
             image, mask = read_image(path), truth(path)
         except BadFile as error:
             raise UserError(str(error)) from None
-        title = f"{path.name}: {experiment.replace('+', ', ')}, seed {train['seed']}"
+        title = f"{path.name}: {title_of(config)}"
         figure = draw(image, predict(model, image, img_size, device), mask, classes, title)
         output.mkdir(parents=True, exist_ok=True)
         figure.savefig(output / name, dpi=DPI)

@@ -83,12 +83,12 @@ class TrainedRun:
     @property
     def title(self) -> str:
         """For people."""
-        return f"{self.config['experiment'].replace('+', ', ')}, seed {self.train['seed']}"
+        return title_of(self.config)
 
     @property
     def stem(self) -> str:
         """For names of files and folders."""
-        return f"{self.config['experiment'][:LONGEST_STEM]}_seed{self.train['seed']}"
+        return stem_of(self.config)
 
     def require(self, *names: str) -> None:
         """Raises UserError where a trace of this model cannot give all of these quantities."""
@@ -142,11 +142,7 @@ class TrainedRun:
 
         None, or more than there are: all. Raises UserError for none.
         """
-        if n is not None and n < 1:
-            raise UserError("there is no image to look at: give --images 1 or more")
-        if n is None or n >= self.n_images:
-            return list(range(self.n_images))
-        return [k * self.n_images // n for k in range(n)]
+        return _spread(n, self.n_images)
 
     def samples(self, indices: Sequence[int]) -> Samples:
         """Images of the part by their numbers, from 0. Raises UserError for a number that is not there."""
@@ -182,6 +178,43 @@ class TrainedRun:
         for first in range(0, len(indices), batch_size):
             images, labels = self.samples(indices[first : first + batch_size])
             yield self.pixels(images), labels.to(self.device)
+
+    def training_places(self, n: int) -> np.ndarray:
+        """Where in the data set n images that the run trained on are: every class in proportion; all if there are less.
+
+        Raises UserError for none, and for a run whose data were not split by a draw.
+        """
+        split = Run(self.folder).read_split()
+        if split is None:
+            raise UserError(f"{self.folder} has no split.npz, which says what it trained on")
+        by_class = split.train[np.argsort(self._data.train_labels[split.train], kind="stable")]
+        return by_class[_spread(n, len(by_class))]
+
+    def training_batches(self, places: np.ndarray, batch_size: int = 128) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `batches` gives, of these images of the training part; not augmented."""
+        for first in range(0, len(places), batch_size):
+            here = places[first : first + batch_size]
+            images = torch.from_numpy(read_images(self._data.train_images[here]))
+            yield self.pixels(images), torch.from_numpy(self._data.train_labels[here]).to(self.device)
+
+
+def title_of(config: dict[str, Any]) -> str:
+    """What to call a run before people. config: its config.json."""
+    return f"{config['experiment'].replace('+', ', ')}, seed {config['config']['train']['seed']}"
+
+
+def stem_of(config: dict[str, Any]) -> str:
+    """What to call files and folders about a run. config: its config.json."""
+    return f"{config['experiment'][:LONGEST_STEM]}_seed{config['config']['train']['seed']}"
+
+
+def _spread(n: int | None, n_images: int) -> list[int]:
+    """n of the numbers from 0 to n_images - 1 at equal distances; see `TrainedRun.spread`."""
+    if n is not None and n < 1:
+        raise UserError("there is no image to look at: give --images 1 or more")
+    if n is None or n >= n_images:
+        return list(range(n_images))
+    return [k * n_images // n for k in range(n)]
 
 
 def open_run(choice: RunChoice) -> TrainedRun:
