@@ -222,6 +222,25 @@ def open_run(choice: RunChoice) -> TrainedRun:
     return TrainedRun(choice.run or latest_run(ROOT / "runs"), choice.data_dir, choice.device)
 
 
+def check_same_images(first: TrainedRun, second: TrainedRun) -> None:
+    """Raises UserError where an image's number does not mean the same image to both."""
+    runs = (first, second)
+    names = [run.train["dataset"] for run in runs]
+    if names[0] != names[1]:
+        raise UserError(
+            f"{first.checkpoint} was trained on {names[0]}, {second.checkpoint} on {names[1]}: "
+            "two runs are compared on the same images, so give two on one data set"
+        )
+    images = [(run.class_names, run.part, run.n_images) for run in runs]
+    if first.part == "val" and not first.labels_pixels:
+        images = [Run(run.folder).read_split().val.tolist() for run in runs]
+    if images[0] != images[1]:
+        raise UserError(
+            f"{first.checkpoint} and {second.checkpoint} hold out other images of {names[0]}: "
+            "two runs are compared on the same images, so give two on one data set, of one seed if it has no test part"
+        )
+
+
 def latest_run(runs_dir: Path) -> Path:
     """Folder of the run that was finished last, anywhere below runs_dir. Raises UserError where there is none."""
     finished = [path for path in runs_dir.rglob("summary.json") if (path.parent / "best.pt").is_file()]
