@@ -2,8 +2,9 @@
 
 All sides run in one process, in turns, and every row states its ratio; on a Linux CPU everything is measured in two
 processes, once with glibc's allocation as it comes and once as training sets it. The reference multiplies x, broadcast
-over the heads, with the stacked (H, D, N) weights, the way the equations are first written down. "products alone" makes
-the matrix products of a step and nothing else. Nothing else should run on the machine meanwhile.
+over the heads, with the stacked (H, D, N) weights, the way the equations are first written down. --recompute keeps
+little of a level for the backward pass and computes it again. "products alone" makes the matrix products of a step and
+nothing else. Nothing else should run on the machine meanwhile.
 
     python benchmarks/step_time.py
     python benchmarks/step_time.py --batch-size 256 --precisions bf16 --compile --profile
@@ -78,12 +79,15 @@ class StackedReference(VisionBDH):
         return layer_norm(gated.transpose(1, 2).flatten(-2) @ weights.decoder)
 
 
-def training_step(cls: type[VisionBDH], options: Options, precision: Precision, compiled: bool) -> Callable[[], None]:
+def training_step(
+    cls: type[VisionBDH], options: Options, precision: Precision, compiled: bool = False, recompute: bool = False
+) -> Callable[[], None]:
     """A whole step as fit() makes it: forward, loss, backward, clip, AdamW."""
     device = pick_device(options.device)
     autocast = set_precision(precision, device)
     torch.manual_seed(0)
     model = cls(v2_config()).to(device)
+    model.recompute = recompute
     forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=device.type in ("cpu", "cuda"))
     images = torch.randn(options.batch_size, 3, 32, 32, device=device)
@@ -147,8 +151,9 @@ def measure(options: Options, tuned: bool) -> list[dict]:
     rows = []
     for precision in options.precisions:
         sides = {
-            "reference": training_step(StackedReference, options, precision, compiled=False),
-            "fast": training_step(VisionBDH, options, precision, compiled=False),
+            "reference": training_step(StackedReference, options, precision),
+            "fast": training_step(VisionBDH, options, precision),
+            "fast, --recompute": training_step(VisionBDH, options, precision, recompute=True),
             "products alone": products_alone(v2_config(), options, precision),
         }
         if options.compile:

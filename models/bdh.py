@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models import kernels
 from models.rotary import RotaryAttention, Tables, rope
@@ -150,6 +151,7 @@ class BDHCore(nn.Module):
         if config.residual == "scaled_pre":
             self.level_norms = nn.ModuleList(nn.LayerNorm(D, eps=LN_EPS) for _ in range(config.n_layer + 1))
         self.use_fast_path = True
+        self.recompute = False  # keep little of a level for the backward pass, and compute it again there
         self.reset_core()
 
     def reset_core(self) -> None:
@@ -226,7 +228,9 @@ class BDHCore(nn.Module):
         products: the weights in the precision of the products, for the fast path; None takes the plain one.
         """
         x = self.level_input(x)
-        if products is None:
+        if products is None and self.recompute and torch.is_grad_enabled():
+            y = checkpoint(self.plain_update, x, weights, tables, use_reentrant=False)
+        elif products is None:
             y = self.plain_update(x, weights, tables)
         else:
             y = kernels.raw_update(
@@ -236,6 +240,7 @@ class BDHCore(nn.Module):
                 tables.phases,
                 attn_eps=LN_EPS if self.config.attn_norm else None,
                 dropout=self.config.dropout if self.training else 0.0,
+                recompute=self.recompute,
             )
         return layer_norm(y) if self.config.update_norm else y
 

@@ -7,10 +7,13 @@ a hand-written backward pass. What it gains:
   weight is copied per image, and the attention products find each head contiguous.
 * Scores are symmetric, so dq = (dS + dS^T) q is one product, and S serves both directions.
 * Backward keeps two (H, B T, N) tensors a level: x_sparse, and y_sparse with the dropped entries set to zero. The mask,
-  the rotated queries and the gated product follow from them.
+  the rotated queries and the gated product follow from them. With `recompute` it keeps none, only x and the scores,
+  and makes both again: two of the step's products more, and a fraction of the memory.
 * On a CPU the batch passes through in slices, whose element-wise passes then find most of their operands in cache.
 * Weight gradients of all slices and levels are summed in the precision of the master weights.
 """
+
+import contextlib
 
 import numpy as np
 import torch
@@ -83,33 +86,39 @@ def raw_update(
     *,
     attn_eps: float | None,
     dropout: float,
+    recompute: bool = False,
     slice_bytes: int = CPU_SLICE_BYTES,
 ) -> Tensor:
     """y of one BDH step before its LN: everything from x E to the decoder product.
 
     x: (B, T, D). masters: encoder (H, D, N), encoder_v (H, D, N), decoder (H N, D), which receive the gradients;
     weights: the same three in the precision of the products. phases: (T, N / 2), see `rotate`. attn_eps: eps of the LN
-    around the attention output, None for no LN. dropout: probability, 0 outside training. slice_bytes: size of one
-    (H, images T, N) tensor at a time, on a CPU. Returns (B, T, D) in x's dtype.
+    around the attention output, None for no LN. dropout: probability, 0 outside training. recompute: keep little for
+    the backward pass; the gradients are the same to the bit. slice_bytes: size of one (H, images T, N) tensor at a
+    time, on a CPU. Returns (B, T, D) in x's dtype.
     """
-    return _RawUpdate.apply(x, *masters, tuple(w.detach() for w in weights), phases, attn_eps, dropout, slice_bytes)
+    settings = (attn_eps, dropout, recompute, slice_bytes)
+    return _RawUpdate.apply(x, *masters, tuple(w.detach() for w in weights), phases, *settings)
 
 
 class _RawUpdate(torch.autograd.Function):
     """Letters: H heads, g images of a slice, T tokens, D width, N neurons a head; R = g T rows."""
 
     @staticmethod
-    def forward(ctx, x, encoder, encoder_v, decoder, weights, phases, attn_eps, dropout, slice_bytes):
+    def forward(ctx, x, encoder, encoder_v, decoder, weights, phases, attn_eps, dropout, recompute, slice_bytes):
         n_head, _, n_neurons = encoder.shape
         bytes_per_image = n_head * x.shape[1] * n_neurons * weights[0].element_size()
         per_slice = max(1, slice_bytes // bytes_per_image) if x.device.type == "cpu" else len(x)
-        ctx.weights = weights = (*weights[:2], weights[2].view(n_head, n_neurons, -1))
-        ctx.phases = phases
+        weights = (*weights[:2], weights[2].view(n_head, n_neurons, -1))
+        ctx.settings = (weights, phases, attn_eps, dropout)
+        ctx.random_states = []
         ys, saved = [], []
         for x_slice in x.to(weights[0].dtype).split(per_slice):
-            y, ctx.scale, kept = _forward_slice(x_slice, weights, phases, attn_eps, dropout)
+            if recompute:
+                ctx.random_states.append(_random_state(x.device))
+            y, ctx.scale, kept = _forward_slice(x_slice, *ctx.settings)
             ys.append(y)
-            saved += [x_slice, *kept]
+            saved += [x_slice, kept[-1]] if recompute else [x_slice, *kept]
         ctx.save_for_backward(*saved)
         ctx.n_saved = len(saved) // len(ys)
         return torch.cat(ys).to(x.dtype)
@@ -117,40 +126,75 @@ class _RawUpdate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        weights, saved, n = ctx.weights, ctx.saved_tensors, ctx.n_saved
+        weights, phases, *_ = ctx.settings
+        saved, n = ctx.saved_tensors, ctx.n_saved
         totals = tuple(torch.zeros_like(w, dtype=dy.dtype) for w in weights)
         dy = (dy * ctx.scale).to(weights[0].dtype)
         slices = [saved[k : k + n] for k in range(0, len(saved), n)]
-        scratch = [torch.empty_like(slices[0][1]) for _ in range(2)]  # the same memory for each slice stays in cache
-        dxs, first = [], 0
-        for kept in slices:
-            dy_slice = dy[first : first + len(kept[0])]
-            dxs.append(_backward_slice(dy_slice, kept, weights, ctx.phases, totals, scratch))
+        dxs, first, scratch = [], 0, None
+        for place, kept in enumerate(slices):
+            x_slice = kept[0]
+            if ctx.random_states:
+                with _random_as(ctx.random_states[place], x_slice.device):
+                    *_, made = _excite(x_slice, *ctx.settings, inner=kept[1])
+                kept = (x_slice, *made)
+            if scratch is None:  # the same memory for each slice stays in cache
+                scratch = [torch.empty_like(kept[1]) for _ in range(2)]
+            dy_slice = dy[first : first + len(x_slice)]
+            dxs.append(_backward_slice(dy_slice, kept, weights, phases, totals, scratch))
             first += len(dy_slice)
         d_encoder, d_encoder_v, d_decoder = totals
-        return torch.cat(dxs).to(dy.dtype), d_encoder, d_encoder_v, d_decoder.flatten(0, 1), *[None] * 5
+        return torch.cat(dxs).to(dy.dtype), d_encoder, d_encoder_v, d_decoder.flatten(0, 1), *[None] * 6
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """What the next draws of dropout follow from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+@contextlib.contextmanager
+def _random_as(states: list[Tensor], device: torch.device):
+    """Draws inside are those that followed from these states; afterwards the generators go on where they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.set_rng_state(states[0])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(states[1], device)
+        yield
 
 
 def _forward_slice(x, weights, phases, attn_eps, dropout):
     """y (g, T, D), the dropout factor, and what backward needs, of a slice x: (g, T, D)."""
-    encoder, encoder_v, decoder = weights  # (H, D, N), (H, D, N), (H, N, D)
+    spare, scale, kept = _excite(x, weights, phases, attn_eps, dropout)
+    x_sparse, y_sparse, *_ = kept
+    gated = torch.mul(x_sparse, y_sparse, out=spare)
+    y = torch.bmm(gated, weights[2]).sum(0, dtype=phases.real.dtype).mul_(scale)
+    return y.view(x.shape), scale, kept
+
+
+def _excite(x, weights, phases, attn_eps, dropout, inner=None):
+    """From a slice x, (g, T, D), to its neurons, dropout included.
+
+    inner: q q^T or q^T x, where it is known. Returns a tensor (H, R, N) that has served, the dropout factor, and what
+    backward needs: x_sparse, y_sparse, a, rstd, inner.
+    """
+    encoder, encoder_v, _ = weights  # (H, D, N) each
     (g, T, D), H = x.shape, len(encoder)
     x_sparse = torch.bmm(x.reshape(1, g * T, D).expand(H, -1, -1), encoder).relu_()  # (H, R, N)
-    q = rotate(x_sparse.view(H, g, T, -1), phases)
-    if scores_are_cheaper(T, q.shape[-1], D):
-        inner = q @ q.mT  # (H, g, T, T)
+    by_scores, q = scores_are_cheaper(T, x_sparse.shape[-1], D), None
+    if inner is None or not by_scores:
+        q = rotate(x_sparse.view(H, g, T, -1), phases)
+    if by_scores:
+        inner = q @ q.mT if inner is None else inner  # (H, g, T, T)
         a = inner @ x  # (H, g, T, D)
     else:
-        inner = q.mT @ x  # (H, g, N, D)
+        inner = q.mT @ x if inner is None else inner  # (H, g, N, D)
         a = q @ inner
     rstd = None
     if attn_eps is not None:
         a, _, rstd = torch.native_layer_norm(a, (D,), None, None, attn_eps)
     y_sparse = torch.bmm(a.view(H, g * T, D), encoder_v).relu_()  # (H, R, N)
     scale = drop_(y_sparse, dropout)
-    gated = torch.mul(x_sparse, y_sparse, out=q.view_as(x_sparse))  # the queries have served
-    y = torch.bmm(gated, decoder).sum(0, dtype=phases.real.dtype).mul_(scale)
-    return y.view(g, T, D), scale, (x_sparse, y_sparse, a, rstd, inner)
+    return None if q is None else q.view_as(x_sparse), scale, (x_sparse, y_sparse, a, rstd, inner)
 
 
 def _backward_slice(dy, kept, weights, phases, totals, scratch):

@@ -151,6 +151,8 @@ class RunOptions:
     """folder of all runs"""
     eval_batch_size: int | None = None
     """images (or texts) a forward pass in validation and test; default: 256; segmentation takes batch_size"""
+    recompute: bool = False
+    """of a BDH: keep little of each level for the backward pass and compute it again there; for large batches"""
     log_every: int = 50
     """steps between two readings of the loss"""
     keep_every: int | None = None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models.bdh import BDHCore
 from training import seeds
 from training.config import Experiment, UserError
 from training.device import (
@@ -133,6 +134,8 @@ def _set_up(experiment: Experiment, run: Run, resuming: bool) -> Session:
         model = experiment.model.build()
     except ImportError as error:  # of a library that only this model needs
         raise UserError(str(error)) from None
+    if options.recompute:
+        _recompute(model)
     origin = None if resuming else start_weights(model, experiment)
     model = model.to(device)
     optimizer = torch.optim.AdamW(
@@ -168,6 +171,15 @@ def _set_up(experiment: Experiment, run: Run, resuming: bool) -> Session:
         f"{device}, {effective_precision(train.precision, device)}\n{run.folder}"
     )
     return session
+
+
+def _recompute(model: nn.Module) -> None:
+    """Makes the BDH in the model trade time for memory. Raises UserError where there is none."""
+    cores = [module for module in model.modules() if isinstance(module, BDHCore)]
+    if not cores:
+        raise UserError("--recompute is for BDH models, whose levels can be computed again: leave it out")
+    for core in cores:
+        core.recompute = True
 
 
 def _compile(model: nn.Module, device: torch.device) -> nn.Module:

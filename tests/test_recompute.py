@@ -1,0 +1,120 @@
+"""Levels that are computed again in the backward pass: the very same results, with less kept."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks.measure import kept_memory_mb
+from models import kernels
+from models.baselines import resnet20_config
+from models.bdh import LN_EPS, BDHCore, CoreConfig
+from models.bdh_unet import bdh_unet
+from models.vision_bdh import vision_bdh_v1, vision_bdh_v2, vision_bdh_v2_softmax, vision_bdh_v3
+from training import UserError, fit
+from training.runs import load_file
+
+SMALL = dict(n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4, dropout=0.3)
+BUILDERS = {
+    "v1": vision_bdh_v1,
+    "v2": vision_bdh_v2,
+    "v3": vision_bdh_v3,
+    "v2_softmax": vision_bdh_v2_softmax,
+    "bdh_unet": lambda **sizes: bdh_unet(img_size=32, **sizes),
+}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("tokens", [9, 40])  # by the scores, and by the state
+@pytest.mark.parametrize("attn_norm", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("images_per_slice", [5, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_update_keeps_its_bits(tokens, attn_norm, dropout, images_per_slice, dtype):
+    """Output, gradients, and the draws that follow."""
+    core = BDHCore(CoreConfig(n_embd=12, n_head=2, mlp_internal_dim_multiplier=4), causal=False)
+    masters = core.encoder, core.encoder_v, core.decoder
+    for master in masters:
+        torch.nn.init.normal_(master, std=0.3)
+    assert kernels.scores_are_cheaper(tokens, core.config.n_neurons, 12) == (tokens == 9)
+    x = torch.randn(5, tokens, 12, requires_grad=True)
+    cotangent = torch.randn(5, tokens, 12)
+    bytes_per_image = 2 * tokens * core.config.n_neurons * dtype.itemsize
+
+    def run(recompute):
+        torch.manual_seed(4)
+        y = kernels.raw_update(
+            x,
+            masters,
+            tuple(master.detach().to(dtype) for master in masters),
+            core.attn.tables(tokens).phases,
+            attn_eps=LN_EPS if attn_norm else None,
+            dropout=dropout,
+            recompute=recompute,
+            slice_bytes=images_per_slice * bytes_per_image,
+        )
+        between = torch.rand(3)  # what others draw between the passes must not matter, nor be disturbed
+        gradients = torch.autograd.grad(y, (x, *masters), cotangent)
+        return y, *gradients, between, torch.rand(3)
+
+    kept, again = run(False), run(True)
+    assert all(gradient.norm() > 0 for gradient in kept[1:5])
+    assert all(torch.equal(*pair) for pair in zip(kept, again, strict=True))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("use_fast_path", [True, False])
+def test_models_keep_their_bits_and_less_memory(name, use_fast_path):
+    torch.manual_seed(0)
+    model = BUILDERS[name](**SMALL)
+    cores = [module for module in model.modules() if isinstance(module, BDHCore)]
+    images = torch.randn(4, 3, 32, 32)
+
+    def run():
+        torch.manual_seed(1)
+        model.zero_grad()
+        loss = model(images).square().mean()
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    for core in cores:
+        core.use_fast_path = use_fast_path
+    levels = model.encoder if name == "bdh_unet" else model  # the decoder keeps what it kept
+    kept, kept_mb = run(), kept_memory_mb(lambda: levels(images), torch.device("cpu"))
+    for core in cores:
+        core.recompute = True
+    again, again_mb = run(), kept_memory_mb(lambda: levels(images), torch.device("cpu"))
+    assert all(torch.equal(*pair) for pair in zip(kept, again, strict=True))
+    assert again_mb < 0.6 * kept_mb
+
+
+def test_training_with_recompute(experiment, monkeypatch):
+    """The same run to the bit, and the levels really are computed again."""
+    plain, trial = experiment("plain", epochs=2), experiment("again", epochs=2, options={"recompute": True})
+    excitements, excite = [], kernels._excite
+    monkeypatch.setattr(kernels, "_excite", lambda *args, **kwargs: excitements.append(1) or excite(*args, **kwargs))
+    assert fit(plain) == fit(trial) and plain.fields() == trial.fields()
+    once, again = (load_file(each.folder / "last.pt")["model"] for each in (plain, trial))
+    assert all(torch.equal(once[key], again[key]) for key in once)
+    n_batches = 2 * 6  # two epochs of 192 images; validation and test add the same to both
+    evaluations = 2 + 1
+    assert len(excitements) == (n_batches + evaluations) + (2 * n_batches + evaluations)
+
+
+def test_models_without_levels_to_recompute(experiment):
+    trial = dataclasses.replace(experiment(epochs=1, options={"recompute": True}), model=resnet20_config())
+    with pytest.raises(UserError, match=r"--recompute is for BDH models.*leave it out"):
+        fit(trial)
+    assert not trial.folder.exists()
+
+
+def test_evaluation_keeps_nothing_either_way():
+    model = vision_bdh_v2_softmax(**SMALL).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(images)
+        model.recompute = True
+        assert torch.equal(model(images), expected)
+    assert F.mse_loss(model(images), expected) == 0 and model(images).requires_grad
