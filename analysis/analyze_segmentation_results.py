@@ -1,8 +1,8 @@
 """What the segmentation runs on one data set came to: curves, convergence, overfitting, classes, a table, a report.
 
-Averages over seeds as analyze.py does. Writes learning_curves.png, convergence.png, train_val_gap.png,
-per_class_iou.png, performance_comparison.csv (metrics as fractions) and analysis_report.txt (in percent). A run that is
-not finished is drawn dashed, and enters no average where another seed of its experiment is finished.
+Averages over seeds as analyze.py does. Writes learning_curves, convergence, train_val_gap and per_class_iou as PNG and
+SVG, performance_comparison.csv (metrics as fractions) and analysis_report.txt (in percent). A run that is not finished
+is drawn dashed, and enters no average where another seed of its experiment is finished.
 
     python analysis/analyze_segmentation_results.py
     python analysis/analyze_segmentation_results.py --dataset voc --runs-dir results --output-dir plots
@@ -23,12 +23,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import analyze as plots
+from analysis import plots
+from analysis.figures import PAGE, new_figure, save_figure, style_axes
 from analysis.reading import Row, RunFiles, find_runs, make_rows, read_runs
 from training.config import ROOT, UserError
 from training.script import run_script
 
-PICTURES = ("learning_curves.png", "convergence.png", "train_val_gap.png", "per_class_iou.png")
+PICTURES = ("learning_curves", "convergence", "train_val_gap", "per_class_iou")
 CLASS = "val_iou_"  # what the column of a class begins with
 NEEDED = ("train_miou", "val_pixel_accuracy", "val_miou_batch", "peak_memory_mb")  # beside what every run has
 PANELS = {
@@ -37,8 +38,6 @@ PANELS = {
     "train_miou": "training mIoU (%)",
     "val_miou": "validation mIoU (%)",
 }
-WIDTH = 7.2  # inches, of every picture: the text of a page, so that the fonts keep their size in print
-LINE = 0.17  # inches, of a line of text in a legend
 COLUMNS = 110  # characters, of a line of the report
 TABLE = {  # of the report: title, and what is below it: column of performance_comparison.csv, scale, format
     "para-\nmeters": ("parameters", 1, ","),
@@ -70,19 +69,25 @@ class Options:
 
 
 def analyze_segmentation(runs: Sequence[Path], output: Path, dataset: str = "camvid") -> tuple[Path, ...]:
-    """Tables and plots of these runs' folders, into the folder output; returns the files, learning curves first.
+    """Tables and plots of these runs' folders, into the folder output; returns the files, learning_curves.png first.
 
     Leaves out runs of other tasks, and with a warning those that cannot be read. Raises UserError where none is left.
     """
     rows = segmentation_rows(read_runs(runs), dataset)
-    output.mkdir(parents=True, exist_ok=True)
     drawings = (draw_learning, draw_convergence, draw_gaps, draw_classes)
+    paths: list[Path] = []
     for name, draw in zip(PICTURES, drawings, strict=True):
-        draw(rows).savefig(output / name, dpi=plots.DPI)
+        paths += save_figure(draw(rows), output / f"{name}.png")
+    return (*paths, *write_tables(rows, output))
+
+
+def write_tables(rows: Sequence[Row], output: Path) -> tuple[Path, Path]:
+    """performance_comparison.csv and analysis_report.txt in the folder output; returns them."""
+    output.mkdir(parents=True, exist_ok=True)
     table, report = output / "performance_comparison.csv", output / "analysis_report.txt"
     pd.DataFrame([comparison_line(row) for row in rows]).to_csv(table, index=False)
     report.write_text("\n".join(report_lines(rows)).replace("\N{NO-BREAK SPACE}", " ") + "\n")
-    return (*(output / name for name in PICTURES), table, report)
+    return table, report
 
 
 def segmentation_rows(runs: Iterable[RunFiles], dataset: str) -> list[Row]:
@@ -182,7 +187,7 @@ def draw_convergence(rows: Sequence[Row]) -> Figure:
     ax = figure.subplots()
     for share in (90, 95):
         ax.axhline(share, color="0.35", linestyle="--", linewidth=1)
-        ax.annotate(f"{share} %", (1.01, share), xycoords=("axes fraction", "data"), va="center", fontsize=plots.FONT)
+        ax.annotate(f"{share} %", (1.01, share), xycoords=("axes fraction", "data"), va="center")
     for curve in curves:
         shares = [100 * run.epochs["val_miou"] / run.epochs["val_miou"][run.best_epoch] for run in curve[2]]
         plots.draw_curve(ax, curve, pd.concat(shares, axis=1))
@@ -206,13 +211,13 @@ def draw_gaps(rows: Sequence[Row]) -> Figure:
     titles = [textwrap.fill(text, 102 // across) + f"\n{_gap_text(runs)}" for _, text, runs in curves]
     down = math.ceil(len(curves) / across)
     panel = {1: 3.0, 2: 2.4, 3: 1.9}[across]  # inches
-    lines = max(len(each.splitlines()) for each in titles)
-    figure, columns = _figure(title, ["validation", "training", "best epoch (median)"], down * (panel + LINE * lines))
+    inches = down * (panel + plots.LINE * max(len(each.splitlines()) for each in titles))
+    figure, columns = _figure(title, ["validation", "training", "best epoch (median)"], inches)
     axes = figure.subplots(down, across, sharey=True, squeeze=False)
     for ax, curve, text in zip(axes.flat, curves, titles, strict=False):
         _draw_gap(ax, curve[2])
         plots.label_epochs(ax, "mIoU (%)" if ax in axes[:, 0] else "")
-        ax.set_title(text, fontsize=plots.FONT)
+        ax.set_title(text)
     axes[0, 0].set_ylim(bottom=0)
     for ax in axes.flat[len(curves) :]:
         ax.set_visible(False)
@@ -265,7 +270,7 @@ def _label_classes(ax: Axes, names: Sequence[str]) -> None:
     """The first class on top; stripes tell which dots belong to one class."""
     for place in range(0, len(names), 2):
         ax.axhspan(place - 0.5, place + 0.5, color="0.95", linewidth=0, zorder=0)
-    plots.style_axes(ax, "x")
+    style_axes(ax, "x")
     ax.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     ax.tick_params(axis="y", length=0)
     ax.set(xlabel="validation IoU (%)", xlim=(-1, 101), ylim=(len(names) - 0.5, -0.5))
@@ -273,10 +278,10 @@ def _label_classes(ax: Axes, names: Sequence[str]) -> None:
 
 def _figure(title: str, texts: Sequence[str], inches: float) -> tuple[Figure, int]:
     """A figure whose panels have this height, with room for its legend; and the columns that this will have."""
-    columns, lines = plots.legend_shape(texts, WIDTH)
-    title = textwrap.fill(title, 90)
-    figure = Figure((WIDTH, inches + LINE * (lines + 1 + len(title.splitlines()))), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    columns, lines = plots.legend_shape(texts)
+    title = textwrap.fill(title, plots.TITLE)
+    figure = new_figure(PAGE, inches + plots.LINE * (lines + 1 + len(title.splitlines())))
+    figure.suptitle(title)
     return figure, columns
 
 

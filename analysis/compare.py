@@ -19,8 +19,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.reading import Row, find_runs, make_rows, read_runs
-from training.config import ROOT, UserError
+from analysis.reading import Row, find_runs, make_rows, read_runs, row_called
+from analysis.tables import markdown_table
+from training.config import ROOT
 from training.script import run_script
 
 CONFIDENCE = 0.95
@@ -45,17 +46,11 @@ def compare(runs: Sequence[Path], default: str, output: Path) -> pd.DataFrame:
     where the default has no finished run.
     """
     rows = [row for row in make_rows(read_runs(runs)) if row.finished]
-    defaults = [row for row in rows if row.experiment == default]
-    if len(defaults) != 1:
-        problem = "has no finished run" if not defaults else "has runs of several configurations"
-        raise UserError(
-            f"{default} {problem}: name another --default ({', '.join(sorted({r.experiment for r in rows}))})"
-        )
-    compared = [row for row in rows if row.task == defaults[0].task]
-    table = pd.DataFrame([_line(row, defaults[0]) for row in compared])
+    chosen = row_called(default, rows, "--default", "finished run")
+    table = pd.DataFrame([_line(row, chosen) for row in rows if row.task == chosen.task])
     output.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(output.with_name(f"{output.name}.csv"), index=False)
-    markdown = "\n".join(_markdown(table, defaults[0]))
+    markdown = "\n".join(_markdown(table, chosen))
     output.with_name(f"{output.name}.md").write_text(markdown + "\n")
     print(f"{markdown}\n\n{output}.md\n{output}.csv")
     return table
@@ -111,17 +106,9 @@ def _markdown(table: pd.DataFrame, default: Row) -> list[str]:
     def number(value: float, sign: str = "") -> str:
         return "" if np.isnan(value) else metric.number(value, sign)
 
-    titles = (
-        "setting",
-        "parameters",
-        "seeds",
-        f"test {metric.title}",
-        "standard deviation",
-        "difference",
-        "95 % interval",
-    )
-    lines = ["# What each change is worth", "", f"Default: `{name}`, on {data}.", ""]
-    lines += [f"| {' | '.join(titles)} |", "| --- |" + " ---: |" * 6]
+    titles = ["setting", "parameters", "seeds", f"test {metric.title}", "standard deviation", "difference"]
+    titles.append("95 % interval")
+    lines = []
     for line in table.to_dict("records"):
         is_default = line["experiment"] == name and not line["pairs"]
         setting = "default" if is_default else _changes(line["experiment"], name)
@@ -135,9 +122,15 @@ def _markdown(table: pd.DataFrame, default: Row) -> list[str]:
             number(line["difference"], "+"),
             "" if np.isnan(line["difference_low"]) else interval,
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(cells)
+    heading = ["# What each change is worth", "", f"Default: `{name}`, on {data}.", ""]
     pairs = "differences are paired by seed; the interval is Student's t over seeds"
-    return [*lines, "", f"Standard deviations over seeds (n - 1); {pairs}."]
+    return [
+        *heading,
+        *markdown_table(titles, lines, ("setting",)),
+        "",
+        f"Standard deviations over seeds (n - 1); {pairs}.",
+    ]
 
 
 def _changes(experiment: str, default: str) -> str:

@@ -4,13 +4,14 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from training.config import UserError
 from training.metrics import METRICS, Metric
 
 Task = tuple[str, str]  # name of the data and key of the metric: results of one task can be compared
@@ -62,6 +63,16 @@ class RunFiles:
         return int(ranked.index[0])
 
     @property
+    def seconds(self) -> float:
+        """What all epochs took, validation included; the test is not in it."""
+        return self.epochs["epoch_time_sec"].sum()
+
+    @property
+    def speed(self) -> float:
+        """Median over epochs of the training samples a second, validation not counted; NaN where none are stored."""
+        return self.epochs["images_per_sec"].median() if "images_per_sec" in self.epochs else math.nan
+
+    @property
     def hardware(self) -> str:
         about = self.config["hardware"]
         return about["name"] + (f", {about['threads']} threads" if "threads" in about else "")
@@ -75,6 +86,8 @@ class Row:
     differs: tuple[str, ...]
     """fields that tell it from other configurations of the same experiment name, as "n_layer=12"; mostly none"""
     runs: tuple[RunFiles, ...]
+    folder: str = ""
+    """which of several folders the runs are from, where runs of the same experiment are from others, too"""
 
     @property
     def finished(self) -> list[RunFiles]:
@@ -112,8 +125,8 @@ class Row:
 
     @property
     def parts(self) -> list[str]:
-        """The experiment's name, its changed fields, what it differs in."""
-        return [*self.experiment.split("+"), *self.differs]
+        """The experiment's name, its changed fields, what it differs in, its folder where that is said."""
+        return [*self.experiment.split("+"), *self.differs, *([f"in {self.folder}"] if self.folder else [])]
 
     def record(self) -> dict:
         """One line of results.csv; metrics as stored: those in percent as fractions."""
@@ -133,6 +146,8 @@ class Row:
             "epochs": runs[0].train["epochs"],
             "epochs_done": min(len(run.epochs) for run in runs),
             "epoch_time_sec_median": pd.concat([run.epochs["epoch_time_sec"] for run in runs]).median(),
+            "training_time_sec_median": pd.Series([run.seconds for run in self.finished], dtype=float).median(),
+            "images_per_sec_median": np.median([run.speed for run in runs]),
             "hardware": "; ".join(sorted({run.hardware for run in runs})),
         }
 
@@ -173,20 +188,37 @@ def read_run(folder: Path) -> RunFiles:
     return run
 
 
-def make_rows(runs: Iterable[RunFiles]) -> list[Row]:
-    """Groups runs by experiment and configuration; sorted by data set, then test metric, best first."""
-    configurations: dict[str, dict[str, list[RunFiles]]] = {}
+def make_rows(runs: Iterable[RunFiles], folder_of: Callable[[RunFiles], str] = lambda run: "") -> list[Row]:
+    """Groups runs by experiment and configuration; sorted by data set, then test metric, best first.
+
+    folder_of: which of several folders a run is from; runs from different ones are not averaged.
+    """
+    configurations: dict[str, dict[tuple[str, str], list[RunFiles]]] = {}
     for run in runs:
-        key = json.dumps(run.fields, sort_keys=True)
+        key = (folder_of(run), json.dumps(run.fields, sort_keys=True))
         configurations.setdefault(run.config["experiment"], {}).setdefault(key, []).append(run)
     rows = []
     for experiment, groups in configurations.items():
         variants = [group[0].fields for group in groups.values()]
         varied = sorted(key for key in set().union(*variants) if len({str(each.get(key)) for each in variants}) > 1)
-        for group, fields in zip(groups.values(), variants, strict=True):
+        in_several = len({folder for folder, _ in groups}) > 1
+        for ((folder, _), group), fields in zip(groups.items(), variants, strict=True):
             differs = tuple(f"{key}={fields.get(key)}" for key in varied)
-            rows.append(Row(experiment, differs, _one_run_a_seed(group)))
+            rows.append(Row(experiment, differs, _one_run_a_seed(group), folder if in_several else ""))
     return sorted(rows, key=lambda row: (row.task, _badness(row), row.parts))
+
+
+def row_called(experiment: str, rows: Sequence[Row], flag: str, wanted: str = "run") -> Row:
+    """The only row of that experiment. Raises UserError where there are none or several, naming flag and experiments.
+
+    wanted: what rows were made of.
+    """
+    found = [row for row in rows if row.experiment == experiment]
+    if len(found) == 1:
+        return found[0]
+    problem = "has runs of several configurations" if found else f"has no {wanted}"
+    others = ", ".join(sorted({row.experiment for row in rows}))
+    raise UserError(f"{experiment} {problem}: name another {flag} ({others})")
 
 
 def _badness(row: Row) -> float:

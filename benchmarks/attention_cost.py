@@ -41,10 +41,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from analysis.analyze import COLORS, DPI, FONT
+from analysis.figures import COLORS, PAGE, new_figure, save_figure, style_axes
 from benchmarks.measure import Precision, in_turns, kept_memory_mb, spread, step_memory_mb
-from models.bdh import BDHCore, CoreConfig, RotaryAttention
+from models.bdh import BDHCore, CoreConfig
 from models.kernels import raw_attention, scores_are_cheaper
+from models.rotary import RotaryAttention
 from training.config import ROOT, UserError
 from training.device import (
     describe_hardware,
@@ -60,9 +61,11 @@ from training.script import run_script
 PARTS = {"attention": "attention alone", "level": "one whole level"}
 # How a side is drawn. The first has the largest marker, so that curves that coincide can still be told apart.
 LOOKS = {
-    "plain": dict(label="plain: always T x T scores", color=COLORS[1], linestyle="-", marker="s", markersize=7),
-    "reordered": dict(label="reordered: the cheaper order", color=COLORS[0], linestyle="--", marker="o", markersize=5),
-    "fast path": dict(label="fast path: what the model runs", color=COLORS[2], linestyle=":", marker="^", markersize=4),
+    "plain": dict(label="plain: always T x T scores", color=COLORS[1], linestyle="-", marker="s", markersize=6),
+    "reordered": dict(
+        label="reordered: the cheaper order", color=COLORS[0], linestyle="--", marker="o", markersize=4.5
+    ),
+    "fast path": dict(label="fast path: what the model runs", color=COLORS[2], linestyle=":", marker="^", markersize=3),
 }
 # Most tensors of one shape that a step holds at once, for the estimate of what fits; tests hold it against measurements
 SCORES_HELD = 3  # (B, H, T, T): the scores, their gradient, one more
@@ -317,15 +320,15 @@ def _cells(row: dict) -> list[str]:
 
 def draw(rows: list[dict]) -> Figure:
     """One line of panels a part: forward, backward and memory over T, on logarithmic axes."""
-    figure = Figure((12, 7.2), layout="constrained")
-    figure.suptitle(title_of(rows[0]), fontsize=10)
-    panels = {"forward_seconds": "forward", "backward_seconds": "backward", "step_memory_mb": "peak memory of both"}
+    figure = new_figure(PAGE, 5.6)
+    figure.suptitle(title_of(rows[0]))
+    panels = {"forward_seconds": "forward", "backward_seconds": "backward", "step_memory_mb": "peak memory"}
     axes = figure.subplots(len(PARTS), 3, sharex=True)
     for line, part in zip(axes, PARTS, strict=True):
         members = [row for row in rows if row["part"] == part]
         for ax, (column, title) in zip(line, panels.items(), strict=True):
             _draw_curves(ax, members, column)
-            unit = "memory (MB)" if column == "step_memory_mb" else "median time (ms)"
+            unit = "forward and backward (MB)" if column == "step_memory_mb" else "median time (ms)"
             ax.set(title=f"{PARTS[part]}: {title}", ylabel=unit)
         scores = {row["tokens"]: row["scores_mb"] for row in members}
         line[2].plot(scores.keys(), scores.values(), color="0.5", linewidth=1, label="one tensor of T x T scores")
@@ -334,7 +337,7 @@ def draw(rows: list[dict]) -> Figure:
     for ax in axes[-1]:
         ax.set_xlabel("tokens T")
     handles = axes[-1, -1].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=5, fontsize=FONT, frameon=False)
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -354,16 +357,14 @@ def _draw_curves(ax: Axes, rows: list[dict], column: str) -> None:
 def _style(ax: Axes, rows: list[dict]) -> None:
     ticks = sorted({row["tokens"] for row in rows})
     ax.set(xscale="log", yscale="log")
-    ax.set_xticks(ticks, [str(n) for n in ticks], rotation=45, fontsize=FONT)
+    ax.set_xticks(ticks, [str(n) for n in ticks], rotation=90)
     ax.xaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter("{x:g}")
     width, neurons = rows[0]["n_embd"], rows[0]["n_neurons"]
     switch = 2 * neurons * width / (neurons + width)  # both orders need equally many operations
     look = dict(color="0.3", linestyle=(0, (1, 2)), linewidth=1)
     ax.axvline(switch, label=f"T* = 2 N D / (N + D) = {switch:.0f}", **look)
-    ax.grid(color="0.9", linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
+    style_axes(ax, "both")
 
 
 def file_stem(row: dict) -> str:
@@ -373,13 +374,12 @@ def file_stem(row: dict) -> str:
     return stem + ("" if row["batch_size"] == 1 else f"_batch{row['batch_size']}")
 
 
-def write(rows: list[dict], folder: Path) -> tuple[Path, Path]:
-    """The CSV and the PNG; returns them."""
+def write(rows: list[dict], folder: Path) -> tuple[Path, ...]:
+    """The CSV, the PNG and the SVG; returns them."""
     folder.mkdir(parents=True, exist_ok=True)
-    table, plot = (folder / f"{file_stem(rows[0])}.{kind}" for kind in ("csv", "png"))
+    table = folder / f"{file_stem(rows[0])}.csv"
     pd.DataFrame(rows).to_csv(table, index=False)
-    draw(rows).savefig(plot, dpi=DPI)
-    return table, plot
+    return table, *save_figure(draw(rows), table.with_suffix(".png"))
 
 
 def main(options: Options) -> None:

@@ -2,15 +2,20 @@
 
 import csv
 import json
-import struct
 
 import numpy as np
 import pytest
 
-from analysis.analyze import analyze, draw_curves, draw_final, labels_of
+from analysis.analyze import analyze, draw_curves, draw_final, read_tasks, write_tables
+from analysis.plots import labels_of
 from analysis.reading import find_runs, make_rows, read_runs
+from tests.pictures import check_picture
 from training import UserError
 from training.config import ROOT
+
+ALWAYS = [f"{name}.{kind}" for name in ("learning_curves", "final_accuracy") for kind in ("png", "svg")]
+ALWAYS += ["results.md", "results.csv"]
+OPTIONAL = ["accuracy_against_parameters", "accuracy_against_time", "speed", "mlp_multiplier"]
 
 
 def read_results(path):
@@ -25,22 +30,20 @@ def table_rows(markdown):
     return [each for each in cells if each[0] not in ("experiment", "---")]
 
 
-def png_size(path):
-    """Width and height from the header, for a file that is a picture with something in it."""
-    content = path.read_bytes()
-    assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 15_000
-    return struct.unpack(">II", content[16:24])
+def tables_of(runs, output):
+    """results.md and results.csv, without the pictures, which take long."""
+    return write_tables(read_tasks(runs), output)
 
 
 def test_averages_over_seeds(make_run, tmp_path):
     made = [make_run(seed=seed) for seed in (0, 1, 5)]
     paths = analyze([folder for folder, _ in made], tmp_path / "out")
-    assert [path.name for path in paths] == ["learning_curves.png", "final_accuracy.png", "results.md", "results.csv"]
+    assert [path.name for path in paths] == ALWAYS
 
     tests = [json.loads((folder / "summary.json").read_text())["test"]["accuracy"] for folder, _ in made]
     accuracy = np.array([[row["val_accuracy"] for row in rows] for _, rows in made])  # (seeds, epochs)
     seconds = [row["epoch_time_sec"] for _, rows in made for row in rows]
-    (line,) = read_results(paths[3])
+    (line,) = read_results(paths[-1])
     assert float(line["test_accuracy_mean"]) == pytest.approx(np.mean(tests))
     assert float(line["test_accuracy_std"]) == pytest.approx(np.std(tests, ddof=1))
     assert float(line["best_val_accuracy_mean"]) == pytest.approx(accuracy.max(1).mean())
@@ -55,7 +58,7 @@ def test_averages_over_seeds(make_run, tmp_path):
     counts = ("parameters", "seeds", "seeds_not_finished", "epochs", "epochs_done")
     assert [int(line[key]) for key in counts] == [3_233_482, 3, 0, 5, 5]
 
-    (cells,) = table_rows(paths[2])
+    (cells,) = table_rows(paths[-2])
     assert cells[:4] == [
         "v2_cifar10",
         "3,233,482",
@@ -67,11 +70,11 @@ def test_averages_over_seeds(make_run, tmp_path):
 
 def test_one_seed_has_no_deviation(make_run, tmp_path):
     folder, _ = make_run()
-    paths = analyze([folder], tmp_path)
-    (line,) = read_results(paths[3])
+    paths = tables_of([folder], tmp_path)
+    (line,) = read_results(paths[-1])
     test = json.loads((folder / "summary.json").read_text())["test"]["accuracy"]
     assert float(line["test_accuracy_mean"]) == test and line["test_accuracy_std"] == ""
-    assert table_rows(paths[2])[0][2:4] == ["1", f"{100 * test:.2f}"]
+    assert table_rows(paths[-2])[0][2:4] == ["1", f"{100 * test:.2f}"]
 
 
 def test_the_best_epoch_is_the_one_that_was_tested(make_run, tmp_path):
@@ -80,7 +83,7 @@ def test_the_best_epoch_is_the_one_that_was_tested(make_run, tmp_path):
     other = summary["best"]["epoch"] % 5 + 1
     summary["best"]["epoch"] = other
     (folder / "summary.json").write_text(json.dumps(summary))
-    (line,) = read_results(analyze([folder], tmp_path)[3])
+    (line,) = read_results(tables_of([folder], tmp_path)[-1])
     assert float(line["best_epoch_median"]) == other
     assert float(line["best_val_accuracy_mean"]) == rows[other - 1]["val_accuracy"]
 
@@ -92,7 +95,7 @@ def test_different_configs_are_separate_rows(make_run, tmp_path):
     make_run(folder=tmp_path / "runs" / "elsewhere" / "a", seed=2, n_layer=12)
     make_run(folder=tmp_path / "runs" / "elsewhere" / "b", seed=3, n_layer=12, batch_size=64)
     make_run(folder=tmp_path / "runs" / "elsewhere" / "c", seed=4, n_layer=12, batch_size=64)
-    lines = read_results(analyze(find_runs(tmp_path / "runs"), tmp_path / "out")[3])
+    lines = read_results(tables_of(find_runs(tmp_path / "runs"), tmp_path / "out")[-1])
     assert {(line["differs_in"], line["seeds"]) for line in lines} == {
         ("batch_size=32, n_layer=6", "2"),
         ("batch_size=32, n_layer=12", "1"),
@@ -103,14 +106,14 @@ def test_different_configs_are_separate_rows(make_run, tmp_path):
 
 def test_equal_configs_under_two_names_stay_apart(make_run, tmp_path):
     runs = [make_run(name)[0] for name in ("before", "after")]
-    assert sorted(line["experiment"] for line in read_results(analyze(runs, tmp_path)[3])) == ["after", "before"]
+    assert sorted(line["experiment"] for line in read_results(tables_of(runs, tmp_path)[-1])) == ["after", "before"]
 
 
 def test_a_copy_of_a_run_is_no_second_seed(make_run, tmp_path, capsys):
     make_run(seed=0)
     make_run(seed=1)
     copy, _ = make_run(seed=1, folder=tmp_path / "runs" / "z_copy")
-    (line,) = read_results(analyze(find_runs(tmp_path / "runs"), tmp_path / "out")[3])
+    (line,) = read_results(tables_of(find_runs(tmp_path / "runs"), tmp_path / "out")[-1])
     assert line["seeds"] == "2"
     assert str(copy) in capsys.readouterr().err
 
@@ -119,15 +122,15 @@ def test_runs_that_are_not_finished(make_run, tmp_path):
     _, rows = make_run(seed=0)
     make_run(seed=1, done=2)
     _, begun = make_run("v3_cifar10", done=3)
-    paths = analyze(find_runs(tmp_path / "runs"), tmp_path / "out")
-    first, second = read_results(paths[3])
+    paths = tables_of(find_runs(tmp_path / "runs"), tmp_path / "out")
+    first, second = read_results(paths[-1])
     assert (first["seeds"], first["seeds_not_finished"], first["epochs_done"]) == ("1", "1", "5")
     assert float(first["best_val_accuracy_mean"]) == max(row["val_accuracy"] for row in rows)  # of the finished alone
     assert (second["seeds"], second["seeds_not_finished"], second["epochs_done"]) == ("0", "1", "3")
     assert second["test_accuracy_mean"] == second["test_accuracy_std"] == ""
     assert float(second["best_val_accuracy_mean"]) == max(row["val_accuracy"] for row in begun)
     assert int(float(second["best_epoch_median"])) == max(begun, key=lambda row: row["val_accuracy"])["epoch"]
-    cells = table_rows(paths[2])
+    cells = table_rows(paths[-2])
     assert cells[0][2] == "1 and 1 not finished" and " ± " not in cells[0][3]
     assert cells[1][2:4] == ["1 not finished", "not finished"] and cells[1][6] == "3 of 5"
 
@@ -224,7 +227,7 @@ def test_damaged_runs_are_skipped_with_one_line(make_run, tmp_path, capsys, dama
     assert error.startswith("warning: ") and str(broken) in error and error.count("\n") == 1
     damage(whole)
     with pytest.raises(UserError):
-        analyze([whole, broken], tmp_path / "out")
+        tables_of([whole, broken], tmp_path / "out")
 
 
 def test_half_a_last_line_is_not_an_epoch(make_run, tmp_path):
@@ -232,7 +235,7 @@ def test_half_a_last_line_is_not_an_epoch(make_run, tmp_path):
     folder, _ = make_run(done=3)
     with (folder / "metrics.csv").open("a") as file:
         file.write("4,0.5123,0.6")
-    (line,) = read_results(analyze([folder], tmp_path / "out")[3])
+    (line,) = read_results(tables_of([folder], tmp_path / "out")[-1])
     assert line["epochs_done"] == "3"
 
 
@@ -243,12 +246,12 @@ def test_other_metrics_and_data_sets(make_run, tmp_path):
     untested, _ = make_run("unet", seed=1, dataset="camvid11", metric="miou")
     summary = json.loads((untested / "summary.json").read_text())
     (untested / "summary.json").write_text(json.dumps(summary | {"test": None}))
-    paths = analyze(find_runs(tmp_path / "runs"), tmp_path / "out")
-    by_dataset = {line["dataset"]: line for line in read_results(paths[3])}
+    paths = tables_of(find_runs(tmp_path / "runs"), tmp_path / "out")
+    by_dataset = {line["dataset"]: line for line in read_results(paths[-1])}
     expected = json.loads((tmp_path / "runs/unet/seed0/summary.json").read_text())["test"]["miou"]
     assert float(by_dataset["camvid"]["test_miou_mean"]) == expected
     assert by_dataset["camvid"]["test_accuracy_mean"] == by_dataset["camvid11"]["test_miou_mean"] == ""
-    text = paths[2].read_text()
+    text = paths[-2].read_text()
     assert "test mIoU (%)" in text and "test accuracy (%)" in text and "no test part" in text
     assert [line for line in text.splitlines() if line.startswith("## ")] == ["## camvid", "## camvid11", "## cifar10"]
 
@@ -256,16 +259,44 @@ def test_other_metrics_and_data_sets(make_run, tmp_path):
 def test_pictures(make_run, tmp_path):
     """From one run of one epoch to twelve experiments with long names."""
     paths = analyze([make_run("short", epochs=1)[0]], tmp_path / "one")
-    assert all(width > 1200 and height > 200 for width, height in map(png_size, paths[:2]))
-    small = png_size(paths[0])
+    small = [check_picture(path).shape for path in paths if path.suffix == ".png"]
     for index in range(12):
         name = f"v2_cifar10+mlp_internal_dim_multiplier={index}+n_embd=48+learning_rate=0.001"
         for seed in range(1 + index % 3):
             make_run(name, seed)
     paths = analyze(find_runs(tmp_path / "runs"), tmp_path / "many")
-    large = png_size(paths[0])
-    assert large[0] == small[0] and large[1] > small[1] + 100  # the legend takes room of its own
-    png_size(paths[1])
+    large = [check_picture(path).shape for path in paths if path.suffix == ".png"]
+    assert large[0][1] == small[0][1] and large[0][0] > small[0][0] + 100  # the legend takes room of its own
+    assert large[1][0] > small[1][0] + 100
+
+
+def test_what_has_nothing_to_show_is_named_and_not_left_from_before(make_run, tmp_path):
+    """The two others of time and speed need two experiments; parameters and multipliers are all the same here."""
+    first, second = make_run("v1")[0], make_run("v2", n_layer=12)[0]
+    said = []
+    paths = analyze([first, second], tmp_path / "out", say=said.append)
+    there = [path.stem for path in paths if path.suffix == ".png"]
+    assert there[2:] == ["accuracy_against_time", "speed"]
+    assert [line.split(",")[0] for line in said] == [
+        f"not drawn: {name}" for name in ("accuracy_against_parameters", "mlp_multiplier")
+    ]
+    said.clear()
+    (tmp_path / "out" / "notes.png").write_text("the user's own")
+    paths = analyze([first], tmp_path / "out", say=said.append)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*ALWAYS, "notes.png"])
+    assert [line.split(",")[0] for line in said] == [f"not drawn: {name}" for name in OPTIONAL]
+
+
+def test_the_loss_has_a_unit_where_it_is_a_cross_entropy(make_run, tmp_path):
+    make_run()
+    make_run("unet", dataset="camvid", metric="miou")
+    rows = make_rows(read_runs(find_runs(tmp_path / "runs")))
+    figure = draw_curves({row.task: [row] for row in rows})
+    labels = [[ax.get_ylabel() for ax in block.axes] for block in figure.subfigs]
+    assert labels == [
+        ["validation mIoU (%)", "validation loss", "training loss"],
+        ["validation accuracy (%)", "validation loss (nats)", "training loss (nats)"],
+    ]
 
 
 def test_labels_leave_out_what_all_share(make_run, tmp_path):
@@ -290,9 +321,9 @@ def test_no_runs_is_one_message(run_script, tmp_path):
 def test_command_line(make_run, call_script, tmp_path, capsys):
     make_run()
     assert call_script("analysis/analyze.py", "--runs-dir", "runs", "--output-dir", "out") == 0
-    assert capsys.readouterr().out.split() == [
-        f"out/{name}" for name in ("learning_curves.png", "final_accuracy.png", "results.md", "results.csv")
-    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith("not drawn: ")] == [f"out/{name}" for name in ALWAYS]
+    assert len(lines) == len(ALWAYS) + len(OPTIONAL)
     assert read_results(tmp_path / "out" / "results.csv")[0]["experiment"] == "v2_cifar10"
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.analyze import analyze
+from analysis.analyze import read_tasks, write_tables
 from analysis.compare import compare, difference_interval
 from training import UserError
 
@@ -91,7 +91,7 @@ def test_a_metric_not_in_percent_keeps_its_unit_and_its_direction(make_run, tmp_
     shown = capsys.readouterr().out
     assert "test bits per byte" in shown and "| 1.7500 |" in shown and "| -0.2500 |" in shown
     assert "%" not in shown.replace("95 %", "")
-    analyze(folders, tmp_path / "out")
+    write_tables(read_tasks(folders), tmp_path / "out")
     table = (tmp_path / "out" / "results.md").read_text()
     assert table.index("n_layer=12") < table.index("| bdh_text |")  # lower is better, and the best comes first
     assert "test bits per byte" in table and "%" not in table.split("Means")[0]

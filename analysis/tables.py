@@ -1,0 +1,62 @@
+"""Tables of runs in Markdown, for the scripts that compare them."""
+
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+from analysis.reading import Row
+from training.metrics import Metric
+
+NOTE = "Means over seeds ± standard deviation (n - 1); best epoch and seconds are medians. Tested at the best epoch."
+
+
+def markdown_table(titles: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence[str] = ()) -> list[str]:
+    """Lines of a table. left: titles of the columns that are flush left; all others are flush right."""
+    rule = "|".join(" --- " if title in left else " ---: " for title in titles)
+    return [_line(titles), f"|{rule}|", *map(_line, lines)]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def results_table(rows: Sequence[Row], folders: Sequence[str] = ()) -> list[str]:
+    """One line a row, of one data set; metrics in percent where they are shown so. folders: a first column, if any."""
+    title = rows[0].metric.title
+    titles = ["experiment", "parameters", "seeds", f"test {title}", f"best validation {title}"]
+    titles += ["best epoch", "epochs", "seconds an epoch", "hardware"]
+    lines = [_cells(row) for row in rows]
+    if folders:
+        titles, lines = ["folder", *titles], [[folder, *line] for folder, line in zip(folders, lines, strict=True)]
+    return markdown_table(titles, lines, left=("folder", "experiment", "hardware"))
+
+
+def _cells(row: Row) -> list[str]:
+    line = row.record()
+    counts = [str(line["seeds"])] * bool(row.finished)
+    counts += [f"{line['seeds_not_finished']} not finished"] * bool(row.unfinished)
+    done = "" if line["epochs_done"] == line["epochs"] else f"{line['epochs_done']} of "
+    return [
+        row.experiment + (f" ({line['differs_in']})" if row.differs else ""),
+        f"{line['parameters']:,}",
+        " and ".join(counts),
+        _test_cell(row),
+        row.metric.number(line[f"best_val_{row.metric.key}_mean"]),
+        f"{line['best_epoch_median']:g}",
+        f"{done}{line['epochs']}",
+        f"{line['epoch_time_sec_median']:.3g}",
+        line["hardware"],
+    ]
+
+
+def _test_cell(row: Row) -> str:
+    """The test result in percent, or why there is none."""
+    if not len(row.test):
+        return "no test part" if row.finished else "not finished"
+    return mean_and_spread(row.metric, row.test)
+
+
+def mean_and_spread(metric: Metric, values: pd.Series) -> str:
+    """values: (seeds,) as stored; shown in the metric's unit, with the standard deviation of two seeds or more."""
+    spread = f" ± {metric.number(values.std())}" if len(values) > 1 else ""
+    return f"{metric.number(values.mean())}{spread}"

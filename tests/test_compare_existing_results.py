@@ -1,0 +1,181 @@
+"""Runs of several folders side by side, from folders made up here in the format that training writes."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+
+from analysis.compare_existing_results import compare_results, draw, read_lines, short_names
+from analysis.figures import COLORS
+from tests.pictures import check_picture, share_of_color
+from training import UserError
+from training.config import ROOT
+
+SCRIPT = "analysis/compare_existing_results.py"
+
+
+@pytest.fixture
+def run_in(make_run, tmp_path):
+    """make_run in another folder than runs."""
+
+    def make(place, name, seed=0, **keywords):
+        return make_run(name, seed, folder=tmp_path / place / name / f"seed{seed}", **keywords)
+
+    return make
+
+
+def lines_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table_rows(markdown):
+    """Cells of every line of the tables in a Markdown file, titles and rules left out."""
+    lines = [line for line in markdown.read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return [each for each in cells if each[0] not in ("folder", "---")]
+
+
+def test_an_experiment_in_two_folders_has_a_line_for_each(run_in, tmp_path):
+    """Seeds are averaged within a folder, not across; the folders of one experiment come below each other."""
+    mine, others = (0.70, 0.76), (0.81, 0.83, 0.80)
+    for seed, test in enumerate(mine):
+        run_in("runs", "v2", seed, test=test)
+    for seed, test in enumerate(others):
+        run_in("results", "v2", seed, test=test)
+    run_in("runs", "v1", test=0.78)
+    markdown, table, picture, _ = compare_results([tmp_path / "runs", tmp_path / "results"], tmp_path / "out" / "c")
+    lines = lines_of(table)
+    assert [(line["folder"], line["experiment"], line["seeds"]) for line in lines] == [
+        ("results", "v2", "3"),
+        ("runs", "v2", "2"),
+        ("runs", "v1", "1"),
+    ]
+    for line, tests in zip(lines, (others, mine), strict=False):
+        assert float(line["test_accuracy_mean"]) == pytest.approx(np.mean(tests))
+        assert float(line["test_accuracy_std"]) == pytest.approx(np.std(tests, ddof=1))
+    cells = table_rows(markdown)
+    assert [each[:4] for each in cells] == [
+        ["results", "v2", "3,233,482", "3"],
+        ["runs", "v2", "3,233,482", "2"],
+        ["runs", "v1", "3,233,482", "1"],
+    ]
+    assert cells[1][4] == f"{100 * np.mean(mine):.2f} ± {100 * np.std(mine, ddof=1):.2f}"
+    pixels = check_picture(picture)
+    assert all(share_of_color(pixels, color) > 0.01 for color in COLORS[:2])
+
+
+def test_bars_are_named_by_folder_where_needed_and_coloured_by_it(run_in, tmp_path):
+    run_in("runs", "v2", test=0.6), run_in("results", "v2", test=0.8), run_in("runs", "v1", test=0.7)
+    run_in("runs", "begun", done=2)
+    lines = read_lines([tmp_path / "runs", tmp_path / "results"])
+    (block,) = draw([lines]).subfigs
+    ax = block.axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["v2, in results", "v2, in runs", "v1", "begun"]
+    assert [bar.get_width() for bar in ax.patches] == pytest.approx([80, 60, 70])
+    assert [to_hex(bar.get_facecolor()).upper() for bar in ax.patches] == [COLORS[0], COLORS[1], COLORS[1]]
+    (legend,) = block.legends
+    pairs = zip(legend.get_texts(), legend.get_patches(), strict=True)
+    colors = {text.get_text(): to_hex(patch.get_facecolor()).upper() for text, patch in pairs}
+    assert colors == {"results": COLORS[0], "runs": COLORS[1]}
+
+
+def test_a_single_folder_needs_no_names_of_folders(run_in, tmp_path):
+    run_in("runs", "v2", test=0.6), run_in("runs", "v1", test=0.7)
+    (block,) = draw([read_lines([tmp_path / "runs"])]).subfigs
+    assert [label.get_text() for label in block.axes[0].get_yticklabels()] == ["v1", "v2"]
+    assert not block.legends
+    assert len({bar.get_facecolor() for bar in block.axes[0].patches}) == 2
+
+
+def test_configurations_that_differ_between_folders_say_so(run_in, tmp_path):
+    run_in("runs", "v2", batch_size=64)
+    run_in("results", "v2")
+    rows = dict(read_lines([tmp_path / "runs", tmp_path / "results"]))
+    assert rows["runs"].parts == ["v2", "batch_size=64", "in runs"]
+    assert rows["results"].parts == ["v2", "batch_size=32", "in results"]
+
+
+def test_data_sets_and_metrics_are_kept_apart(run_in, tmp_path):
+    run_in("a", "v2"), run_in("b", "v2+dataset=cifar100", dataset="cifar100")
+    run_in("b", "unet", dataset="camvid", metric="miou", test=None)
+    paths = compare_results([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    text = paths[0].read_text()
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## camvid", "## cifar10", "## cifar100"]
+    assert "test mIoU (%)" in text and "test accuracy (%)" in text
+    lines = [read_lines([tmp_path / "a", tmp_path / "b"])[place : place + 1] for place in range(3)]
+    blocks = draw(lines).subfigs
+    titles = ["best validation mIoU (%)", "test accuracy (%)", "test accuracy (%)"]
+    assert [block.axes[0].get_xlabel() for block in blocks] == titles
+
+
+def test_runs_seeds_and_folders_can_be_mixed_and_none_counts_twice(run_in, tmp_path):
+    """A run, an experiment's folder and a folder of experiments; what lies in several counts for the first."""
+    for seed in (0, 1):
+        run_in("runs", "v1", seed)
+        run_in("runs", "v2", seed)
+    runs = tmp_path / "runs"
+    lines = read_lines([runs / "v2" / "seed1", runs / "v1", runs, runs / "v1"])
+    found = {(folder, row.experiment): [run.train["seed"] for run in row.runs] for folder, row in lines}
+    assert found == {("seed1", "v2"): [1], ("v1", "v1"): [0, 1], ("runs", "v2"): [0]}
+
+
+def test_names_are_the_shortest_ends_that_tell_paths_apart(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    paths = [tmp_path / each for each in ("a/runs", "b/runs", "c/d/results", "e/d/results", "f")]
+    names = short_names([*paths, tmp_path / "b" / "x" / ".." / "runs"])
+    assert [names[path] for path in paths] == ["a/runs", "b/runs", "c/d/results", "e/d/results", "f"]
+    assert set(names.values()) == {"a/runs", "b/runs", "c/d/results", "e/d/results", "f"}
+    assert short_names([Path(), tmp_path / "b"]) == {Path(): "a", tmp_path / "b": "b"}
+
+
+def test_results_of_the_repository(tmp_path):
+    """Against the numbers in their summaries."""
+    folder = ROOT / "results" / "ablation_small_cpu"
+    table = lines_of(compare_results([folder], tmp_path / "c")[1])
+    assert len(table) == 6 and {line["seeds"] for line in table} == {"3"}
+    for line in table:
+        summaries = [json.loads(path.read_text()) for path in folder.glob(f"{line['experiment']}/*/summary.json")]
+        mean = np.mean([summary["test"]["accuracy"] for summary in summaries])
+        assert float(line["test_accuracy_mean"]) == pytest.approx(mean)
+
+
+def test_the_script(run_in, call_script, tmp_path, capsys):
+    run_in("runs", "v2", test=0.75), run_in("results", "v2", test=0.8)
+    assert call_script(SCRIPT, "runs", "results", "--output", "out/both.1") == 0
+    shown = capsys.readouterr().out
+    assert "| runs | v2 |" in shown and "| results | v2 |" in shown
+    names = [f"both.1.{kind}" for kind in ("md", "csv", "png", "svg")]
+    assert shown.splitlines()[-4:] == [f"out/{name}" for name in names]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    ("paths", "words"),
+    [
+        ((), "nothing to compare"),
+        (("runs", "nowhere"), "nowhere is no folder"),
+        (("runs", "empty"), "empty holds no run"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_message(paths, words, run_in, call_script, tmp_path, capsys):
+    run_in("runs", "v2")
+    (tmp_path / "empty").mkdir()
+    assert call_script(SCRIPT, *paths, "--output", "out/c") == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ") and words in shown.err and shown.err.count("\n") == 1 and not shown.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_runs_are_left_out(run_in, tmp_path, capsys):
+    run_in("runs", "v2")
+    broken, _ = run_in("results", "v2")
+    (broken / "summary.json").write_text("{")
+    assert [folder for folder, _ in read_lines([tmp_path / "runs", tmp_path / "results"])] == ["runs"]
+    assert f"warning: {broken} is left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="can be read"):
+        read_lines([tmp_path / "results"])
