@@ -1,0 +1,277 @@
+"""Counts of active neurons, what is made of them, and the script."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from camvid_data import write_camvid
+from pictures import check_picture
+from planted_neurons import (
+    ALWAYS,
+    CLASS_0,
+    CLASS_0_TOO,
+    OTHERS,
+    batches,
+    planted_images,
+    planted_model,
+    random_model,
+    recorded,
+)
+
+from interpretability.activity import NO_CLASS, patch_classes
+from interpretability.sparsity import (
+    Counts,
+    count,
+    dead_table,
+    draw_shares,
+    neuron_table,
+    over_training,
+    share_table,
+    training_table,
+)
+from interpretability.trained import TrainedRun
+from models.baselines import vit_tiny_config
+from models.bdh_unet import bdh_unet_config
+from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, fit
+from training.runs import load_model
+
+SCRIPT = "interpretability/sparsity.py"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# ---------------------------------------------------------------------------- counting
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, dict(pool="cls"), dict(activation="gelu", gate="sigmoid"), dict(unet=True)], ids=str
+)
+def test_counts_are_those_of_plain_loops(changed):
+    """Patches without a class count but for the classes; a class token counts nowhere; batches are of no matter."""
+    model, rng = random_model(**changed), np.random.default_rng(4)
+    images = torch.randn(5, 3, 8, 8)
+    classes = torch.from_numpy(rng.choice([NO_CLASS, 0, 1, 3], (5, 16)))
+    counts = count(model, batches(images, classes, size=2), n_classes=4)
+    by_neuron, by_class = np.zeros((3, 3, 2, 32), int), np.zeros((3, 3, 4, 2), int)
+    for quantity, values in enumerate(recorded(model, images).values()):
+        for (level, image, head, patch, neuron), value in np.ndenumerate(values):
+            if value > 0:
+                by_neuron[quantity, level, head, neuron] += 1
+                if classes[image, patch] != NO_CLASS:
+                    by_class[quantity, level, classes[image, patch], head] += 1
+    assert np.array_equal(counts.by_neuron.numpy(), by_neuron) and by_neuron.max() > 10
+    assert np.array_equal(counts.by_class.numpy(), by_class)
+    assert counts.by_neuron.dtype == counts.by_class.dtype == torch.int64
+    assert counts.patches == 80 and counts.patches_by_class.tolist() == [int((classes == c).sum()) for c in range(4)]
+    assert np.array_equal(count(model, batches(images, classes, size=5), 4).by_class.numpy(), by_class)
+
+
+def test_tables_against_means():
+    model, rng = random_model(), np.random.default_rng(5)
+    images, labels = torch.randn(6, 3, 8, 8), rng.permutation([0, 0, 0, 1, 1, 3])
+    classes = torch.from_numpy(labels)[:, None].expand(6, 16)
+    counts = count(model, batches(images, classes, size=4), n_classes=4)
+    table = share_table(counts, ["a", "b", "never seen", "d"])
+    assert list(table) == ["level", "head", "class", "quantity", "share"]
+    assert len(table) == 3 * 3 * (2 + 1) * (3 + 1) and "never seen" not in set(table["class"])
+    active = {name: values > 0 for name, values in recorded(model, images).items()}  # (L, B, H, T, N) each
+    for row in table.itertuples():
+        of = active[row.quantity][row.level - 1]
+        if row.head != "all":
+            of = of[:, [row.head - 1]]
+        if row._3 != "all":
+            of = of[labels == "abcd".index(row._3)]
+        assert row.share == pytest.approx(of.mean(), abs=1e-12)
+    neurons = neuron_table(counts)
+    place = neurons[(neurons.level == 2) & (neurons["head"] == 2) & (neurons.neuron == 7)]
+    for name, of in active.items():
+        assert place[name].item() == pytest.approx(of[1, :, 1, :, 7].mean())
+    assert len(neurons) == 3 * 2 * 32
+
+
+def test_planted_neurons():
+    """One active for one class only, one for the others, one always, the rest never."""
+    labels = [0, 1, 2, 0, 2, 1, 0, 1, 1, 2]
+    classes = torch.tensor(labels)[:, None].expand(10, 16)
+    counts = count(planted_model(), batches(planted_images(labels), classes, size=3), n_classes=3)
+    expected = np.zeros(32)
+    expected[[CLASS_0, OTHERS, ALWAYS, CLASS_0_TOO]] = 0.3, 0.7, 1.0, 0.3
+    x_sparse, y_sparse, gated = counts.shares[:, 0]  # (H, N) each
+    assert np.array_equal(x_sparse, [expected, expected]) and np.array_equal(gated, x_sparse) and (y_sparse == 1).all()
+    table = share_table(counts, ["one", "two", "three"]).set_index(["level", "head", "class", "quantity"])["share"]
+    for head in (1, 2, "all"):
+        assert [table[1, head, name, "gated"] for name in ("one", "two", "three")] == [3 / 32, 2 / 32, 2 / 32]
+        assert table[1, head, "all", "gated"] == pytest.approx((0.3 + 0.7 + 1 + 0.3) / 32)
+    for always_on, n in ((0.99, 1), (0.7, 2), (0.3, 4)):
+        dead = dead_table(counts, always_on, shared=True).set_index(["level", "quantity"])
+        for level in (1, "all"):
+            assert dead.loc[level, "x_sparse"][["neurons", "dead", "always_on"]].tolist() == [64, 56, 2 * n]
+            assert dead.loc[level, "y_sparse"][["dead", "always_on"]].tolist() == [0, 64]
+
+
+def test_dead_at_every_level():
+    """Over all levels only what is dead at each of them; not asked where levels have neurons of their own."""
+    counts = Counts(n_levels=2, n_heads=1, n_neurons=4, n_classes=1)
+    for level, on in enumerate([[1, 0, 0, 1], [1, 1, 0, 0]]):
+        activity = torch.tensor(on, dtype=torch.float32).expand(1, 1, 10, 4)
+        counts.add(level, [activity] * 3, torch.zeros(1, 10, dtype=torch.int64))
+    table = dead_table(counts, 0.99, shared=True)
+    gated = table[table.quantity == "gated"]
+    assert gated.level.tolist() == [1, 2, "all"] and gated.dead.tolist() == [2, 2, 1]
+    assert gated.always_on.tolist() == [2, 2, 1] and gated.share.tolist() == [0.5, 0.5, 0.5]
+    assert dead_table(counts, 0.99, shared=False).level.unique().tolist() == [1, 2]
+
+
+def test_classes_of_patches():
+    """Most pixels decide, of as many the lower label, and void is no class."""
+    rng = np.random.default_rng(6)
+    labels = rng.integers(0, 4, (3, 6, 12))  # 3 is void
+    classes = patch_classes(torch.from_numpy(labels), (2, 4), n_classes=3)
+    assert classes.shape == (3, 8)
+    for (image, patch), found in np.ndenumerate(classes.numpy()):
+        row, column = divmod(patch, 4)
+        votes = np.bincount(labels[image, 3 * row : 3 * row + 3, 3 * column : 3 * column + 3].ravel(), minlength=4)
+        assert found == (NO_CLASS if votes.argmax() == 3 else votes.argmax())
+    assert NO_CLASS in classes
+    assert torch.equal(patch_classes(torch.tensor([2, 0]), (2, 4), 3), torch.tensor([[2] * 8, [0] * 8]))
+
+
+def test_many_classes_are_drawn_in_part():
+    names = [f"class {number:02d}" for number in range(30)]
+    rows = [
+        dict(level=level, head=head, quantity=quantity, share=(place * 7 % 30) / 100) | {"class": name}
+        for level in (1, 2)
+        for head in (1, "all")
+        for quantity in ("x_sparse", "y_sparse", "gated")
+        for place, name in enumerate([*names, "all"])
+    ]
+    figure = draw_shares(pd.DataFrame(rows), "title")
+    heat = [ax for ax in figure.subfigs[1].axes if ax.images]
+    shown = [label.get_text() for label in heat[0].get_yticklabels()]
+    falling = sorted(names, key=lambda name: -(int(name[-2:]) * 7 % 30))
+    assert shown == falling[:10] + falling[-10:]
+    assert np.allclose(heat[2].images[0].get_array()[:, 0], [int(name[-2:]) * 7 % 30 for name in shown])
+
+
+# ---------------------------------------------------------------------------- the script
+
+
+@pytest.fixture(scope="module")
+def run(experiment_in, tmp_path_factory):
+    """Folder of a tiny run of two epochs, with the weights before and after each."""
+    trial = experiment_in(tmp_path_factory.mktemp("work"), model=dict(n_layer=2), options=dict(keep_every=1))
+    fit(trial)
+    return trial.folder
+
+
+def test_script(run, data_dir, call_script, tmp_path, capsys):
+    flags = ("--run", run, "--data-dir", data_dir, "--output-dir", "out", "--device", "cpu")
+    assert call_script(SCRIPT, *flags, "--checkpoint-images", 9) == 0
+    said = capsys.readouterr().out
+    assert "40 test images of 16 patches" in said and "over 3 epochs" in said and "GELU" not in said
+    output = tmp_path / "out" / "trial_seed0"
+    for name in ("sparsity", "sparsity_neurons", "sparsity_training"):
+        check_picture(output / f"{name}.png")
+    opened = TrainedRun(run, data_dir, "cpu")
+    pixels, labels = next(opened.batches(range(40)))
+    active = recorded(opened.model, pixels)["gated"] > 0  # (L, B, H, T, N)
+    table = pd.read_csv(output / "sparsity.csv")
+    row = table[
+        (table.level == 2) & (table["head"] == "2") & (table["class"] == "class 3") & (table.quantity == "gated")
+    ]
+    assert row.share.item() == pytest.approx(active[1, labels == 3, 1].mean())
+    dead = pd.read_csv(output / "sparsity_dead.csv")
+    assert dead[(dead.level == "2") & (dead.quantity == "gated")].dead.item() == (~active[1].any((0, 2))).sum()
+
+    series = pd.read_csv(output / "sparsity_training.csv")
+    assert list(series) == ["epoch", "level", "quantity", "neurons", "dead", "always_on", "share"]
+    assert series.epoch.drop_duplicates().tolist() == [0, 1, 2] and series.epoch.is_monotonic_increasing
+    for epoch in range(3):
+        model, _ = load_model(run / f"epoch_{epoch:03d}.pt")
+        expected = recorded(model, pixels[[k * 40 // 9 for k in range(9)]])["x_sparse"][0] > 0
+        of = series[(series.epoch == epoch) & (series.level == "1") & (series.quantity == "x_sparse")]
+        assert of.share.item() == pytest.approx(expected.mean())
+        assert of.dead.item() == (~expected.any((0, 2))).sum()
+
+    assert call_script(SCRIPT, *flags[2:], "--run", run / "epoch_000.pt", "--images", 3, "--checkpoint-images", 0) == 0
+    assert "trial, seed 0, epoch_000: 3 test images" in capsys.readouterr().out
+    other = pd.read_csv(output / "sparsity_epoch_000.csv")
+    assert len(other) < len(table) and len(pd.read_csv(output / "sparsity.csv")) == len(table)
+
+
+def test_series_is_in_order_of_epochs_and_without_the_damaged(run, data_dir, tmp_path, capsys):
+    """Of ten and two, two comes first; a file that cannot be read is said and left out."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for name in ("config.json", "best.pt", "split.npz"):
+        (folder / name).write_bytes((run / name).read_bytes())
+    for epoch in (10, 2, 1000, 7):
+        (folder / f"epoch_{epoch:03d}.pt").write_bytes((run / "epoch_001.pt").read_bytes())
+    (folder / "epoch_007.pt").write_bytes(b"no weights")
+    epochs = over_training(TrainedRun(folder, data_dir, "cpu"), 2)
+    assert list(epochs) == [2, 10, 1000]
+    shuffled = {epoch: epochs[epoch] for epoch in (1000, 2, 10)}
+    assert training_table(shuffled, 0.99, True).epoch.drop_duplicates().tolist() == [2, 10, 1000]
+    warned = capsys.readouterr().err
+    assert warned.startswith("warning: epoch 7 is left out") and warned.count("\n") == 1
+
+
+def test_gelu_is_said_to_have_no_zeros(experiment, data_dir, call_script, tmp_path, capsys):
+    trial = experiment("gelu", epochs=1, model=dict(activation="gelu"))
+    fit(trial)
+    assert call_script(SCRIPT, "--run", trial.folder, "--data-dir", data_dir, "--output-dir", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "GELU, which is zero nowhere" in said
+    shares = [float(share) for share in re.findall(r"([\d.]+)%", said)]
+    assert shares and max(shares) < 90
+    assert not (tmp_path / "gelu_seed0" / "sparsity_training.csv").exists()  # no weights were kept
+
+
+def test_segmentation(call_script, tmp_path, capsys):
+    """Classes are those of patches."""
+    write_camvid(tmp_path / "data_camvid", n_train=3, n_val=2, size=(48, 32))
+    sizes = dict(img_size=(32, 48), n_layer=1, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
+    train = SegmentationConfig(epochs=1, batch_size=2, learning_rate=1e-2, weight_decay=0.0)
+    options = RunOptions(data_dir=tmp_path, runs_dir=tmp_path / "runs", device="cpu", num_workers=0)
+    trial = Experiment("unet", bdh_unet_config(**sizes), train, options)
+    fit(trial)
+    assert call_script(SCRIPT, "--run", trial.folder, "--data-dir", tmp_path, "--output-dir", tmp_path / "out") == 0
+    assert "2 validation images of 24 patches" in capsys.readouterr().out
+    opened = TrainedRun(trial.folder, tmp_path, "cpu")
+    pixels, labels = next(opened.batches([0, 1]))
+    active = recorded(opened.model, pixels)["x_sparse"][0] > 0  # (B, H, T, N)
+    of_patches = labels.unfold(1, 8, 8).unfold(2, 8, 8).flatten(1, 2).flatten(2).mode().values.numpy()  # (B, T)
+    table = pd.read_csv(tmp_path / "out" / "unet_seed0" / "sparsity.csv")
+    table = table[(table["head"] == "all") & (table.quantity == "x_sparse")].set_index("class").share
+    present = sorted(set(of_patches.ravel()) - {11})
+    assert list(table.index) == [*(opened.class_names[label] for label in present), "all"] and len(present) > 3
+    for label in present:
+        expected = active.transpose(0, 2, 1, 3)[of_patches == label].mean()
+        assert table[opened.class_names[label]] == pytest.approx(expected)
+
+
+def test_bad_input(run, data_dir, call_script, tmp_path, capsys):
+    """One message each, and nothing is written."""
+    vit = Experiment(
+        "vit",
+        vit_tiny_config(patch_size=8, n_layer=1, n_embd=8, n_head=2, mlp_dim=16),
+        ClassificationConfig(dataset="cifar10", epochs=1, batch_size=64, learning_rate=1e-3, weight_decay=0.0),
+        RunOptions(data_dir=data_dir, runs_dir=tmp_path / "runs", device="cpu"),
+    )
+    fit(vit)
+    capsys.readouterr()
+    for flags, said in (
+        (("--run", vit.folder), "has no x_sparse"),
+        (("--run", tmp_path), "is no run"),
+        (("--run", run, "--images", 0), "give --images 1 or more"),
+        (("--run", run, "--always-on", 0), "--always-on 0.0 is a share"),
+        (("--run", run, "--always-on", 1.5), "--always-on 1.5 is a share"),
+        (("--run", run, "--checkpoint-images", -1), "give 0 or more"),
+    ):
+        assert call_script(SCRIPT, "--data-dir", data_dir, "--output-dir", tmp_path / "out", *flags) == 1
+        captured = capsys.readouterr()
+        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and said in captured.err
+    assert call_script(SCRIPT, "--alway-on", 0.5) == 2
+    assert not (tmp_path / "out").exists()
