@@ -1,0 +1,314 @@
+"""Probes on planted features, BDHs run with other depths than they were trained with, and the script on runs."""
+
+import dataclasses
+import re
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from pictures import check_picture
+from torch import nn
+
+from interpretability import probe
+from interpretability.depth import run_with_levels
+from interpretability.probe import Pass, accuracies, chance, choose_levels, collect, draw
+from interpretability.trained import TrainedRun
+from models.baselines import ViTConfig, vit_tiny
+from models.masked_bdh import MaskedBDHConfig
+from models.vision_bdh import (
+    vision_bdh_pre_ln,
+    vision_bdh_v1,
+    vision_bdh_v2,
+    vision_bdh_v2_softmax,
+    vision_bdh_v3,
+)
+from training import PretrainingConfig, UserError, fit
+from training.augment import normalise
+from training.data import load_dataset
+from training.runs import Run
+
+SCRIPT = "interpretability/probe.py"
+SIZES = dict(img_size=8, patch_size=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)  # 16 tokens
+VIT = ViTConfig(n_layer=2, n_embd=8, n_head=2, mlp_dim=16, patch_size=8)
+VARIANTS = {
+    "v1": vision_bdh_v1,
+    "v2": vision_bdh_v2,
+    "softmax": vision_bdh_v2_softmax,
+    "true_pre": vision_bdh_pre_ln,
+    "class_token": lambda **sizes: vision_bdh_v2(pool="cls", **sizes),
+    "scaled_pre": vision_bdh_v3,
+    "own_weights": lambda **sizes: vision_bdh_v2(shared=False, **sizes),
+}
+FIXED = ("scaled_pre", "own_weights")  # cannot run more levels
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def with_large_weights(model):
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def first_levels(weights, n_layer):
+    """The weights of the first n_layer levels, where each has its own, and their norms."""
+    own = ("encoder", "encoder_v", "decoder")
+    norms = {f"level_norms.{level}" for level in range(n_layer + 1)}
+    return {
+        name: value[:n_layer] if name in own and value.ndim == {"decoder": 3}.get(name, 4) else value
+        for name, value in weights.items()
+        if not name.startswith("level_norms") or name.rpartition(".")[0] in norms
+    }
+
+
+def built_with(name, model, n_layer):
+    """A model whose configuration has n_layer levels, with the weights of this one."""
+    other = VARIANTS[name](n_layer=n_layer, **SIZES).eval()
+    other.load_state_dict(first_levels(model.state_dict(), n_layer))
+    return other
+
+
+@pytest.fixture
+def images():
+    return torch.randn(40, 3, 8, 8)
+
+
+# ---------------------------------------------------------------------------- depth
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_other_depths_are_the_model_built_so(name, images):
+    """Bit for bit; and afterwards it is what it was, also after an exception."""
+    model = with_large_weights(VARIANTS[name](n_layer=3, **SIZES))
+    before, config = model(images), model.config
+    for n_layer in (1, 2, 3) if name in FIXED else (1, 2, 3, 4, 7):
+        with run_with_levels(model, n_layer):
+            logits = model(images)
+        assert torch.equal(logits, built_with(name, model, n_layer)(images))
+        assert torch.equal(logits, before) == (n_layer == 3)
+    with pytest.raises(ZeroDivisionError), run_with_levels(model, 1):
+        _ = 1 / 0
+    assert model.config is config and torch.equal(model(images), before)
+    with pytest.raises(ValueError, match="n_layer"), run_with_levels(model, 4 if name in FIXED else 0):
+        pass
+    assert model.config is config
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_what_is_collected(name, images):
+    """Read-outs and depths from one pass are those of passes of their own."""
+    model = with_large_weights(VARIANTS[name](n_layer=3, **SIZES))
+    n_levels = 3 if name in FIXED else 6
+    batches = [(images[:30], torch.arange(30)), (images[30:], torch.arange(30, 40))]
+    found = collect(model, batches, n_levels)
+    assert np.array_equal(found.labels, np.arange(40)) and len(found.features) == n_levels + 1
+    assert all(each.shape == (40, 16) for each in found.features)
+    expected = [built_with(name, model, n_layer)(images).argmax(1).numpy() for n_layer in range(1, n_levels + 1)]
+    assert np.array_equal(found.depth, expected) and len(np.unique(expected)) > 1
+    assert np.array_equal(found.readout[-1], model(images).argmax(1).numpy()) and len(found.readout) == 3
+    if name != "scaled_pre":
+        assert np.array_equal(found.readout, found.depth[:3])
+
+
+def test_fixed_depth(capsys):
+    for model in (VARIANTS["scaled_pre"](n_layer=3, **SIZES), VARIANTS["own_weights"](n_layer=3, **SIZES), vit_tiny()):
+        n_trained = 12 if hasattr(model, "heads") else 3
+        assert choose_levels(model, n_trained, None) == choose_levels(model, n_trained, n_trained) == n_trained
+        assert capsys.readouterr().out.count("no more than its") == 2
+        with pytest.raises(UserError, match=f"--max-levels {n_trained + 1}: the model has {n_trained} levels, and"):
+            choose_levels(model, n_trained, n_trained + 1)
+    model = vision_bdh_v2(n_layer=3, **SIZES)
+    assert [choose_levels(model, 3, n) for n in (None, 3, 5)] == [6, 3, 5] and not capsys.readouterr().out
+    with pytest.raises(UserError, match="has 3 levels, and runs with fewer"):
+        choose_levels(model, 3, 2)
+
+
+@torch.no_grad()
+def test_vit_has_a_read_out_and_no_other_depth(images):
+    sizes = dict(img_size=8, patch_size=2, n_embd=16, n_head=2, mlp_dim=32)
+    torch.manual_seed(3)
+    model, short = vit_tiny(n_layer=3, **sizes).eval(), vit_tiny(n_layer=1, **sizes).eval()
+    for weight in (model.heads.head.weight, model.encoder.layers[0].self_attention.out_proj.weight):
+        nn.init.normal_(weight, std=3.0)  # so that the classes depend on the image
+    short.load_state_dict(model.state_dict(), strict=False)
+    found = collect(model, [(images, torch.zeros(len(images)))], 3)
+    assert found.depth is None and np.array_equal(found.readout[-1], model(images).argmax(1).numpy())
+    assert np.array_equal(found.readout[0], short(images).argmax(1).numpy()) and len(np.unique(found.readout)) > 1
+
+
+# ---------------------------------------------------------------------------- probes
+
+
+def planted(rng, n, noise, n_classes=4):
+    """Classes that lie apart at level 1 and not at level 0; the model's words are wrong at level 1, half right at 2."""
+    labels = rng.permutation(np.arange(n) % n_classes)
+    centres = 10 * np.eye(n_classes, 6)
+    features = [
+        rng.normal(size=(n, 6)),
+        1e4 + centres[labels] * [1, 1, 1e-3, 1e3, 1, 1] + noise * rng.normal(size=(n, 6)),
+    ]
+    readout = np.stack([(labels + 1) % n_classes, np.where(np.arange(n) < n // 2, labels, (labels + 1) % n_classes)])
+    return Pass(features, labels, readout, None)
+
+
+def test_planted_classes_are_found_and_noise_is_not():
+    rng = np.random.default_rng()
+    train, test = planted(rng, 400, 1e-3), planted(rng, 1000, 1e-3)
+    table = accuracies(train, test).set_index(["method", "level"])
+    assert table.accuracy["linear_probe", 1] == table.accuracy["knn", 1] == 1
+    for method in ("linear_probe", "knn"):
+        assert abs(table.accuracy[method, 0] - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 1000)
+    assert table.accuracy["readout", 1] == 0 and table.accuracy["readout", 2] == 0.5
+    assert "run_with_levels" not in table.index.get_level_values("method")
+    for part in (train, test):
+        part.labels = rng.permutation(part.labels)
+    table = accuracies(train, test).set_index(["method", "level"])
+    for method in ("linear_probe", "knn"):
+        assert abs(table.accuracy[method, 1] - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 1000)
+
+
+def test_intervals_are_wilsons():
+    rng = np.random.default_rng()
+    table = accuracies(planted(rng, 80, 1e-3), planted(rng, 100, 1e-3)).set_index(["method", "level"])
+    row, z, n = table.loc["readout", 2], 1.959964, 100
+    centre, half = (0.5 + z**2 / (2 * n)) / (1 + z**2 / n), z / (1 + z**2 / n) * np.sqrt(0.25 / n + (z / (2 * n)) ** 2)
+    assert (row.low, row.high) == pytest.approx((centre - half, centre + half), abs=1e-6)
+    assert (row.images, row.train_images) == (100, 80)
+
+
+def test_a_probe_that_does_not_converge_is_named_and_warns_of_nothing(monkeypatch, capsys):
+    rng = np.random.default_rng()
+    monkeypatch.setattr(probe, "MAX_ITERATIONS", 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accuracies(planted(rng, 200, 3), planted(rng, 40, 3))
+    assert "linear probe: not converged in 2 steps at level 0, 1\n" in capsys.readouterr().out
+
+
+def test_too_little_to_learn_from():
+    rng = np.random.default_rng()
+    test = planted(rng, 40, 1)
+    with pytest.raises(UserError, match="10 training images are too few"):
+        accuracies(planted(rng, 10, 1), test, neighbours=20)
+    with pytest.raises(UserError, match="30 training images are too few"):
+        accuracies(planted(rng, 30, 1, n_classes=1), test)
+
+
+def test_chance_is_the_commonest_class():
+    assert chance(np.array([2, 0, 2, 2, 1])) == 0.6
+
+
+# ---------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, experiment_in):
+    """Folders of a v2 of two levels and a ViT, trained on the made-up CIFAR-10."""
+    trial = experiment_in(tmp_path_factory.mktemp("runs"), "bdh", model=dict(n_layer=2), epochs=3)
+    trials = [trial, dataclasses.replace(trial, name="vit", model=VIT)]
+    for each in trials:
+        fit(each)
+    return [each.folder for each in trials]
+
+
+def test_training_images_are_those_of_the_run(runs, data_dir):
+    """None that it validated with, every class alike, and not augmented."""
+    run, split, data = (
+        TrainedRun(runs[0], data_dir, "cpu"),
+        Run(runs[0]).read_split(),
+        load_dataset("cifar10", data_dir),
+    )
+    places = run.training_places(50)
+    assert len(set(places)) == 50 and set(places) <= set(split.train)
+    assert set(np.bincount(data.train_labels[places], minlength=10)) <= {4, 5, 6}
+    assert set(run.training_places(10**6)) == set(split.train)
+    pixels, labels = (torch.cat(each) for each in zip(*run.training_batches(places, 16), strict=True))
+    assert torch.equal(pixels, normalise(torch.from_numpy(data.train_images[places])))
+    assert labels.tolist() == data.train_labels[places].tolist()
+    with pytest.raises(UserError, match="no image"):
+        run.training_places(0)
+    (runs[0] / "split.npz").rename(runs[0] / "away.npz")
+    with pytest.raises(UserError, match=r"has no split\.npz"):
+        run.training_places(5)
+    (runs[0] / "away.npz").rename(runs[0] / "split.npz")
+
+
+def test_script(runs, call_script, data_dir, tmp_path, capsys):
+    """The read-out at the last level is the model's accuracy; probes and deeper runs are in the table and figure."""
+    assert call_script(SCRIPT, "--run", runs[0], "--data-dir", data_dir, "--output-dir", "out") == 0
+    folder = tmp_path / "out" / "bdh_seed0"
+    assert {path.name for path in folder.iterdir()} == {"probe.png", "probe.svg", "probe.csv"}
+    check_picture(folder / "probe.png")
+    table = pd.read_csv(folder / "probe.csv").set_index(["method", "level"])
+    assert (table.images == 40).all() and (table.train_images == 192).all()
+    levels = {method: list(rows.index.get_level_values("level")) for method, rows in table.groupby("method")}
+    assert levels == {
+        "linear_probe": [0, 1, 2, 3, 4],
+        "knn": [0, 1, 2, 3, 4],
+        "readout": [1, 2],
+        "run_with_levels": [1, 2, 3, 4],
+    }
+    accuracy = Run(runs[0]).read_summary()["test"]["accuracy"]
+    assert table.accuracy["readout", 2] == table.accuracy["run_with_levels", 2] == pytest.approx(accuracy)
+    assert table.accuracy["linear_probe", 2] > 0.5  # the colours of the classes lie apart
+    assert "linear_probe" in capsys.readouterr().out
+
+
+def test_script_on_vit(runs, call_script, data_dir, tmp_path, capsys):
+    flags = ["--run", runs[1], "--data-dir", data_dir, "--output-dir", "out", "--images", 30, "--train-images", 60]
+    assert call_script(SCRIPT, *flags, "--tokens", "mean") == 0
+    assert "no more than its 2 levels: its levels have weights of their own" in capsys.readouterr().out
+    mean = pd.read_csv(tmp_path / "out/vit_seed0/probe.csv")
+    assert set(mean.method) == {"linear_probe", "knn", "readout"} and set(mean.images) == {30}
+    assert call_script(SCRIPT, *flags) == 0
+    read = pd.read_csv(tmp_path / "out/vit_seed0/probe.csv").set_index(["method", "level"])
+    assert read.accuracy["linear_probe", 0] < 0.3  # the class token is the same of all images
+    assert mean.set_index(["method", "level"]).accuracy["linear_probe", 0] > 0.5
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--images", 0], "--images 0 must be at least 1"),
+        (["--train-images", -1], "--train-images -1 must be at least 1"),
+        (["--neighbours", 0], "--neighbours 0 must be at least 1"),
+        (["--penalty", 0], "--penalty 0.0 must be above 0"),
+        (["--max-levels", 1], "the model has 2 levels"),
+        (["--train-images", 5], "5 training images are too few"),
+        (["--run", "none"], "none is no run"),
+    ],
+)
+def test_bad_input(runs, call_script, data_dir, tmp_path, capsys, flags, message):
+    where = [] if "--run" in flags else ["--run", runs[0]]
+    assert call_script(SCRIPT, *where, "--data-dir", data_dir, "--output-dir", "out", *flags) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error) and len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_models_without_classes_are_refused(experiment, call_script, data_dir, capsys):
+    trial = experiment("masked", epochs=1)
+    train = PretrainingConfig(dataset="cifar10", epochs=1, batch_size=32, learning_rate=1e-2, weight_decay=0.05)
+    model = MaskedBDHConfig(patch_size=8, n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4)
+    trial = dataclasses.replace(trial, model=model, train=train)
+    fit(trial)
+    assert call_script(SCRIPT, "--run", trial.folder, "--data-dir", data_dir) == 1
+    assert "is a MaskedBDH, which has no logits" in capsys.readouterr().err
+
+
+def test_figure_draws_every_method_once():
+    rows = [
+        dict(method=method, level=level, accuracy=0.1 * level, low=0.1 * level - 0.05, high=0.1 * level + 0.05)
+        for method, levels in (("linear_probe", range(5)), ("readout", (1, 2)), ("run_with_levels", range(1, 5)))
+        for level in levels
+    ]
+    figure = draw(pd.DataFrame(rows), 2, 0.1, "title")
+    (ax,) = figure.axes
+    lines = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
+    assert list(lines) == ["linear probe", "the model's own read-out", "the model run with so many levels"]
+    assert np.allclose(lines["linear probe"].get_xydata(), [(k, 10 * k) for k in range(5)])
+    assert {float(line.get_xdata()[0]) for line in ax.lines if line.get_linestyle() == ":"} == {2.0}
