@@ -240,12 +240,12 @@ def _percent(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
 def describe(neuron: pd.Series) -> str:
     """What the table says of a neuron, for people."""
     name = f"level {neuron['level']}, head {neuron['head']}, neuron {neuron['neuron']}"
-    active = f"active {100 * neuron['active']:.3g} %"
+    active = f"active {100 * neuron['active']:.3g}\N{NO-BREAK SPACE}%"
     if pd.isna(neuron["index"]):
         return f"{name}: {active}"
     right = round(neuron["precision"] * neuron["top_patches"])
     return (
-        f"{name}: class {neuron['best_class']}, index {neuron['index']:.2f} (p {neuron['index_p']:.1g}), AUROC "
+        f"{name}, {neuron['best_class']}: index {neuron['index']:.2f} (p {neuron['index_p']:.1g}), AUROC "
         f"{neuron['auroc']:.2f}, {right} of {neuron['top_patches']}, {active}"
     )
 

@@ -160,7 +160,7 @@ def test_excited_patches_of_a_run(run, data_dir):
             assert np.array_equal(place.image, images[image].numpy())
             assert place.patch == of[image].argmax() and place.value == pytest.approx(of[image].max(), rel=1e-4)
             assert place.class_name == f"class {labels[image]}"
-        assert f"level {row['level']}, head 2, neuron 5: class {row['best_class']}, index" in describe(row)
+        assert f"level {row['level']}, head 2, neuron 5, {row['best_class']}: index" in describe(row)
 
 
 def test_script(run, data_dir, run_script, tmp_path):
