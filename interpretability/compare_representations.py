@@ -41,7 +41,7 @@ from training.script import run_script
 FEWEST_IMAGES = 4  # of a batch, for the unbiased estimate
 LARGEST_CELL, LARGEST_PANEL, MARGIN = 0.3, 2.75, 0.65  # inches, of a heat map's cell, side and labels
 MOST_VALUES = 15  # levels along a side that leave room for numbers in the cells
-TITLE = 96  # characters of a line
+TITLE = 96  # characters of a line as wide as the page
 TOKENS = {"mean": "the mean over patches", "read": "what the head reads", "all": "all patches side by side"}
 
 
@@ -143,8 +143,8 @@ def measure(
             bar.update(len(batch))
     if not enough:
         say(
-            f"no SVCCA: with {len(indices)} images of {largest} features it would find likeness in anything. It takes "
-            f"{IMAGES_PER_DIMENSION} images a feature, {IMAGES_PER_DIMENSION * largest} (--images, if there are)"
+            f"no SVCCA: in {len(indices)} images of {largest} features it would find likeness whatever they are. "
+            f"It takes {IMAGES_PER_DIMENSION * largest} images (--images), or fewer features (--tokens mean)"
         )
         return Similarity(cka.result(), None, None, len(indices))
     return Similarity(cka.result(), *_svcca([np.concatenate(each) for each in zip(*kept, strict=True)]), len(indices))
@@ -192,11 +192,13 @@ def draw(runs: Sequence[TrainedRun], similarity: Similarity, tokens: str) -> Fig
     pairs = [(0, 0)] if len(runs) == 1 else [(0, 0), (1, 1), (0, 1)]
     names = ["level"] if len(runs) == 1 else ["level of A", "level of B"]
     measures = ["linear CKA"] + ["SVCCA (mean correlation)"] * (similarity.svcca is not None)
-    lines = _caption(runs, similarity, tokens)
-    sides = [min(LARGEST_PANEL, LARGEST_CELL * (parts[row].stop - parts[row].start)) for row, _ in pairs]
-    figure = new_figure(PAGE, sum(sides) + MARGIN * len(pairs) + 0.15 * len(lines))
+    width = PAGE * (1 if len(measures) == 2 else 0.6)
+    lines = _caption(runs, similarity, tokens, columns=int(TITLE * width / PAGE))
+    counts = [part.stop - part.start for part in parts]
+    heights = [counts[a] * min(LARGEST_CELL, LARGEST_PANEL / max(counts[a], counts[b])) for a, b in pairs]
+    figure = new_figure(width, sum(heights) + MARGIN * len(pairs) + 0.15 * len(lines))
     figure.suptitle("\n".join(lines), x=0.01, ha="left")
-    axes = figure.subplots(len(pairs), len(measures), squeeze=False, height_ratios=sides)
+    axes = figure.subplots(len(pairs), len(measures), squeeze=False, height_ratios=heights)
     for (row, column), line in zip(pairs, axes, strict=True):
         block = similarity.block(parts[row], parts[column])
         for ax, values in zip(line, (block.cka, block.svcca), strict=False):
@@ -229,7 +231,7 @@ def number(value: float) -> str:
     return "1" if value >= 0.995 else f"{value:.2f}".replace("0.", ".").replace("-.00", ".00")
 
 
-def _caption(runs: Sequence[TrainedRun], similarity: Similarity, tokens: str) -> list[str]:
+def _caption(runs: Sequence[TrainedRun], similarity: Similarity, tokens: str, columns: int) -> list[str]:
     titles = [title_of_run(run) for run in runs]
     if len(runs) == 2:
         titles = [f"A: {titles[0]}", f"B: {titles[1]}"]
@@ -239,7 +241,7 @@ def _caption(runs: Sequence[TrainedRun], similarity: Similarity, tokens: str) ->
         text += f" With the images of one side shuffled, SVCCA is at most {np.nanmax(similarity.shuffled):.2f}."
     if np.isnan(similarity.cka).any():
         text += " No value: the features are the same for all images."
-    return [part for line in (*titles, text) for part in textwrap.wrap(line, TITLE)]
+    return [part for line in (*titles, text) for part in textwrap.wrap(line, columns)]
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ A probe finds what is there in a form that a line can part; whether the model us
 trained on images that the model has seen and fits better than new ones, which makes them a little worse on test images
 than probes of held-out images would be. Level 0 is the embedding of the patches, and a transformer's class token is
 there the same for all images; see interpretability/features.py.
-Intervals are 95 % (Wilson), for the draw of test images alone: the same run, no other seeds. Writes probe.png, .svg and
-.csv into the run's folder in interpretability_results/.
+Intervals are 95 % (Wilson), for the draw of test images alone: the same run, no other seeds. Writes a figure (PNG and
+SVG) and a table (CSV) into the run's folder in interpretability_results/.
 
     python interpretability/probe.py --run runs/v2_cifar10/seed0
     python interpretability/probe.py --run runs/vit_tiny_cifar10/seed0 --tokens mean --train-images 10000

@@ -15,7 +15,7 @@ from pictures import check_picture
 from scipy.linalg import subspace_angles
 from torch import nn
 
-from interpretability.compare_representations import draw_images, draw_matrix, measure, number
+from interpretability.compare_representations import Similarity, draw, draw_images, draw_matrix, measure, number
 from interpretability.features import images_per_pass, level_features
 from interpretability.similarity import MiniBatchCKA, gram, main_directions, svcca, unbiased_hsic
 from interpretability.trained import TrainedRun
@@ -279,6 +279,24 @@ def test_mini_batches_and_passes_do_not_change_what_is_measured(runs, data_dir, 
     assert not np.allclose(measured.cka, measure([run], order).cka, atol=1e-3)  # of one batch
 
 
+def test_panels(runs, data_dir, rng):
+    """A row for each run and one for the two: which values, and which levels they are said to be of."""
+    opened = [TrainedRun(run, data_dir, "cpu") for run in runs[:2]]  # of 4 and 3 levels, the embedding counted
+    cka, svcca_values = rng.uniform(size=(2, 7, 7))
+    figure = draw(opened, Similarity(cka, svcca_values, svcca_values / 2, 40), "the mean over patches")
+    panels = [ax for ax in figure.axes if ax.texts]
+    rows, columns = (slice(0, 4), slice(4, 7), slice(0, 4)), (slice(0, 4), slice(4, 7), slice(4, 7))
+    for k, ax in enumerate(panels):
+        values = (cka, svcca_values)[k % 2][rows[k // 2], columns[k // 2]]
+        assert np.array_equal(ax.images[0].get_array(), values)
+        assert [text.get_text() for text in ax.texts] == [number(value) for value in values.flat]
+        assert ax.get_ylabel() == f"level of {'ABA'[k // 2]}" and ax.get_xlabel() == f"level of {'ABB'[k // 2]}"
+    assert len(panels) == 6 and [ax.get_title() for ax in panels[:2]] == ["linear CKA", "SVCCA (mean correlation)"]
+    title = figure.get_suptitle()
+    assert "A: bdh, seed 0\nB: vit, seed 0\n40 test images" in title
+    assert f"at most {svcca_values.max() / 2:.2f}" in title.replace("\n", " ")
+
+
 def test_one_run_and_a_checkpoint_of_it(runs, call_script, data_dir, tmp_path):
     first = runs[0] / "epoch_000.pt"
     here = ["--data-dir", data_dir, "--output-dir", "out"]
@@ -292,7 +310,7 @@ def test_one_run_and_a_checkpoint_of_it(runs, call_script, data_dir, tmp_path):
 def test_too_few_images_for_svcca(runs, call_script, data_dir, tmp_path, capsys):
     here = ["--run", runs[1], "--data-dir", data_dir, "--output-dir", "out"]
     assert call_script(SCRIPT, *here, "--images", 39, "--tokens", "read") == 0
-    assert "no SVCCA: with 39 images of 8 features" in capsys.readouterr().out
+    assert "no SVCCA: in 39 images of 8 features" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "out/vit_seed0/representations.csv")
     assert "svcca" not in table and (table.images == 39).all()
     assert table.cka.isna().sum() == 5  # level 0 of the class token with all three levels, both ways
