@@ -1,253 +1,173 @@
-"""Where a patch looks: attention from one patch to all others, at the first, middle and last level of a trained model.
+"""Where a patch looks: attention from one patch of an image to all patches, level by level, of a trained model.
 
-Draws test images, one a row, with the mean over heads of the attention that the patch's query gives to every patch.
-BDH's raw scores are signed, and the LN after the product (in v1 and v2) divides each query's scale out, so that how
-large they are says nothing across panels: each has a colour scale of its own, centred on 0. That LN acts in each head,
-so a head with large scores weighs more in the mean drawn than in the model. Softmax weights of a query sum to 1, so the
-panels of a level share a scale.
+By default the scores as they multiply x in the model: BDH's are raw and signed, so that a patch may be subtracted; each
+map has its own scale, centred on 0, for the LN after the product (in v1 and v2) divides each query's scale out, in
+each head. A head with large scores weighs more in their mean than in the model: `--show shares` divides each head's
+magnitudes by their sum first, which makes them comparable with the softmax weights of a ViT, shares from the start.
+And `--show rollout` follows the shares through the levels (arXiv 2005.00928). Of segmentation models it shows the
+classes of the patch, not of the image.
 
     python interpretability/visualize_attention.py
-    python interpretability/visualize_attention.py --run runs/v2_cifar10/seed0 --patch 2 5 --indices 3 17
+    python interpretability/visualize_attention.py --run runs/v2_cifar10/seed0 --patch 2 5 --indices 3 17 --per-head
+    python interpretability/visualize_attention.py --run runs/v2_cifar10/seed0 --versus runs/vit_tiny_cifar10/seed0
+    python interpretability/visualize_attention.py --run runs/bdh_unet/seed0 --patch 30 24 --animate gif
 """
 
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from torch import Tensor, nn
-
-from interpretability.adapters import adapter_of
-from interpretability.recorder import record
-from interpretability.trained import latest_run
-from models import build_config
-from training.augment import normalise
+from analysis.figures import save_figure
+from interpretability.attention_figures import View, animate, check_writer, draw
+from interpretability.attention_maps import Patch, Show, look_at
+from interpretability.trained import RunChoice, TrainedRun, check_same_images, open_run
+from models.vision_bdh import Grid
 from training.config import ROOT, UserError
-from training.data import DataSet, load_dataset
-from training.folder import read_images
-from training.masks import CLASSES
-from training.runs import load_model
 from training.script import run_script
 
-PANEL_INCHES = 1.9
-DPI = 200
+N_IMAGES = 4
+LONGEST_NAME = 240  # characters: file systems allow names of 255 bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(RunChoice):
     """What to draw."""
 
-    run: Path | None = None
-    """folder of one run, such as runs/v2_cifar10/seed0; default: the most recent finished run in runs/"""
+    versus: Path | None = None
+    """another run on the same data set, whose attention is drawn beside it"""
     patch: tuple[int, int] | None = None
     """row and column of the patch that looks, from 0; default: the centre"""
-    images: int = 4
-    """number of test images, from the first on"""
+    levels: tuple[int, ...] | None = None
+    """of these levels, counted from 1; default: the first, the middle and the last, all with --animate"""
+    all_levels: bool = False
+    """of all levels"""
+    show: Show = "scores"
+    """scores as they enter the model; shares of their absolute sum; or rollout of these over the levels"""
+    per_head: bool = False
+    """each head by itself, instead of the mean over heads"""
+    images: int | None = None
+    """number of test images, at equal distances over the test set; default: 4; half with --per-head or --versus"""
     indices: tuple[int, ...] | None = None
     """these test images instead, by their place in the test set, from 0"""
+    animate: Literal["gif", "mp4"] | None = None
+    """also an animation, a second a level; mp4 needs the program ffmpeg"""
     output_dir: Path = ROOT / "attention_maps"
-    """folder of the picture"""
-    data_dir: Path | None = None
-    """folder that holds data_cifar10 and the like; default: $VISION_BDH_DATA, else beside the scripts"""
+    """the pictures go into a folder of the run's name in it"""
 
 
-@dataclass(frozen=True)
-class Maps:
-    """What is drawn of one model. B images, G patches along a side."""
+def visualize(run: Path, output: Path) -> Path:
+    """Draws what the centre patch attends to in a finished run into the folder output; returns the picture.
 
-    probabilities: Tensor
-    """(B, classes), what the model predicts"""
-    attention: dict[int, Tensor]
-    """by level, from 0: (B, G, G), mean over heads of what the patch's query gives to each patch"""
-    n_levels: int
-    n_heads: int
-    signed: bool
-    """whether attention may be negative: raw scores instead of softmax weights"""
-
-
-def visualize(
-    run: Path,
-    output: Path,
-    patch: tuple[int, int] | None = None,
-    images: int = 4,
-    indices: Sequence[int] | None = None,
-    data_dir: Path | None = None,
-) -> Path:
-    """Draws the attention maps of a run into the folder output; returns the picture.
-
-    patch: row and column, None for the centre. images: so many of the first test images, unless indices names others.
-    data_dir: as in training. Raises UserError for a folder that is no run, a patch or an image that is not there.
+    Raises UserError for a folder that is no run of a model whose attention can be shown.
     """
-    model, config = load_model(run)
-    sizes, train = build_config(config["model_class"], config["config"]["model"]), config["config"]["train"]
-    try:
-        adapter_of(model)
-    except TypeError as error:
-        raise UserError(f"the attention of {run} cannot be shown: {error}") from None
-    if not hasattr(sizes, "patch_size"):
-        raise UserError(f"the attention of {run} cannot be shown: its model reads no images")
-    if train["dataset"] in CLASSES:
-        raise UserError(f"{run} labels pixels, and this draws images with one class: see interpretability/predict.py")
-    grid = sizes.img_size // sizes.patch_size
-    patch = _check_patch(patch, grid)
-    dataset = load_dataset(train["dataset"], data_dir, sizes.img_size, sizes.in_channels)
-    chosen = _check_indices(range(images) if indices is None else indices, len(dataset.test_labels))
-
-    maps = attention_maps(model, torch.from_numpy(read_images(dataset.test_images[chosen])), patch, grid)
-    title = f"{config['experiment'].replace('+', ', ')}, seed {train['seed']}"
-    figure = draw(maps, dataset, chosen, patch, sizes.patch_size, title)
-    experiment = config["experiment"][:200]  # file systems allow names of 255 bytes
-    path = output / f"attention_{experiment}_seed{train['seed']}_patch{patch[0]}-{patch[1]}.png"
-    output.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
-    return path
+    return write_pictures([TrainedRun(run)], Options(), output)[0]
 
 
-@torch.no_grad()
-def attention_maps(model: nn.Module, images: Tensor, patch: tuple[int, int], grid: int) -> Maps:
-    """One forward pass, looked into. images: (B, C, img_size, img_size) uint8; patch: row and column."""
-    probe = adapter_of(model)
-    levels = show_levels(probe.n_levels)
-    with record(model, levels=levels) as trace:
-        probabilities = model(normalise(images)).softmax(-1)
-    query = patch[0] * grid + patch[1]
-    attention = {}
-    for level in levels:
-        scores = trace.scores(level, patches_only=True)  # (B, H, T, T)
-        attention[level] = scores[:, :, query].mean(1).unflatten(-1, (grid, grid))
-        n_heads = scores.shape[1]
-    return Maps(probabilities, attention, probe.n_levels, n_heads, probe.signed)
+def write_pictures(runs: Sequence[TrainedRun], options: Options, folder: Path) -> list[Path]:
+    """The figure of one run or of two, and the animation where asked for. Returns the files, the PNG first.
+
+    Raises UserError for what is not there: a patch, a level, an image, a program.
+    """
+    if options.show == "rollout" and options.per_head:
+        raise UserError("a rollout is made of the mean over heads: leave out --per-head, or use --show shares")
+    if options.animate:
+        check_writer(options.animate)
+    patch = chosen_patch(options.patch, runs[0].grid)
+    indices = chosen_images(runs[0], options)
+    still = [chosen_levels(run.adapter.n_levels, options) for run in runs]
+    moving = still if options.levels else [list(range(run.adapter.n_levels)) for run in runs]
+    views = [
+        look(run, name, same_place(patch, runs[0].grid, run.grid), levels, indices, options)
+        for run, name, levels in zip(runs, short_names(runs), moving if options.animate else still, strict=True)
+    ]
+    name = f"attention_{options.show}{'_per_head' * options.per_head}_patch{patch[0]}-{patch[1]}"
+    name = "_versus_".join([name, *(run.stem for run in runs[1:])])[:LONGEST_NAME]
+    figure = draw([view.of(levels) for view, levels in zip(views, still, strict=True)])
+    paths = [*save_figure(figure, folder / f"{name}.png")]
+    if options.animate:
+        paths.append(folder / f"{name}.{options.animate}")
+        animate(views, paths[-1])
+    return paths
 
 
-def show_levels(n_levels: int) -> list[int]:
-    """First, middle and last, from 0, without repeats where there are fewer than three."""
-    return sorted({0, n_levels // 2, n_levels - 1})
+def look(
+    run: TrainedRun, name: str, patch: Patch, levels: Sequence[int], indices: Sequence[int], options: Options
+) -> View:
+    """What a run attends to in these images. levels: from 0."""
+    looks = [look_at(run, index, patch, levels, options.show, options.per_head) for index in indices]
+    return View(run, name, patch, options.show, options.per_head, indices, looks)
 
 
-def draw(
-    maps: Maps, dataset: DataSet, chosen: list[int], patch: tuple[int, int], patch_size: int, title: str
-) -> Figure:
-    """One row an image: the image with the patch outlined, then a panel a level. Shared scales stand in a last row."""
-    rows, columns = len(chosen), 1 + len(maps.attention)
-    width = PANEL_INCHES * columns + (0.55 * (columns - 1) if maps.signed else 0.3)
-    lines = _caption(maps, patch, title, columns=int(width * 14))
-    height = rows * (PANEL_INCHES + 0.35) + 0.16 * len(lines) + (0.2 if maps.signed else 0.6)
-    figure = Figure((width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.05, h_pad=0.05)
-    figure.suptitle("\n".join(lines), fontsize=8.5, x=0.01, ha="left")
-    shared = [] if maps.signed else [0.06]
-    axes = figure.subplots(rows + len(shared), columns, squeeze=False, height_ratios=[1] * rows + shared)
-    for row, index in enumerate(chosen):
-        _draw_image(axes[row, 0], dataset.test_images[index], patch, patch_size)
-        axes[row, 0].set_title(_classes(dataset, index, maps.probabilities[row]), fontsize=8)
-    for column, (level, attention) in enumerate(maps.attention.items(), start=1):
-        axes[0, column].set_title(_level_name(level, maps.n_levels), fontsize=8)
-        if maps.signed:
-            _draw_signed(axes[:, column], attention.numpy(), patch)
-        else:
-            _draw_weights(axes[:, column], attention.numpy(), patch)
-    if shared:
-        axes[-1, 0].set_axis_off()
-    return figure
+# ---------------------------------------------------------------------------- what was asked for
 
 
-def _draw_image(ax: Axes, image: np.ndarray, patch: tuple[int, int], patch_size: int) -> None:
-    """image: (C, H, W) uint8 with 1 or 3 channels."""
-    ax.imshow(image.transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=255)
-    _outline(ax, patch, patch_size)
+def open_runs(options: Options) -> list[TrainedRun]:
+    """One, or two that were tested with the same images. Raises UserError where they were not."""
+    runs = [open_run(options)]
+    if options.versus:
+        runs.append(TrainedRun(options.versus, options.data_dir, options.device))
+        check_same_images(*runs)
+    return runs
 
 
-def _draw_signed(column: Sequence[Axes], attention: np.ndarray, patch: tuple[int, int]) -> None:
-    """Raw scores of one level, each panel with its scale beside it. attention: (B, G, G); column: B axes."""
-    for ax, values in zip(column, attention, strict=True):
-        limit = np.abs(values).max() or 1.0
-        picture = ax.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit)
-        _outline(ax, patch, 1)
-        bar = ax.figure.colorbar(picture, ax=ax, fraction=0.05, pad=0.03, ticks=[-limit, 0, limit], format="{x:.2g}")
-        bar.ax.tick_params(labelsize=7)
+def short_names(runs: Sequence[TrainedRun]) -> list[str]:
+    """What tells several runs apart: their experiments, or letters. None for one alone."""
+    if len(runs) == 1:
+        return [""]
+    names = [run.config["experiment"].partition("+")[0] for run in runs]
+    return names if len(set(names)) == len(names) else [f"run {letter}" for letter in "AB"]
 
 
-def _draw_weights(column: Sequence[Axes], attention: np.ndarray, patch: tuple[int, int]) -> None:
-    """Softmax weights of one level on one scale. attention: (B, G, G); column: B axes and that of the scale."""
-    limit = attention.max()
-    for ax, values in zip(column[:-1], attention, strict=True):
-        picture = ax.imshow(values, cmap="viridis", vmin=0, vmax=limit)
-        _outline(ax, patch, 1)
-    bar = column[0].figure.colorbar(picture, cax=column[-1], location="bottom", ticks=[0, limit / 2, limit])
-    bar.ax.set_xticklabels(["0", f"{limit / 2:.2g}", f"{limit:.2g}"])
-    bar.ax.tick_params(labelsize=7)
-    bar.set_label("attention weight", fontsize=7)
-
-
-def _outline(ax: Axes, patch: tuple[int, int], side: int) -> None:
-    """A frame around the patch, dark in light so that it shows on any ground, and no ticks."""
-    corner = (patch[1] * side - 0.5, patch[0] * side - 0.5)
-    for color, width in (("white", 2.6), ("black", 1.1)):
-        ax.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=color, linewidth=width, clip_on=False))
-    ax.set_xticks([])
-    ax.set_yticks([])
-
-
-def _caption(maps: Maps, patch: tuple[int, int], title: str, columns: int) -> list[str]:
-    heads = "1 head" if maps.n_heads == 1 else f"mean over {maps.n_heads} heads"
-    if maps.signed:
-        scale = "Raw scores, which may be negative; each panel has its own scale, centred on 0."
-    else:
-        scale = "Softmax weights; the panels of a level share one scale, from 0."
-    said = f"Attention from the outlined patch (row {patch[0]}, column {patch[1]}) to all patches, {heads}."
-    return [line for text in (title, f"{said} {scale}") for line in textwrap.wrap(text, columns)]
-
-
-def _classes(dataset: DataSet, index: int, probabilities: Tensor) -> str:
-    probability, predicted = probabilities.max(-1)
-    names = dataset.class_names
-    return f"true: {names[dataset.test_labels[index]]}\npredicted: {names[predicted]} ({probability:.0%})"
-
-
-def _level_name(level: int, n_levels: int) -> str:
-    place = {0: "first", n_levels - 1: "last"}.get(level, "middle")
-    return f"level {level + 1} of {n_levels}" + (f" ({place})" if n_levels > 1 else "")
-
-
-def _check_patch(patch: tuple[int, int] | None, grid: int) -> tuple[int, int]:
+def chosen_patch(patch: Patch | None, grid: Grid) -> Patch:
+    """The centre by default. grid: rows and columns."""
     if patch is None:
-        return grid // 2, grid // 2
-    if not all(0 <= place < grid for place in patch):
+        return grid[0] // 2, grid[1] // 2
+    if not all(0 <= place < size for place, size in zip(patch, grid, strict=True)):
         raise UserError(
-            f"--patch {patch[0]} {patch[1]} is outside the grid of {grid} x {grid} patches: "
-            f"give a row and a column from 0 to {grid - 1}"
+            f"--patch {patch[0]} {patch[1]} is outside the grid of {grid[0]} x {grid[1]} patches: "
+            f"give a row from 0 to {grid[0] - 1} and a column from 0 to {grid[1] - 1}"
         )
     return patch
 
 
-def _check_indices(indices: Sequence[int], n_images: int) -> list[int]:
-    if not indices:
-        raise UserError("there is no image to draw: give --images 1 or more, or --indices")
-    for index in indices:
-        if not 0 <= index < n_images:
-            raise UserError(f"there is no test image {index}: the test set has {n_images}, numbered from 0")
-    return list(indices)
+def same_place(patch: Patch, grid: Grid, other: Grid) -> Patch:
+    """The patch of another grid in which the centre of the patch lies."""
+    return tuple(int((place + 0.5) / size * sizes) for place, size, sizes in zip(patch, grid, other, strict=True))
+
+
+def chosen_levels(n_levels: int, options: Options) -> list[int]:
+    """From 0, in order."""
+    if options.all_levels and options.levels is not None:
+        raise UserError("give --levels or --all-levels, not both")
+    if options.all_levels:
+        return list(range(n_levels))
+    if options.levels is None:
+        return sorted({0, n_levels // 2, n_levels - 1})
+    for level in options.levels:
+        if not 1 <= level <= n_levels:
+            raise UserError(f"there is no level {level}: the model has {n_levels}, numbered from 1")
+    if not options.levels:
+        raise UserError("there is no level to draw: name some after --levels")
+    return sorted({level - 1 for level in options.levels})
+
+
+def chosen_images(run: TrainedRun, options: Options) -> list[int]:
+    if options.indices is None:
+        default = N_IMAGES // (1 + options.per_head) // (2 if options.versus else 1)  # what fits a page
+        return run.spread(default if options.images is None else options.images)
+    if not options.indices:
+        raise UserError("there is no image to look at: name some after --indices")
+    return list(options.indices)
 
 
 def main(options: Options) -> None:
-    run = options.run or latest_run(ROOT / "runs")
-    path = visualize(
-        run,
-        options.output_dir,
-        patch=options.patch,
-        images=options.images,
-        indices=options.indices,
-        data_dir=options.data_dir,
-    )
-    print(f"{run}\n-> {path}")
+    runs = open_runs(options)
+    paths = write_pictures(runs, options, options.output_dir / runs[0].stem)
+    print(f"{' versus '.join(str(run.checkpoint) for run in runs)}\n-> " + "\n   ".join(map(str, paths)))
 
 
 if __name__ == "__main__":

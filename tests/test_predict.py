@@ -277,11 +277,6 @@ def test_a_run_that_does_not_label_pixels(call, run, trained, experiment, capsys
     assert "does not label pixels" in capsys.readouterr().err
 
 
-def test_attention_maps_of_a_segmentation_run_point_here(run, call_script, tmp_path, capsys):
-    assert call_script("interpretability/visualize_attention.py", "--run", run, "--output-dir", tmp_path / "maps") == 1
-    assert "interpretability/predict.py" in capsys.readouterr().err
-
-
 def test_a_long_name(run, trained, tmp_path, call_script):
     name = "unet+" + "+".join(f"field_{index}=1" for index in range(20))
     copy = tmp_path / "long" / "seed0"
