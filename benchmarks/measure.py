@@ -8,9 +8,20 @@ from typing import Literal, TypeVar
 import numpy as np
 import torch
 
+from training.device import describe_hardware
+
 Precision = Literal["float32", "tf32", "bf16"]
 S, T = TypeVar("S"), TypeVar("T")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes lines of its own at every start and stop
+
+
+def machine_of(device: torch.device) -> tuple[str, str]:
+    """What was measured on, for names of files ("cpu_2threads") and in words; the words name PyTorch's version, too."""
+    about = describe_hardware(device)
+    words = f"{about['name']}, PyTorch {torch.__version__}"
+    if "threads" in about:
+        return f"{device.type}_{about['threads']}threads", f"{about['threads']} threads of {words}"
+    return "_".join(about["name"].lower().split()), words
 
 
 def in_turns(sides: dict[str, S], run: Callable[[S], T], repeats: int, warm_up: float = 0.0) -> dict[str, list[T]]:

@@ -15,24 +15,30 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.nn.functional as F
 import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from benchmarks.measure import Precision, in_turns, seconds_of, spread, step_memory_mb
-from models.bdh import StepWeights, layer_norm
-from models.rotary import Tables, rope
-from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
+from benchmarks.training_steps import (
+    Batch,
+    StackedReference,
+    fast_model,
+    in_full,
+    recomputing_model,
+    training_step,
+)
+from models.vision_bdh import VisionBDHConfig, v2_config
 from training.device import (
     describe_hardware,
     pick_device,
@@ -66,43 +72,10 @@ class Options:
     """print the table"""
 
 
-class StackedReference(VisionBDH):
-    """The step as first written: x broadcast over the stacked weights, one autograd node an operation."""
-
-    def update(self, x: Tensor, weights: StepWeights, tables: Tables, products: StepWeights | None = None) -> Tensor:
-        x = x.unsqueeze(1)  # (B, 1, T, D)
-        x_sparse = F.relu(x @ weights.encoder)  # (B, H, T, N)
-        q = rope(x_sparse, tables.cos, tables.sin)
-        a = layer_norm((q @ q.mT) @ x)
-        y_sparse = F.relu(a @ weights.encoder_v)
-        gated = F.dropout(x_sparse * y_sparse, self.config.dropout, self.training)
-        return layer_norm(gated.transpose(1, 2).flatten(-2) @ weights.decoder)
-
-
-def training_step(
-    cls: type[VisionBDH], options: Options, precision: Precision, compiled: bool = False, recompute: bool = False
-) -> Callable[[], None]:
-    """A whole step as fit() makes it: forward, loss, backward, clip, AdamW."""
-    device = pick_device(options.device)
-    autocast = set_precision(precision, device)
-    torch.manual_seed(0)
-    model = cls(v2_config()).to(device)
-    model.recompute = recompute
-    forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=device.type in ("cpu", "cuda"))
+def constant_batch(options: Options, device: torch.device) -> Iterator[Batch]:
+    """The same random images at every step: this benchmark is about the model."""
     images = torch.randn(options.batch_size, 3, 32, 32, device=device)
-    labels = torch.randint(0, 10, (options.batch_size,), device=device)
-
-    def step() -> None:
-        with autocast:
-            loss = F.cross_entropy(forward(images).float(), labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        synchronize(device)
-
-    return step
+    return repeat((images, torch.randint(0, 10, (options.batch_size,), device=device)))
 
 
 def products_alone(config: VisionBDHConfig, options: Options, precision: Precision) -> Callable[[], None]:
@@ -150,15 +123,16 @@ def measure(options: Options, tuned: bool) -> list[dict]:
     allocation = {True: "tuned", False: "as it comes"}[tuned] if device.type == "cpu" else "PyTorch's"
     rows = []
     for precision in options.precisions:
-        sides = {
-            "reference": training_step(StackedReference, options, precision),
-            "fast": training_step(VisionBDH, options, precision),
-            "fast, --recompute": training_step(VisionBDH, options, precision, recompute=True),
-            "products alone": products_alone(v2_config(), options, precision),
-        }
-        if options.compile:
-            sides["reference, compiled"] = training_step(StackedReference, options, precision, compiled=True)
-            sides["plain, compiled"] = training_step(VisionBDH, options, precision, compiled=True)
+        builders = {"reference": StackedReference, "fast": fast_model, "fast, --recompute": recomputing_model}
+        compiled = {"reference, compiled": StackedReference, "plain, compiled": fast_model} if options.compile else {}
+        sides = {}
+        for side, build in (builders | compiled).items():
+            torch.manual_seed(0)
+            step = training_step(
+                build(v2_config()), constant_batch(options, device), precision, device, compiled=side in compiled
+            )
+            sides[side] = in_full(step, 1, device)
+        sides["products alone"] = products_alone(v2_config(), options, precision)
         memory = {side: step_memory_mb(step, device) for side, step in sides.items()}  # these steps warm up, too
         for side, times in in_turns(sides, seconds_of, options.repeats).items():
             row = {"device": device.type, "allocation": allocation, "precision": precision, "side": side}

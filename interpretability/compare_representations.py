@@ -144,7 +144,9 @@ def measure(
     if not enough:
         say(
             f"no SVCCA: in {len(indices)} images of {largest} features it would find likeness whatever they are. "
-            f"It takes {IMAGES_PER_DIMENSION * largest} images (--images), or fewer features (--tokens mean)"
+            f"It takes {IMAGES_PER_DIMENSION * largest} images (--images)"
+            + ", or fewer features (--tokens mean)"
+            * (tokens == "all")
         )
         return Similarity(cka.result(), None, None, len(indices))
     return Similarity(cka.result(), *_svcca([np.concatenate(each) for each in zip(*kept, strict=True)]), len(indices))

@@ -393,13 +393,13 @@ def test_deit_scores(deit):
         tokens = 1 + (32 // side) ** 2
         assert trace.scores(level).shape == (2, 3, tokens, tokens)
         assert torch.allclose(trace.scores(level).double(), expected, atol=2e-5)
-        assert torch.equal(trace.scores(level, patches_only=True), trace.scores(level)[:, :, 1:, 1:])
+        torch.testing.assert_close(trace.scores(level, patches_only=True), trace.scores(level)[:, :, 1:, 1:])
         assert expected.std() > 0.1 / tokens  # not uniform
-    assert not trace.probe.signed and trace.probe.n_levels == 12
+    assert not trace.adapter.signed and trace.adapter.n_levels == 12
 
 
-def test_a_convolutional_network_has_no_probe():
-    with pytest.raises(TypeError, match="ResNet20 has no probe"), record(resnet20()):
+def test_a_convolutional_network_has_no_levels_to_record():
+    with pytest.raises(TypeError, match="ResNet20 cannot be looked into"), record(resnet20()):
         pass
 
 

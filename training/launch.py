@@ -30,7 +30,7 @@ def launch_experiment(experiment: Experiment) -> Path:
     except UserError as error:
         exit_with(str(error), 1)
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         exit_with(
             "the device's memory is full: try a smaller --batch-size with a larger --grad-accum (their product is what "
@@ -70,7 +70,7 @@ def show_summary(experiment: Experiment, summary: dict[str, Any]) -> None:
     print(f"run: {experiment.folder}")
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether it says so: CUDA's has a class of its own, the CPU's and MPS's only their words."""
     words = ("out of memory", "can't allocate memory")
     return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)

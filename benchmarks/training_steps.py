@@ -1,0 +1,99 @@
+"""Whole training steps of any model, as fit() makes them; and the plain BDH step that others are held against."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.measure import Precision
+from models.bdh import StepWeights, layer_norm
+from models.rotary import Tables, rope
+from models.vision_bdh import VisionBDH, VisionBDHConfig
+from training.config import ClassificationConfig
+from training.data import DataSet, ImageBatches, Split
+from training.device import set_precision, synchronize
+
+Batch = tuple[Tensor, Tensor]  # images as the model reads them, (B, C, height, width), and labels (B,)
+
+
+class StackedReference(VisionBDH):
+    """The step as first written: x broadcast over the stacked weights, one autograd node an operation."""
+
+    def update(self, x: Tensor, weights: StepWeights, tables: Tables, products: StepWeights | None = None) -> Tensor:
+        x = x.unsqueeze(1)  # (B, 1, T, D)
+        x_sparse = F.relu(x @ weights.encoder)  # (B, H, T, N)
+        q = rope(x_sparse, tables.cos, tables.sin)
+        a = layer_norm((q @ q.mT) @ x)
+        y_sparse = F.relu(a @ weights.encoder_v)
+        gated = F.dropout(x_sparse * y_sparse, self.config.dropout, self.training)
+        return layer_norm(gated.transpose(1, 2).flatten(-2) @ weights.decoder)
+
+
+def fast_model(config: VisionBDHConfig) -> VisionBDH:
+    return config.build()
+
+
+def recomputing_model(config: VisionBDHConfig) -> VisionBDH:
+    """As --recompute makes it."""
+    model = config.build()
+    model.recompute = True
+    return model
+
+
+def training_step(
+    model: nn.Module, batches: Iterator[Batch], precision: Precision, device: torch.device, compiled: bool = False
+) -> Callable[[], Tensor]:
+    """A step on the next batch: forward, loss, backward, clip, AdamW at the protocol's rate. Gives the loss, detached.
+
+    The model is moved to the device. The step does not wait for the device.
+    """
+    autocast = set_precision(precision, device)
+    model = model.to(device)
+    forward = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=device.type in ("cpu", "cuda"))
+
+    def step() -> Tensor:
+        images, labels = next(batches)
+        with autocast:
+            loss = F.cross_entropy(forward(images).float(), labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def in_full(step: Callable[[], Tensor], n_steps: int, device: torch.device) -> Callable[[], None]:
+    """So many steps, and waiting until the device has made them."""
+
+    def steps() -> None:
+        for _ in range(n_steps):
+            step()
+        synchronize(device)
+
+    return steps
+
+
+def made_up_batches(batch_size: int, img_size: int, n_classes: int, device: torch.device) -> Iterator[Batch]:
+    """Random images without end, on the device as uint8 and cropped and flipped there, as training does with CIFAR."""
+    rng, n = np.random.default_rng(0), 16 * batch_size
+    images = rng.integers(256, size=(n + 1, 3, img_size, img_size), dtype=np.uint8)
+    data = DataSet("made up", images, rng.integers(n_classes, size=n + 1), images[:0], np.zeros(0, np.int64), ())
+    config = ClassificationConfig(
+        dataset="cifar10",
+        epochs=1,
+        batch_size=batch_size,
+        learning_rate=1e-4,
+        weight_decay=0.05,
+        crop_scale_min=0.8,
+        horizontal_flip=True,
+    )
+    split = Split(train=np.arange(n), val=np.array([n]))  # a whole number of batches
+    batches, epoch = ImageBatches(data, split, config, batch_size, device), 0
+    while True:
+        yield from batches.train_batches(epoch)
+        epoch += 1

@@ -1,0 +1,177 @@
+"""The speed benchmarks at a tiny size: what they count, their ratios, their files; never how fast anything is."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import scaling, train_speed
+from benchmarks.training_steps import (
+    StackedReference,
+    fast_model,
+    made_up_batches,
+    recomputing_model,
+    training_step,
+)
+from models.vision_bdh import v2_config
+
+CPU = torch.device("cpu")
+TINY = dict(patch_size=8, n_layer=2, n_embd=24, n_head=2, mlp_internal_dim_multiplier=4)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_sides_train_alike():
+    """Thirty steps from the same weights on the same images: losses of all implementations agree, and weights move."""
+    losses, moved = {}, []
+    for build in (StackedReference, fast_model, recomputing_model):
+        torch.manual_seed(3)
+        model = build(v2_config(**TINY, dropout=0.0)).double()
+        batches = made_up_batches(8, img_size=32, n_classes=10, device=CPU)
+        batches = ((images.double(), labels) for images, labels in batches)
+        step = training_step(model, batches, "float32", CPU)
+        before = model.encoder.detach().clone()
+        losses[build] = np.array([float(step()) for _ in range(30)])
+        moved.append(model.encoder.detach() - before)
+    assert moved[0].abs().mean() > 2e-4  # 30 steps of 1e-4, whose signs change with the images
+    for each, difference in zip(losses.values(), moved, strict=True):
+        np.testing.assert_allclose(each, losses[StackedReference], rtol=1e-6)  # losses are taken in float32
+        torch.testing.assert_close(difference, moved[0], rtol=1e-6, atol=1e-7)
+
+
+def test_made_up_batches_are_full_and_augmented():
+    batches = made_up_batches(6, img_size=8, n_classes=3, device=CPU)
+    seen = [next(batches) for _ in range(40)]  # over more than two epochs
+    assert {images.shape for images, _ in seen} == {(6, 3, 8, 8)}
+    assert {int(label) for _, labels in seen for label in labels} == {0, 1, 2}
+    assert not any(torch.equal(seen[k][0], seen[k + 16][0]) for k in range(16))
+    assert min(images.min() for images, _ in seen) >= -1 and max(images.max() for images, _ in seen) <= 1
+
+
+def test_operations_are_those_of_the_equations():
+    """Of v2: three products with weights and two of attention a level, twice as many backward, and the ends."""
+    config = v2_config(**TINY)
+    B, T, D, N = 1, 16, 24, config.n_neurons
+    H, L, patch = 2, 2, 3 * 8 * 8
+    level = 3 * T * D * H * N + T * T * H * N + T * T * H * D
+    ends = T * patch * D + D * 10
+    forward = 2 * B * (L * level + ends)
+    # the patches need no gradient of their own input
+    expected = 3 * forward - 2 * T * patch * D
+    assert train_speed.flop_per_image(StackedReference(config)) == expected
+
+
+def test_full_size_v2_needs_what_the_documents_say():
+    assert train_speed.flop_per_image(StackedReference(v2_config())) == pytest.approx(9.2e9, rel=0.01)
+
+
+def test_ratios_are_within_a_model_and_a_precision():
+    rows = [
+        dict(model=model, precision=precision, seconds=seconds, step_memory_mb=memory)
+        for model, precision, seconds, memory in (
+            ("v2", "float32", 8.0, 100.0),
+            ("v2", "float32", 2.0, 25.0),
+            ("v2", "bf16", 3.0, None),
+            ("v2", "bf16", 1.0, 5.0),
+            ("vit_tiny", "bf16", 9.0, 1.0),
+        )
+    ]
+    ratios = train_speed.with_ratios(rows)
+    assert [row["times_faster"] for row in ratios] == [1, 4, 1, 3, 1]
+    assert [row["memory_share"] for row in ratios] == [1, 0.25, None, None, 1]
+
+
+@pytest.fixture
+def tiny_models(monkeypatch):
+    monkeypatch.setattr(train_speed, "v2_config", lambda: v2_config(**TINY))
+    monkeypatch.setattr(train_speed, "dense_tflops", lambda precision, device: 2.0)
+
+
+def test_train_speed_script(tiny_models, tmp_path, monkeypatch, capsys):
+    options = train_speed.Options(batch_size=4, repeats=2, models=("v2", "resnet20"), output_dir=tmp_path, device="cpu")
+    train_speed.main(options)
+    (table,) = tmp_path.glob("train_speed_cpu_1threads_batch4.csv")
+    rows = list(csv.DictReader(table.open()))
+    sides = ["reference", "fast", "fast, --recompute"]
+    assert [(row["precision"], row["side"]) for row in rows] == [
+        (precision, side) for precision in ("float32", "bf16") for side in [*sides, "eager"]
+    ]
+    for row in rows:
+        rate = float(row["images_per_sec"])
+        assert rate == pytest.approx(4 / float(row["seconds"]))
+        assert float(row["seconds_per_epoch"]) == pytest.approx(40_000 / rate)
+        assert float(row["tflops"]) == pytest.approx(rate * float(row["gflop_per_image"]) / 1e3)
+        assert float(row["fastest"]) <= float(row["seconds"]) <= float(row["slowest"])
+    memory = {row["side"]: float(row["step_memory_mb"]) for row in rows if row["precision"] == "float32"}
+    assert memory["fast, --recompute"] < memory["fast"] < memory["reference"]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png", ".svg"}
+    assert "images/s" in capsys.readouterr().out
+
+
+def test_exponents_of_planted_powers():
+    rng = np.random.default_rng()
+    p, c, sizes = rng.uniform(0.5, 2.5), rng.uniform(0.1, 9), [3, 8, 21, 60]
+    slope, error, factor = scaling.exponent(sizes, [c * size**p for size in sizes])
+    assert (slope, factor) == (pytest.approx(p), pytest.approx(c)) and error < 1e-6
+    noisy = [value * rng.uniform(0.8, 1.25) for value in (c * size**p for size in sizes)]
+    slope, error, _ = scaling.exponent(sizes, noisy)
+    assert error > 0.001 and abs(slope - p) < 0.6
+    assert np.isnan(scaling.exponent([1, 2], [3, 6])[1])
+
+
+def test_scaling_script(tmp_path):
+    options = scaling.Options(
+        n_embd=16,
+        n_head=2,
+        batch_sizes=(2, 4),
+        img_sizes=(8, 16),
+        multipliers=(4, 8),
+        depths=(1,),
+        base=(2, 8, 4, 1),
+        sides=("reference", "fast"),
+        precision="float32",
+        repeats=2,
+        device="cpu",
+        output_dir=tmp_path,
+    )
+    scaling.main(options)
+    rows = list(csv.DictReader((tmp_path / "scaling_cpu_1threads.csv").open()))
+    points = {(row["varied"], int(row["size"])) for row in rows}
+    assert points == {
+        ("batch_size", 2),
+        ("batch_size", 4),
+        ("tokens", 4),
+        ("tokens", 16),
+        ("neurons", 64),
+        ("neurons", 128),
+        ("n_layer", 1),
+    }
+    assert len(rows) == 2 * 7
+    fits = list(csv.DictReader((tmp_path / "scaling_cpu_1threads_exponents.csv").open()))
+    assert {fit["varied"] for fit in fits} == {"batch_size", "tokens", "neurons"}  # one depth has no slope
+    assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png", ".svg"}
+
+
+def test_sides_that_do_not_fit_are_left_out(monkeypatch, capsys):
+    def full(config):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setitem(scaling.SIDES, "reference", full)
+    sizes = dict(batch_sizes=(2,), img_sizes=(), multipliers=(), depths=(), base=(2, 8, 4, 1), n_embd=16, n_head=2)
+    rows = scaling.measure(scaling.Options(**sizes, precision="float32", repeats=1), CPU)
+    assert [row["side"] for row in rows] == ["fast", "fast, --recompute"]
+    assert "reference at batch_size = 2 is left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "script, flags, said",
+    [
+        ("benchmarks/train_speed.py", ["--repeats", 0], "must be at least 1"),
+        ("benchmarks/scaling.py", ["--sides", "slow"], "slow is none of reference, fast"),
+    ],
+)
+def test_bad_input(call_script, capsys, script, flags, said):
+    assert call_script(script, *flags, "--device", "cpu") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error
