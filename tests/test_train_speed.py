@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import scaling, train_speed
+from benchmarks import same_losses, scaling, train_speed
 from benchmarks.training_steps import (
     StackedReference,
     fast_model,
@@ -164,10 +164,32 @@ def test_sides_that_do_not_fit_are_left_out(monkeypatch, capsys):
     assert "reference at batch_size = 2 is left out" in capsys.readouterr().err
 
 
+def test_losses_side_by_side(data_dir, tmp_path, capsys):
+    """On made-up CIFAR, in both precisions; differences are taken from the plain step in float32."""
+    sizes = dict(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
+    same_losses.main(
+        same_losses.Options(**sizes, steps=8, batch_size=8, data_dir=data_dir, device="cpu", output_dir=tmp_path)
+    )
+    with (tmp_path / "same_losses_cpu_1threads_width16.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, 9))
+    losses = {side: np.array([float(row[side]) for row in rows]) for side in rows[0] if side != "step"}
+    plain = losses.pop(same_losses.PLAIN)
+    for side, values in losses.items():
+        distance = np.abs(values - plain).max()
+        assert distance <= 1e-4 if "float32" in side else 0 < distance < 2e-2, side
+    assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png", ".svg"}
+    made = {same_losses.PLAIN: np.array([2.0, 1.0]), "fast": np.array([2.5, 1.1])}
+    row = same_losses.summarise(made).set_index("side").loc["fast"]
+    assert (row["mean_last"], row["largest"], row["last_loss"]) == pytest.approx((0.3, 0.5, 1.8))
+
+
 @pytest.mark.parametrize(
     "script, flags, said",
     [
         ("benchmarks/train_speed.py", ["--repeats", 0], "must be at least 1"),
+        ("benchmarks/same_losses.py", ["--steps", 0], "must be at least 1"),
+        ("benchmarks/same_losses.py", ["--n-embd", 7], "is not a multiple of n_head"),
         ("benchmarks/scaling.py", ["--sides", "slow"], "slow is none of reference, fast"),
     ],
 )
