@@ -1,9 +1,10 @@
 """How time and memory of a training step grow with the batch, the tokens, the neurons and the depth of a Vision-BDH.
 
 Each of the four is varied alone, from v2's size on 32 x 32 images. A power law is fitted to each curve (least squares
-of the logarithms); its exponent stands in the legend, with the standard error. What theory says: time and memory are
-linear in the batch, the neurons and the depth; in the tokens, linear plus the quadratic scores, which switch to the
-other order of the attention product at T* = 2 N D / (N + D). Nothing else should run on the machine meanwhile.
+of the logarithms); its exponent stands above the panel, its standard error in the table. What theory says: time and
+memory are linear in the batch, the neurons and the depth; in the tokens, linear plus the quadratic scores, which switch
+to the other order of the attention product at T* = 2 N D / (N + D). What is held once, whatever the size (weights, what
+one slice of a batch needs), makes exponents of memory smaller. Nothing else should run on the machine meanwhile.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --n-embd 96 --n-head 4 --repeats 3 --precision float32
@@ -149,8 +150,8 @@ def exponents(rows: list[dict]) -> list[dict]:
 
 def draw(rows: list[dict], title: str) -> Figure:
     """Time above, memory below; a column for each of the four. Lines are the fitted powers."""
-    figure = new_figure(PAGE, 4.6)
-    figure.suptitle(title)
+    figure = new_figure(PAGE, 4.4)
+    figure.suptitle(f"{title}\nabove each panel: exponents of the fitted powers, in the order of the legend")
     axes = figure.subplots(2, len(VARIED), sharex="col", sharey="row")
     fits = {(fit["varied"], fit["side"], fit["of"]): fit for fit in exponents(rows)}
     for column, varied in enumerate(VARIED):
@@ -158,6 +159,8 @@ def draw(rows: list[dict], title: str) -> Figure:
         for ax, of, scale in zip(axes[:, column], ("seconds", "step_memory_mb"), (1e3, 1.0), strict=True):
             for place, side in enumerate(SIDES):
                 _draw_side(ax, [row for row in here if row["side"] == side], of, scale, place, fits)
+            shown = [fits[varied, side, of] for side in SIDES if (varied, side, of) in fits]
+            ax.set_title(", ".join(f"{fit['exponent']:.2f}" for fit in shown))
             ax.set(xscale="log", yscale="log")
             if here:
                 ticks = sorted({row["size"] for row in here})
@@ -167,16 +170,7 @@ def draw(rows: list[dict], title: str) -> Figure:
         axes[1, column].set_xlabel(VARIED[varied])
     axes[0, 0].set_ylabel("median time of a step (ms)")
     axes[1, 0].set_ylabel("peak memory of a step (MB)")
-    handles = {
-        label.partition(":")[0]: handle
-        for ax in axes.flat
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    for ax in axes.flat:
-        entries = [label.partition(": ")[2] for label in ax.get_legend_handles_labels()[1]]
-        if any(entries):
-            ax.set_title("\n".join(entry for entry in entries if entry), loc="left")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -186,9 +180,8 @@ def _draw_side(ax: Axes, rows: list[dict], of: str, scale: float, place: int, fi
         return
     side, color = rows[0]["side"], COLORS[place]
     fit = fits.get((rows[0]["varied"], side, of))
-    entry = "" if fit is None else f": {side} ~ size^{fit['exponent']:.2f}"
     sizes = np.array([row["size"] for row in rows], float)
-    ax.plot(sizes, [scale * row[of] for row in rows], "os^"[place], color=color, markersize=4, label=side + entry)
+    ax.plot(sizes, [scale * row[of] for row in rows], "os^"[place], color=color, markersize=4, label=side)
     if fit is not None:
         ax.plot(sizes, scale * fit["factor"] * sizes ** fit["exponent"], color=color, linewidth=1)
 

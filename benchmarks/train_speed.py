@@ -184,6 +184,7 @@ def show(rows: list[dict], title: str) -> None:
 def draw(rows: list[dict], title: str) -> Figure:
     """A bar a side: images a second, from slowest to fastest reading, with the ratio to the model's first side."""
     figure = new_figure(PAGE, 0.9 + 0.24 * len(rows))
+    figure.suptitle(title)
     ax = figure.subplots()
     models = list(dict.fromkeys(row["model"] for row in rows))
     ordered = sorted(rows, key=lambda row: models.index(row["model"]))
@@ -196,7 +197,6 @@ def draw(rows: list[dict], title: str) -> Figure:
     ax.invert_yaxis()
     ax.set_xlim(0, 1.3 * max(row["batch_size"] / row["fastest"] for row in rows))
     ax.set_xlabel("training images a second; in brackets: times as fast as the model's first side in that precision")
-    ax.set_title(title)
     style_axes(ax, "x")
     return figure
 
