@@ -142,11 +142,10 @@ def measure(
                 kept.append(features)
             bar.update(len(batch))
     if not enough:
+        fewer = ", or fewer features (--tokens mean)" if tokens == "all" else ""
         say(
             f"no SVCCA: in {len(indices)} images of {largest} features it would find likeness whatever they are. "
-            f"It takes {IMAGES_PER_DIMENSION * largest} images (--images)"
-            + ", or fewer features (--tokens mean)"
-            * (tokens == "all")
+            f"It takes {IMAGES_PER_DIMENSION * largest} images (--images){fewer}"
         )
         return Similarity(cka.result(), None, None, len(indices))
     return Similarity(cka.result(), *_svcca([np.concatenate(each) for each in zip(*kept, strict=True)]), len(indices))
