@@ -26,6 +26,7 @@ from matplotlib.patches import Patch
 from torch import nn
 from tqdm import tqdm
 
+from analysis.figures import DPI, PAGE, new_figure
 from interpretability.trained import stem_of, title_of
 from models import build_config
 from models.vision_bdh import ImageSize
@@ -39,8 +40,7 @@ from training.runs import load_model
 from training.script import run_script
 from training.segmentation import read_pair, scale_image
 
-DPI = 200
-PANEL_INCHES = 3.2
+PANEL_INCHES = PAGE / 3
 TALLEST_PANEL = 3  # times its width; a taller image is drawn narrower
 
 
@@ -76,22 +76,22 @@ def draw(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray | None, cla
         panels["truth"] = classes.palette[truth]
         shown |= set(np.unique(truth))
     names = [*classes.names, "void"]
-    columns_of_legend = 3 * len(panels)
+    columns_of_legend = 2 * len(panels)
     rows_of_legend = -(-len(shown) // columns_of_legend)
-    lines = textwrap.wrap(title, int(14 * PANEL_INCHES * len(panels)))
+    lines = textwrap.wrap(title, int(15 * PANEL_INCHES * len(panels)))
     panel_height = PANEL_INCHES * min(image.shape[0] / image.shape[1], TALLEST_PANEL)
     height = panel_height + 0.45 + 0.15 * len(lines) + 0.2 * rows_of_legend
-    figure = Figure((PANEL_INCHES * len(panels), height), layout="constrained")
-    figure.suptitle("\n".join(lines), fontsize=8.5, x=0.01, ha="left")
+    figure = new_figure(PANEL_INCHES * len(panels), height)
+    figure.suptitle("\n".join(lines), x=0.01, ha="left")
     for ax, (name, pixels) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         ax.imshow(pixels, interpolation="nearest")
-        ax.set_title(name if name != "prediction" else _with_scores(name, predicted, truth, classes), fontsize=8.5)
+        ax.set_title(name if name != "prediction" else _with_scores(name, predicted, truth, classes))
         ax.set_axis_off()
     handles = [
         Patch(facecolor=classes.palette[label] / 255, edgecolor="0.5", label=names[label]) for label in sorted(shown)
     ]
     layout = dict(loc="outside lower center", ncols=columns_of_legend, columnspacing=1.5, handlelength=1.2)
-    figure.legend(handles=handles, fontsize=8.5, frameon=False, **layout)
+    figure.legend(handles=handles, frameon=False, **layout)
     return figure
 
 
