@@ -312,6 +312,7 @@ def _mark(ax: Axes, n_trained: int, by_chance: float) -> None:
         ha="right",
         va="bottom",
         color="0.35",
+        bbox=dict(facecolor="white", edgecolor="none", pad=1),  # over the line of the trained depth
     )
 
 
