@@ -52,6 +52,8 @@ def compare_results(paths: Sequence[Path], output: Path) -> tuple[Path, ...]:
 
     Raises UserError for a path that holds no run, or where none can be read; warns of single ones that cannot.
     """
+    if not output.name:
+        raise UserError(f"--output {output} is a folder: name the files in it, without .md")
     lines = read_lines(paths)
     tables = {task: list(members) for task, members in groupby(lines, key=lambda line: line[1].task)}
     output.parent.mkdir(parents=True, exist_ok=True)

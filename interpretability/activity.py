@@ -8,13 +8,14 @@ Letters in shapes: B images, T patches, H heads, N neurons a head, C classes.
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from interpretability.adapters import pass_through
 from interpretability.recorder import record
 from interpretability.trained import TrainedRun
 from models.bdh import Activity, CoreConfig
@@ -87,7 +88,7 @@ def levels_of(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Ite
     """
     with record(model, *QUANTITIES) as trace:
         for pixels, classes in batches:
-            model(pixels)
+            pass_through(model, pixels)
             first = trace.adapter.class_tokens
             for level in trace.levels:
                 activity = trace.activity(level)
@@ -124,6 +125,12 @@ def title_of_run(run: TrainedRun) -> str:
 def with_checkpoint(run: TrainedRun, name: str) -> str:
     """A file's name, with that of the checkpoint, if not the best: results of several must not replace each other."""
     return "_".join(filter(None, (name, checkpoint_name(run))))
+
+
+def changed_settings(options: Any, *names: str) -> list[str]:
+    """Such as tokens=mean, of the flags by these names that are not as they come: results differ by them."""
+    defaults = type(options)()
+    return [f"{name}={value}" for name in names if (value := getattr(options, name)) != getattr(defaults, name)]
 
 
 def seen_text(run: TrainedRun, n_images: int) -> str:

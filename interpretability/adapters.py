@@ -13,6 +13,7 @@ from torchvision.models import VisionTransformer
 
 from models.bdh import Activity, BDHCore
 from models.bdh_unet import BDHUNet
+from models.masked_bdh import MaskedBDH
 from models.vision_bdh import Grid, VisionBDH, VisionEncoder
 
 Keep = Callable[[int, Tensor], None]  # takes a level, counted from 0, and a tensor (B, T, D) of it
@@ -170,6 +171,19 @@ ADAPTERS: dict[str, Callable[[Any], Adapter]] = {
     "torchvision.models.vision_transformer.VisionTransformer": ViTAdapter,
     "timm.models.vision_transformer.VisionTransformer": TimmViTAdapter,
 }
+
+
+def pass_through(model: nn.Module, images: Tensor) -> None:
+    """Images through all levels, whatever comes after: of BDH-UNet through the encoder alone.
+
+    A model for masked pretraining, which hides patches from itself, sees whole images. images: (B, C, height, width).
+    """
+    if isinstance(model, MaskedBDH):
+        VisionEncoder.forward(model, images)
+    elif isinstance(model, BDHUNet):
+        model.encoder(images)
+    else:
+        model(images)
 
 
 def adapter_of(model: nn.Module) -> Adapter:

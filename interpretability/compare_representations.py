@@ -31,7 +31,7 @@ from matplotlib.image import AxesImage
 from tqdm import tqdm
 
 from analysis.figures import PAGE, SEQUENTIAL, new_figure, save_figure
-from interpretability.activity import title_of_run, with_checkpoint
+from interpretability.activity import changed_settings, title_of_run, with_checkpoint
 from interpretability.features import Tokens, images_per_pass, level_features
 from interpretability.similarity import IMAGES_PER_DIMENSION, MiniBatchCKA, main_directions, svcca
 from interpretability.trained import RESULTS, RunChoice, TrainedRun, check_same_images, open_run
@@ -89,14 +89,16 @@ def main(options: Options) -> None:
         check_same_images(*runs)
     indices = draw_images(runs[0], options.images, options.batch_size)
     similarity = measure(runs, indices, options.tokens, options.normalise, options.batch_size, say=print)
-    name = "representations"
-    for run in runs:
-        name = with_checkpoint(run, name)
-    folder = options.output_dir / runs[0].stem / "".join(f"versus_{run.stem}" for run in runs[1:])
-    pictures = save_figure(draw(runs, similarity, TOKENS[options.tokens]), folder / f"{name}.png")
+    name = with_checkpoint(runs[0], "representations")
+    name = "_".join([name, *changed_settings(options, "tokens", "normalise")])
+    folder = options.output_dir / runs[0].stem
+    if options.versus:
+        folder /= with_checkpoint(runs[1], f"versus_{runs[1].stem}")
+    features = TOKENS[options.tokens] + (", tokens of any length" if not options.normalise else "")
+    pictures = save_figure(draw(runs, similarity, features), folder / f"{name}.png")
     table = folder / f"{name}.csv"
     tabulate(runs, similarity).to_csv(table, index=False)
-    print(*runs[0].folder.parts[-2:], sep="/")
+    print(" versus ".join(title_of_run(run) for run in runs))
     print("->", *pictures, table)
 
 

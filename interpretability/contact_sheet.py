@@ -55,7 +55,8 @@ def _draw_patch(ax: Axes, excited: Excited, grid: Grid, around: int) -> None:
     place = divmod(excited.patch, grid[1])
     top, left = (first * side for first, _ in map(window, place, grid, (around, around)))
     bottom, right = (last * side for _, last in map(window, place, grid, (around, around)))
-    pixels = excited.image.transpose(1, 2, 0)[top:bottom, left:right].squeeze()
+    pixels = excited.image.transpose(1, 2, 0)[top:bottom, left:right]
+    pixels = pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels
     ax.imshow(pixels, cmap="gray", vmin=0, vmax=255)
     corner = (place[1] * side - left - 0.5, place[0] * side - top - 0.5)
     for color, width in (("white", HALO), ("black", FRAME)):  # not snapped to pixels, each to others

@@ -16,11 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from interpretability.adapters import pass_through
 from interpretability.recorder import Trace, record
 from models.bdh import layer_norm
-from models.bdh_unet import BDHUNet
-from models.masked_bdh import MaskedBDH
-from models.vision_bdh import VisionEncoder
 
 Tokens = Literal["mean", "read", "all"]
 TOKENS_PER_PASS = 8192  # keeps the neurons of one level below 100 MB at the usual sizes
@@ -53,12 +51,8 @@ def level_features(model: nn.Module, images: Tensor, tokens: Tokens = "mean", no
 
     A model for masked pretraining sees whole images; of BDH-UNet the encoder runs alone.
     """
-    encoder = model.encoder if isinstance(model, BDHUNet) else model
     with record(model, "x", "state") as trace:
-        if isinstance(model, MaskedBDH):
-            VisionEncoder.forward(encoder, images)
-        else:
-            encoder(images)
+        pass_through(model, images)
     return stream_features(trace, tokens, normalise)
 
 

@@ -15,6 +15,7 @@ drawn for them. interpretability/selectivity.py has the formulas. Writes
 
 Selective are neurons that beat chance (--chance), once in the order of their index, once in that of their AUROC. The
 index alone finds neurons that are hardly ever active: among thousands, a few of these are active for one class by luck.
+Of segmentation models p is too small, since shuffled labels lose a class's size and place (selectivity.py).
 Of a patch's activity only what lies above 0 counts. Patches are looked for in the images looked at, one of each image.
 
     python interpretability/neurons.py
@@ -102,7 +103,7 @@ class Options(RunChoice):
 
 def check(options: Options) -> None:
     """Raises UserError for numbers that make no sense."""
-    for name, least in (("rows", 1), ("top", 1), ("around", 0), ("shuffles", 1)):
+    for name, least in (("rows", 1), ("top", 1), ("around", 0), ("shuffles", 1), ("seed", 0)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} {getattr(options, name)} must be {least} or more")
     least = 1 / (options.shuffles + 1)
@@ -324,6 +325,8 @@ def main(options: Options) -> None:
     title = f"{title_of_run(run)}: {options.quantity}, {seen_text(run, len(indices))}"
     if core.activation == "gelu":
         title += f"; {GELU_NOTE}"
+    if run.labels_pixels:
+        title += "; of pixels' classes, shuffled labels make chance too small"
     output = options.output_dir / run.stem
     output.mkdir(parents=True, exist_ok=True)
     name = f"{with_checkpoint(run, 'neurons')}_{options.quantity}"

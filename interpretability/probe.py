@@ -21,6 +21,7 @@ SVG) and a table (CSV) into the run's folder in interpretability_results/.
     python interpretability/probe.py --run runs/vit_tiny_cifar10/seed0 --tokens mean --train-images 10000
 """
 
+import math
 import sys
 import textwrap
 import warnings
@@ -47,7 +48,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from analysis.figures import COLORS, PAGE, new_figure, save_figure, style_axes
-from interpretability.activity import title_of_run, with_checkpoint
+from interpretability.activity import changed_settings, title_of_run, with_checkpoint
 from interpretability.depth import run_with_levels, why_not_deeper
 from interpretability.features import images_per_pass, stream_features
 from interpretability.recorder import record
@@ -56,6 +57,7 @@ from models.vision_bdh import VisionBDH
 from training.config import UserError
 from training.script import run_script
 
+SETTINGS = ("tokens", "normalise", "neighbours", "penalty")  # results of others must not replace each other
 MAX_ITERATIONS = 2000  # of the probe's optimiser
 LOOKS = {  # in the figure: what it is called, colour, marker and line
     "linear_probe": ("linear probe", COLORS[0], "o", "-"),
@@ -116,7 +118,7 @@ def main(options: Options) -> None:
         test = collect(run.model, counted(run.batches(indices, size), bar), *how)
     table = accuracies(train, test, options.neighbours, options.penalty)
     folder = options.output_dir / run.stem
-    name = with_checkpoint(run, "probe")
+    name = "_".join([with_checkpoint(run, "probe"), *changed_settings(options, *SETTINGS)])
     pictures = save_figure(draw(table, run.adapter.n_levels, chance(test.labels), caption(run, options)), folder / name)
     table.to_csv(folder / f"{name}.csv", index=False)
     print(table.pivot(index="level", columns="method", values="accuracy").to_string(float_format="{:.3f}".format))
@@ -128,8 +130,8 @@ def check_numbers(options: Options) -> None:
     for name in ("images", "train_images", "neighbours"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
-    if options.penalty <= 0:
-        raise UserError(f"--penalty {options.penalty} must be above 0")
+    if not 0 < options.penalty < math.inf:
+        raise UserError(f"--penalty {options.penalty} must be a number above 0")
 
 
 def choose_levels(model: nn.Module, n_trained: int, max_levels: int | None) -> int:
@@ -263,7 +265,8 @@ def caption(run: TrainedRun, options: Options) -> str:
     """What the figure shows, for its title."""
     part = {"test": "test", "val": "validation"}[run.part]
     n_images = min(options.images, run.n_images)
-    return f"{title_of_run(run)}: {n_images:,} {part} images, bands are 95 % intervals"
+    settings = "".join(f", {setting}" for setting in changed_settings(options, *SETTINGS))
+    return f"{title_of_run(run)}: {n_images:,} {part} images{settings}, bands are 95 % intervals"
 
 
 def draw(table: pd.DataFrame, n_trained: int, by_chance: float, title: str) -> Figure:

@@ -79,7 +79,8 @@ class Trace:
     def logits(self, level: int) -> Tensor:
         """(B, classes), what the model would say were this its last level: its own norm, pooling and head on `state`.
 
-        For a BDH with shared weights that is the very output of the model with so many levels.
+        For a BDH with shared weights that is the very output of the model with so many levels, but under scaled_pre,
+        whose last norm belongs to the trained depth.
         """
         state = self._kept("logits", self.outputs, level)
         with _full_precision(state):

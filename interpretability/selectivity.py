@@ -16,7 +16,8 @@ the true value (both counted once more: Phipson and Smyth 2010, arXiv 1603.05766
 
 What is labelled is a unit: all patches of an image that have one class. That is the image itself, but for segmentation,
 where a patch has the class of most of its pixels, and an image is as many units as it has classes; shuffles deal the
-labels over the units of all images.
+labels over the units of all images. There chance comes out too small, so that p is too: units of few patches vary more
+than units of many, and a class has its usual place in the image, while shuffled labels have neither size nor place.
 
 Letters in shapes: U units, M = H N neurons of a level, C classes, K patches kept of a neuron.
 """

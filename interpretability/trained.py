@@ -104,12 +104,13 @@ class TrainedRun:
         if self.labels_pixels:
             return find_masks(name, data_folder(name, self.data_dir), download=False)
         dataset = load_dataset(name, self.data_dir, self.sizes.img_size, self.sizes.in_channels)
-        known = self.config["data"].get("class_names")
-        if known is not None and list(dataset.class_names) != known:
-            raise UserError(
-                f"the images of {name} have other classes than those that {self.folder} was trained on: "
-                "name their folder with --data-dir"
-            )
+        known, now = self.config["data"], dataset.description
+        for key, word in (("class_names", "classes"), ("images", "numbers")):  # the split counts on both
+            if known.get(key, now[key]) != now[key]:
+                raise UserError(
+                    f"the images of {name} have other {word} than those that {self.folder} was trained on: "
+                    "name their folder with --data-dir"
+                )
         return dataset
 
     @cached_property

@@ -22,6 +22,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.figures import save_figure
+from interpretability.activity import with_checkpoint
 from interpretability.attention_figures import View, animate, check_writer, draw
 from interpretability.attention_maps import Patch, Show, look_at
 from interpretability.trained import RunChoice, TrainedRun, check_same_images, open_run
@@ -74,6 +75,9 @@ def write_pictures(runs: Sequence[TrainedRun], options: Options, folder: Path) -
     """
     if options.show == "rollout" and options.per_head:
         raise UserError("a rollout is made of the mean over heads: leave out --per-head, or use --show shares")
+    for run in runs:
+        if not run.labels_pixels:
+            run.require("logits")  # the predicted class stands beside the image
     if options.animate:
         check_writer(options.animate)
     patch = chosen_patch(options.patch, runs[0].grid)
@@ -85,7 +89,10 @@ def write_pictures(runs: Sequence[TrainedRun], options: Options, folder: Path) -
         for run, name, levels in zip(runs, short_names(runs), moving if options.animate else still, strict=True)
     ]
     name = f"attention_{options.show}{'_per_head' * options.per_head}_patch{patch[0]}-{patch[1]}"
-    name = "_versus_".join([name, *(run.stem for run in runs[1:])])[:LONGEST_NAME]
+    name = with_checkpoint(runs[0], name)
+    for run in runs[1:]:  # the checkpoint before the stem, whose end may be cut off
+        name = f"{with_checkpoint(run, f'{name}_versus')}_{run.stem}"
+    name = name[:LONGEST_NAME]
     figure = draw([view.of(levels) for view, levels in zip(views, still, strict=True)])
     paths = [*save_figure(figure, folder / f"{name}.png")]
     if options.animate:

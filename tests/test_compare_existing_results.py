@@ -171,6 +171,13 @@ def test_what_cannot_be_compared_is_one_message(paths, words, run_in, call_scrip
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_without_a_name_is_one_message(run_in, call_script, capsys):
+    run_in("runs")
+    for output in (".", "/"):
+        assert call_script(SCRIPT, "runs", "--output", output) == 1
+        assert "is a folder: name the files in it" in capsys.readouterr().err
+
+
 def test_damaged_runs_are_left_out(run_in, tmp_path, capsys):
     run_in("runs", "v2")
     broken, _ = run_in("results", "v2")

@@ -301,20 +301,22 @@ def test_one_run_and_a_checkpoint_of_it(runs, call_script, data_dir, tmp_path):
     first = runs[0] / "epoch_000.pt"
     here = ["--data-dir", data_dir, "--output-dir", "out"]
     assert call_script(SCRIPT, "--run", first, "--versus", runs[0], *here) == 0
+    assert call_script(SCRIPT, "--run", runs[0], "--versus", first, *here) == 0  # neither replaces the other
+    assert (tmp_path / "out/bdh_seed0/versus_bdh_seed0_epoch_000/representations.csv").is_file()
     table = pd.read_csv(tmp_path / "out/bdh_seed0/versus_bdh_seed0/representations_epoch_000.csv")
     assert set(table.run_a) == {"bdh, seed 0, epoch_000", "bdh, seed 0"}
     assert call_script(SCRIPT, "--run", runs[0], "--tokens", "read", *here) == 0
-    check_picture(tmp_path / "out/bdh_seed0/representations.png")
+    check_picture(tmp_path / "out/bdh_seed0/representations_tokens=read.png")
 
 
 def test_too_few_images_for_svcca(runs, call_script, data_dir, tmp_path, capsys):
     here = ["--run", runs[1], "--data-dir", data_dir, "--output-dir", "out"]
     assert call_script(SCRIPT, *here, "--images", 39, "--tokens", "read") == 0
     assert "no SVCCA: in 39 images of 8 features" in capsys.readouterr().out
-    table = pd.read_csv(tmp_path / "out/vit_seed0/representations.csv")
+    table = pd.read_csv(tmp_path / "out/vit_seed0/representations_tokens=read.csv")
     assert "svcca" not in table and (table.images == 39).all()
     assert table.cka.isna().sum() == 5  # level 0 of the class token with all three levels, both ways
-    check_picture(tmp_path / "out/vit_seed0/representations.png")
+    check_picture(tmp_path / "out/vit_seed0/representations_tokens=read.png")
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,8 @@ def test_sheet_shows_the_patches():
 
 def test_sheet_of_more_patches_than_a_row_holds():
     image = np.zeros((1, 8, 8), np.uint8)
+    one_pixel = draw_sheet([("first", [Excited(image, 5, 1.0, "0")])], "title", grid=image.shape[1:], around=0)
+    assert one_pixel.axes[0].images[0].get_array().shape[:2] == (1, 1)
     figure = draw_sheet([("first", [Excited(image, 0, 1.0, "0")] * 11)], "title", grid=(4, 4), around=9)
     drawn = [ax for ax in figure.subfigs[0].axes if ax.images]
     assert len(drawn) == 11 and len(figure.subfigs[0].axes) == 16 and drawn[10].images[0].get_array().shape == (8, 8)
@@ -220,6 +222,7 @@ def test_bad_input(run, data_dir, call_script, tmp_path, capsys):
         (("--selective-for", "zebra"), "there are class 0, class 1"),
         (("--top", 0), "--top 0 must be 1 or more"),
         (("--around", -1), "--around -1 must be 0 or more"),
+        (("--seed", -1), "--seed -1 must be 0 or more"),
         (("--images", 0), "give --images 1 or more"),
         (("--shuffles", 50), "--chance 0.01 has to lie between 0.02"),
         (("--images", 1), "give more --images"),

@@ -263,7 +263,7 @@ def test_script_on_vit(runs, call_script, data_dir, tmp_path, capsys):
     flags = ["--run", runs[1], "--data-dir", data_dir, "--output-dir", "out", "--images", 30, "--train-images", 60]
     assert call_script(SCRIPT, *flags, "--tokens", "mean") == 0
     assert "no more than its 2 levels: its levels have weights of their own" in capsys.readouterr().out
-    mean = pd.read_csv(tmp_path / "out/vit_seed0/probe.csv")
+    mean = pd.read_csv(tmp_path / "out/vit_seed0/probe_tokens=mean.csv")  # beside those of other features
     assert set(mean.method) == {"linear_probe", "knn", "readout"} and set(mean.images) == {30}
     assert call_script(SCRIPT, *flags) == 0
     read = pd.read_csv(tmp_path / "out/vit_seed0/probe.csv").set_index(["method", "level"])
@@ -277,7 +277,8 @@ def test_script_on_vit(runs, call_script, data_dir, tmp_path, capsys):
         (["--images", 0], "--images 0 must be at least 1"),
         (["--train-images", -1], "--train-images -1 must be at least 1"),
         (["--neighbours", 0], "--neighbours 0 must be at least 1"),
-        (["--penalty", 0], "--penalty 0.0 must be above 0"),
+        (["--penalty", 0], "--penalty 0.0 must be a number above 0"),
+        (["--penalty", "nan"], "--penalty nan must be a number above 0"),
         (["--max-levels", 1], "the model has 2 levels"),
         (["--train-images", 5], "5 training images are too few"),
         (["--run", "none"], "none is no run"),

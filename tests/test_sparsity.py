@@ -20,7 +20,7 @@ from planted_neurons import (
     recorded,
 )
 
-from interpretability.activity import NO_CLASS, patch_classes
+from interpretability.activity import NO_CLASS, levels_of, patch_classes
 from interpretability.sparsity import (
     Counts,
     count,
@@ -34,6 +34,7 @@ from interpretability.sparsity import (
 from interpretability.trained import TrainedRun
 from models.baselines import vit_tiny_config
 from models.bdh_unet import bdh_unet_config
+from models.masked_bdh import MaskedBDHConfig
 from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, fit
 from training.runs import load_model
 
@@ -43,6 +44,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---------------------------------------------------------------------------- counting
+
+
+def test_a_pretraining_model_sees_whole_images():
+    """Not its mask token, which would excite the same neurons in every image."""
+    sizes = dict(img_size=8, patch_size=2, n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
+    torch.manual_seed(0)
+    model = MaskedBDHConfig(rotary="none", **sizes).build().eval()
+    images = torch.randn(3, 3, 8, 8)
+    for level in levels_of(model, [(images, torch.zeros(3, 16, dtype=torch.long))]):
+        x_sparse = level.activity.x_sparse  # (B, H, T, N)
+        assert x_sparse.shape == (3, 2, 16, 32)
+        assert (x_sparse[0] != x_sparse[1]).any(-1).any(0).all()  # of every patch
 
 
 @pytest.mark.parametrize(

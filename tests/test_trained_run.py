@@ -84,6 +84,9 @@ def test_data_without_a_test_part(tmp_path, data_dir, experiment):
     assert np.array_equal(images[1].numpy(), data.train_images[int(split.val[1])])
     with pytest.raises(UserError, match="no validation image 60"):
         opened.samples([60])
+    (photos / "class 1" / "new.png").write_bytes(next((photos / "class 1").glob("*.png")).read_bytes())
+    with pytest.raises(UserError, match="other numbers than those"):  # the split's numbers mean other images now
+        TrainedRun(trial.folder, photos, "cpu").samples([0])
     shutil.rmtree(photos / "class 0")
     with pytest.raises(UserError, match="other classes than those"):
         _ = TrainedRun(trial.folder, photos, "cpu").class_names

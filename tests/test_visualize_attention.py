@@ -10,12 +10,13 @@ from pictures import check_picture
 from PIL import Image
 
 from analysis.figures import DPI, PAGE
-from interpretability.attention_figures import LARGEST_PANEL, animate, draw
+from interpretability.attention_figures import LARGEST_PANEL, animate, caption, draw
 from interpretability.trained import TrainedRun
 from interpretability.visualize_attention import Options, look, same_place, visualize
 from models.baselines import vit_tiny_config
+from models.masked_bdh import MaskedBDHConfig
 from models.vision_bdh import v2_config
-from training import fit
+from training import PretrainingConfig, fit
 from training.config import ROOT
 from training.data import load_dataset
 
@@ -206,6 +207,29 @@ def test_side_by_side(call, runs, capsys, versus):
     check_picture(files[".png"])
     said = capsys.readouterr().out
     assert str(runs["v2"]) in said and str(runs[versus]) in said
+
+
+def test_checkpoints_of_a_run_are_told_apart(data_dir, tmp_path, experiment, call_script):
+    """In captions and in names of files, which must not replace each other."""
+    trial = experiment(epochs=1, model=dict(n_layer=2), options={"keep_every": 1})
+    fit(trial)
+    runs = [TrainedRun(path, data_dir, "cpu") for path in (trial.folder, trial.folder / "epoch_000.pt")]
+    views = [look(run, "", PATCH, (0, 1), (4,), Options()) for run in runs]
+    assert caption(views[:1])[1] == "trial, seed 0" and caption(views[1:])[1] == "trial, seed 0, epoch_000"
+    best, first = (["--run", run.checkpoint] for run in runs)
+    where = ["--data-dir", data_dir, "--output-dir", tmp_path / "out", "--device", "cpu", "--images", 1]
+    for flags in (best, first, [*best, "--versus", runs[1].checkpoint], [*first, "--versus", runs[0].checkpoint]):
+        assert call_script(SCRIPT, *flags, *where) == 0
+    assert len(list(tmp_path.glob("out/trial_seed0/*.png"))) == 4
+
+
+def test_a_pretraining_run_is_refused(data_dir, tmp_path, experiment, call_script, capsys):
+    train = PretrainingConfig(dataset="cifar10", epochs=1, batch_size=64, learning_rate=1e-3, weight_decay=0.0)
+    model = MaskedBDHConfig(patch_size=8, n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4)
+    trial = dataclasses.replace(experiment("masked", epochs=1), model=model, train=train)
+    fit(trial)
+    assert call_script(SCRIPT, "--run", trial.folder, "--data-dir", data_dir, "--output-dir", tmp_path / "out") == 1
+    assert "is a MaskedBDH, which has no logits: give a run that classifies images" in capsys.readouterr().err
 
 
 def test_the_patch_at_the_same_place():
