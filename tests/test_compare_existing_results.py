@@ -172,7 +172,7 @@ def test_what_cannot_be_compared_is_one_message(paths, words, run_in, call_scrip
 
 
 def test_an_output_without_a_name_is_one_message(run_in, call_script, capsys):
-    run_in("runs")
+    run_in("runs", "v2_cifar10")
     for output in (".", "/"):
         assert call_script(SCRIPT, "runs", "--output", output) == 1
         assert "is a folder: name the files in it" in capsys.readouterr().err
