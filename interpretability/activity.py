@@ -8,7 +8,7 @@ Letters in shapes: B images, T patches, H heads, N neurons a head, C classes.
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -108,33 +108,7 @@ def kept_model(run: TrainedRun, epoch: int) -> nn.Module | None:
         return None
 
 
-# ---------------------------------------------------------------------------- words that outputs share
-
-
-def checkpoint_name(run: TrainedRun) -> str:
-    """Such as epoch_004; empty for the best weights."""
-    name = run.checkpoint.stem if run.checkpoint != run.folder else "best"
-    return "" if name == "best" else name
-
-
-def title_of_run(run: TrainedRun) -> str:
-    """For people: the run, and which of its checkpoints, if not the best."""
-    return ", ".join(filter(None, (run.title, checkpoint_name(run))))
-
-
-def with_checkpoint(run: TrainedRun, name: str) -> str:
-    """A file's name, with that of the checkpoint, if not the best: results of several must not replace each other."""
-    return "_".join(filter(None, (name, checkpoint_name(run))))
-
-
-def changed_settings(options: Any, *names: str) -> list[str]:
-    """Such as tokens=mean, of the flags by these names that are not as they come: results differ by them."""
-    defaults = type(options)()
-    return [f"{name}={value}" for name in names if (value := getattr(options, name)) != getattr(defaults, name)]
-
-
 def seen_text(run: TrainedRun, n_images: int) -> str:
     """How much was looked at: numbers of dead neurons and the like depend on it."""
     rows, columns = run.grid
-    part = {"test": "test", "val": "validation"}[run.part]
-    return f"{n_images:,} {part} image{'s' * (n_images != 1)} of {rows * columns:,} patches"
+    return f"{n_images:,} {run.part_name} image{'s' * (n_images != 1)} of {rows * columns:,} patches"

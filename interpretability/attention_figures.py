@@ -21,7 +21,6 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from analysis.figures import DIVERGING, DPI, PAGE, SEQUENTIAL
-from interpretability.activity import title_of_run
 from interpretability.attention_maps import Look, Patch, Show
 from interpretability.trained import TrainedRun
 from training.config import UserError
@@ -175,8 +174,8 @@ def caption(views: Sequence[View]) -> list[str]:
     what += " from the outlined patch to all patches"
     ending = "; classes are those of most of the patch's pixels." if views[0].run.labels_pixels else "."
     if len(views) == 1:
-        return [f"{what} ({_details(views[0])}){ending}", title_of_run(views[0].run)]
-    runs = (f"{view.name} ({_details(view)}): {title_of_run(view.run)}" for view in views)
+        return [f"{what} ({_details(views[0])}){ending}", views[0].run.title]
+    runs = (f"{view.name} ({_details(view)}): {view.run.title}" for view in views)
     return [f"{what}, by two runs{ending}", *runs]
 
 

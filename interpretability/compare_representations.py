@@ -31,7 +31,6 @@ from matplotlib.image import AxesImage
 from tqdm import tqdm
 
 from analysis.figures import PAGE, SEQUENTIAL, new_figure, save_figure
-from interpretability.activity import changed_settings, title_of_run, with_checkpoint
 from interpretability.features import Tokens, images_per_pass, level_features
 from interpretability.similarity import IMAGES_PER_DIMENSION, MiniBatchCKA, main_directions, svcca
 from interpretability.trained import RESULTS, RunChoice, TrainedRun, check_same_images, open_run
@@ -89,16 +88,16 @@ def main(options: Options) -> None:
         check_same_images(*runs)
     indices = draw_images(runs[0], options.images, options.batch_size)
     similarity = measure(runs, indices, options.tokens, options.normalise, options.batch_size, say=print)
-    name = with_checkpoint(runs[0], "representations")
-    name = "_".join([name, *changed_settings(options, "tokens", "normalise")])
+    name = runs[0].file_name("representations")
+    name = "_".join([name, *options.changed("tokens", "normalise")])
     folder = options.output_dir / runs[0].stem
     if options.versus:
-        folder /= with_checkpoint(runs[1], f"versus_{runs[1].stem}")
+        folder /= runs[1].file_name(f"versus_{runs[1].stem}")
     features = TOKENS[options.tokens] + (", tokens of any length" if not options.normalise else "")
     pictures = save_figure(draw(runs, similarity, features), folder / f"{name}.png")
     table = folder / f"{name}.csv"
     tabulate(runs, similarity).to_csv(table, index=False)
-    print(" versus ".join(title_of_run(run) for run in runs))
+    print(" versus ".join(run.title for run in runs))
     print("->", *pictures, table)
 
 
@@ -174,7 +173,7 @@ def _svcca(features: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 def tabulate(runs: Sequence[TrainedRun], similarity: Similarity) -> pd.DataFrame:
     """A row for every pair of levels, both ways."""
-    places = [(title_of_run(run), level) for run in runs for level in range(run.adapter.n_levels + 1)]
+    places = [(run.title, level) for run in runs for level in range(run.adapter.n_levels + 1)]
     rows = []
     for i, (run_a, level_a) in enumerate(places):
         for j, (run_b, level_b) in enumerate(places):
@@ -235,11 +234,11 @@ def number(value: float) -> str:
 
 
 def _caption(runs: Sequence[TrainedRun], similarity: Similarity, tokens: str, columns: int) -> list[str]:
-    titles = [title_of_run(run) for run in runs]
+    titles = [run.title for run in runs]
     if len(runs) == 2:
         titles = [f"A: {titles[0]}", f"B: {titles[1]}"]
-    part = {"test": "test", "val": "validation"}[runs[0].part]
-    text = f"{similarity.n_images:,} {part} images; features are {tokens}. Level 0 is the embedding of the patches."
+    text = f"{similarity.n_images:,} {runs[0].part_name} images; features are {tokens}."
+    text += " Level 0 is the embedding of the patches."
     if similarity.shuffled is not None and not np.isnan(similarity.shuffled).all():
         text += f" With the images of one side shuffled, SVCCA is at most {np.nanmax(similarity.shuffled):.2f}."
     if np.isnan(similarity.cka).any():

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from analysis.figures import DIVERGING, SEQUENTIAL
-from interpretability.activity import GELU_NOTE, QUANTITIES, title_of_run, with_checkpoint
+from interpretability.activity import GELU_NOTE, QUANTITIES
 from interpretability.explore_encoding import (
     Strongest,
     encode_colors,
@@ -49,7 +49,6 @@ PAGE_FILES = Path(__file__).with_name("explore_page")
 LARGEST_PAGE = 10_000_000  # bytes
 STEPS = (127, 63, 31)  # between 0 and a query's largest score; the finest with which the page is small enough
 N_NEURONS = 5  # a patch, quantity and level
-PART_NAMES = {"test": "Test", "val": "Validation"}
 UNITS = {
     "raw": {"scores": "raw score", "shares": "share of the sum of |scores|"},
     "softmax": {"shares": "softmax weight"},
@@ -156,9 +155,9 @@ def describe(run: TrainedRun) -> dict[str, Any]:
     plural = "s" * (adapter.n_heads != 1)
     sizes = f"{adapter.n_levels} levels, {adapter.n_heads} head{plural}, {rows} \u00d7 {columns} patches"
     return {
-        "title": title_of_run(run),
+        "title": run.title,
         "model": f"{type(run.model).__name__}, {sizes}",
-        "part": PART_NAMES[run.part],
+        "part": run.part_name.capitalize(),
         "grid": [rows, columns],
         "levels": adapter.n_levels,
         "heads": adapter.n_heads,
@@ -242,7 +241,7 @@ def explore(options: Options) -> Path:
     if not indices:
         raise UserError("there is no image to look at: give --images 1 or more, or --indices")
     page = make_page(run, indices)
-    path = options.output_dir / run.stem / f"{with_checkpoint(run, 'explore')}.html"
+    path = options.output_dir / run.stem / f"{run.file_name('explore')}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path

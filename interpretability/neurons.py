@@ -45,13 +45,10 @@ from analysis.plots import TITLE
 from interpretability.activity import (
     GELU_NOTE,
     batches_of_patches,
-    checkpoint_name,
     choose_images,
     core_sizes,
     kept_model,
     seen_text,
-    title_of_run,
-    with_checkpoint,
 )
 from interpretability.contact_sheet import Excited, draw_sheet
 from interpretability.selectivity import Measures, Null, Responses, collect, measures, p_values, ranked, shuffled
@@ -322,14 +319,14 @@ def main(options: Options) -> None:
     check_class(options.selective_for, run.class_names)
     check_neurons(options.neuron, core)
     indices = choose_images(run, options.images)
-    title = f"{title_of_run(run)}: {options.quantity}, {seen_text(run, len(indices))}"
+    title = f"{run.title}: {options.quantity}, {seen_text(run, len(indices))}"
     if core.activation == "gelu":
         title += f"; {GELU_NOTE}"
     if run.labels_pixels:
         title += "; of pixels' classes, shuffled labels make chance too small"
     output = options.output_dir / run.stem
     output.mkdir(parents=True, exist_ok=True)
-    name = f"{with_checkpoint(run, 'neurons')}_{options.quantity}"
+    name = f"{run.file_name('neurons')}_{options.quantity}"
 
     found = look(run, run.model, indices, options, "images")
     table = neuron_table(found, run.class_names)
@@ -342,8 +339,8 @@ def main(options: Options) -> None:
         sheet = draw_sheet(shown, f"{title}\n{SHEET_NOTE}", run.grid, options.around)
         save_figure(sheet, output / f"{name}_{which}.png")
 
-    both = {checkpoint_name(run) or "as trained": found}
-    if checkpoint_name(run) != "epoch_000" and (untrained := kept_model(run, 0)):
+    both = {run.checkpoint_name or "as trained": found}
+    if run.checkpoint_name != "epoch_000" and (untrained := kept_model(run, 0)):
         both["before training"] = look(run, untrained, indices, options, "before training")
     levels = pd.concat([level_table(each, options.chance).assign(weights=who) for who, each in both.items()])
     levels.to_csv(output / f"{name}_levels.csv", index=False)

@@ -48,7 +48,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from analysis.figures import COLORS, PAGE, new_figure, save_figure, style_axes
-from interpretability.activity import changed_settings, title_of_run, with_checkpoint
 from interpretability.depth import run_with_levels, why_not_deeper
 from interpretability.features import images_per_pass, stream_features
 from interpretability.recorder import record
@@ -118,7 +117,7 @@ def main(options: Options) -> None:
         test = collect(run.model, counted(run.batches(indices, size), bar), *how)
     table = accuracies(train, test, options.neighbours, options.penalty)
     folder = options.output_dir / run.stem
-    name = "_".join([with_checkpoint(run, "probe"), *changed_settings(options, *SETTINGS)])
+    name = "_".join([run.file_name("probe"), *options.changed(*SETTINGS)])
     pictures = save_figure(draw(table, run.adapter.n_levels, chance(test.labels), caption(run, options)), folder / name)
     table.to_csv(folder / f"{name}.csv", index=False)
     print(table.pivot(index="level", columns="method", values="accuracy").to_string(float_format="{:.3f}".format))
@@ -263,10 +262,9 @@ def chance(labels: np.ndarray) -> float:
 
 def caption(run: TrainedRun, options: Options) -> str:
     """What the figure shows, for its title."""
-    part = {"test": "test", "val": "validation"}[run.part]
     n_images = min(options.images, run.n_images)
-    settings = "".join(f", {setting}" for setting in changed_settings(options, *SETTINGS))
-    return f"{title_of_run(run)}: {n_images:,} {part} images{settings}, bands are 95 % intervals"
+    settings = "".join(f", {setting}" for setting in options.changed(*SETTINGS))
+    return f"{run.title}: {n_images:,} {run.part_name} images{settings}, bands are 95 % intervals"
 
 
 def draw(table: pd.DataFrame, n_trained: int, by_chance: float, title: str) -> Figure:

@@ -42,11 +42,9 @@ from interpretability.activity import (
     kept_model,
     levels_of,
     seen_text,
-    title_of_run,
-    with_checkpoint,
 )
 from interpretability.adapters import adapter_of
-from interpretability.trained import RESULTS, RunChoice, TrainedRun, open_run
+from interpretability.trained import RESULTS, RunChoice, TrainedRun, open_run, title_of
 from training.config import UserError
 from training.runs import Run
 from training.script import run_script
@@ -320,8 +318,8 @@ def main(options: Options) -> None:
     indices = choose_images(run, options.images)
     output = options.output_dir / run.stem
     output.mkdir(parents=True, exist_ok=True)
-    name = with_checkpoint(run, "sparsity")
-    title = f"{title_of_run(run)}: {seen_text(run, len(indices))}"
+    name = run.file_name("sparsity")
+    title = f"{run.title}: {seen_text(run, len(indices))}"
     if core.activation == "gelu":
         title += f"; {GELU_NOTE}"
 
@@ -337,7 +335,7 @@ def main(options: Options) -> None:
     if options.checkpoint_images and (epochs := over_training(run, options.checkpoint_images)):
         series = training_table(epochs, options.always_on, core.shared)
         series.to_csv(output / "sparsity_training.csv", index=False)
-        title = f"{run.title}: {seen_text(run, min(options.checkpoint_images, run.n_images))}"
+        title = f"{title_of(run.config)}: {seen_text(run, min(options.checkpoint_images, run.n_images))}"
         save_figure(draw_training(series, title), output / "sparsity_training.png")
         print(f"over {len(epochs)} epochs kept in training -> {output / 'sparsity_training.csv'}")
 

@@ -14,7 +14,7 @@ from interpretability.adapters import Adapter, adapter_of
 from models import build_config
 from models.vision_bdh import Grid, height_and_width
 from training.augment import normalise
-from training.config import ROOT, UserError
+from training.config import ROOT, UserError, changed_fields
 from training.data import DataSet, data_folder, load_dataset
 from training.device import pick_device, tune_cpu_allocator
 from training.folder import read_images
@@ -36,6 +36,11 @@ class RunChoice:
     """folder that holds data_cifar10 and the like; default: $VISION_BDH_DATA, else beside the scripts"""
     device: str = "auto"
     """auto, cuda, cuda:1, mps or cpu"""
+
+    def changed(self, *names: str) -> list[str]:
+        """Such as tokens=mean, of the flags by these names that are not as they come: results differ by them."""
+        changed = changed_fields(type(self)(), self)
+        return [f"{name}={changed[name]}" for name in names if name in changed]
 
 
 class Samples(NamedTuple):
@@ -82,13 +87,23 @@ class TrainedRun:
 
     @property
     def title(self) -> str:
-        """For people."""
-        return title_of(self.config)
+        """For people: the run, and which of its checkpoints, if not the best."""
+        return ", ".join(filter(None, (title_of(self.config), self.checkpoint_name)))
 
     @property
     def stem(self) -> str:
-        """For names of files and folders."""
+        """For names of files and folders; the same for all checkpoints."""
         return stem_of(self.config)
+
+    @property
+    def checkpoint_name(self) -> str:
+        """Such as epoch_004; empty for the best weights."""
+        name = self.checkpoint.stem if self.checkpoint != self.folder else "best"
+        return "" if name == "best" else name
+
+    def file_name(self, name: str) -> str:
+        """The name, with that of the checkpoint, if not the best: results of several must not replace each other."""
+        return "_".join(filter(None, (name, self.checkpoint_name)))
 
     def require(self, *names: str) -> None:
         """Raises UserError where a trace of this model cannot give all of these quantities."""
@@ -134,6 +149,11 @@ class TrainedRun:
         return self._part[0]
 
     @property
+    def part_name(self) -> str:
+        """The part, for people."""
+        return {"test": "test", "val": "validation"}[self.part]
+
+    @property
     def n_images(self) -> int:
         """Images of that part."""
         return len(self._part[1])
@@ -150,8 +170,7 @@ class TrainedRun:
         part, places = self._part
         for index in indices:
             if not 0 <= index < len(places):
-                name = {"test": "test", "val": "validation"}[part]
-                raise UserError(f"there is no {name} image {index}: there are {len(places)}, numbered from 0")
+                raise UserError(f"there is no {self.part_name} image {index}: there are {len(places)}, numbered from 0")
         data, places = self._data, places[list(indices)]
         if self.labels_pixels:
             pairs = [self._read_pair(data, part, place) for place in places]

@@ -22,7 +22,6 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.figures import save_figure
-from interpretability.activity import with_checkpoint
 from interpretability.attention_figures import View, animate, check_writer, draw
 from interpretability.attention_maps import Patch, Show, look_at
 from interpretability.trained import RunChoice, TrainedRun, check_same_images, open_run
@@ -89,9 +88,9 @@ def write_pictures(runs: Sequence[TrainedRun], options: Options, folder: Path) -
         for run, name, levels in zip(runs, short_names(runs), moving if options.animate else still, strict=True)
     ]
     name = f"attention_{options.show}{'_per_head' * options.per_head}_patch{patch[0]}-{patch[1]}"
-    name = with_checkpoint(runs[0], name)
+    name = runs[0].file_name(name)
     for run in runs[1:]:  # the checkpoint before the stem, whose end may be cut off
-        name = f"{with_checkpoint(run, f'{name}_versus')}_{run.stem}"
+        name = f"{run.file_name(f'{name}_versus')}_{run.stem}"
     name = name[:LONGEST_NAME]
     figure = draw([view.of(levels) for view, levels in zip(views, still, strict=True)])
     paths = [*save_figure(figure, folder / f"{name}.png")]
