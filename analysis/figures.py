@@ -8,13 +8,15 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")  # Okabe and Ito; grey for yellow
 MARKERS = "os^DvP*X"  # no common factor with the 7 colours: 56 looks before one comes again
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"  # colour maps that the colour-blind can read, from 0 up and around 0
 FONT = 8  # points, of all text
-PAGE, COLUMN = 7.2, 3.5  # inches, of the text of a page and of one of two columns
+PAGE = 7.2  # inches, of the text of a page
 DPI = 200
+HALO, FRAME = 2.4, 1.0  # points, widths of the lines around a square: white, and black on it
 
 matplotlib.rcParams.update(
     {
@@ -47,3 +49,14 @@ def style_axes(ax: Axes, grid: str) -> None:
     ax.grid(axis=grid, color="0.9", linewidth=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def outline(ax: Axes, corner: tuple[float, float], side: float, **look: object) -> None:
+    """A frame around a square of a picture, black in white so that it shows on any ground; takes the ticks away.
+
+    corner: x and y of the upper left one, in pixels as `side` is. look: of matplotlib's Rectangle.
+    """
+    for color, width in (("white", HALO), ("black", FRAME)):
+        ax.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=color, linewidth=width, clip_on=False, **look))
+    ax.set_xticks([])
+    ax.set_yticks([])

@@ -17,10 +17,9 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image
 
-from analysis.figures import DIVERGING, DPI, PAGE, SEQUENTIAL
+from analysis.figures import DIVERGING, DPI, HALO, PAGE, SEQUENTIAL, outline
 from interpretability.attention_maps import Look, Patch, Show
 from interpretability.trained import TrainedRun
 from training.config import UserError
@@ -32,7 +31,6 @@ LINE, GAP = 0.14, 0.1  # inches, of a line of text and between panels
 TEXT, LEVEL_NAME = 1.14, 0.17  # inches: what stands left of an image, and left of a row of heads
 BAR_LEFT, BAR_WIDTH, BAR_HEIGHT, BELOW_MAPS = 0.35, 2.2, 0.08, 0.5  # inches, of the colour bars and their place
 TEXT_CHARACTERS, CHARACTERS = 16, 15.5  # of a line left of an image; an inch holds of them, on average
-HALO, FRAME = 2.4, 1.0  # points, widths of the lines around a patch: white, and black on it
 SECONDS_A_LEVEL = 1.0
 
 
@@ -297,14 +295,9 @@ def _colours(view: View) -> str:
 
 
 def _outline(ax: Axes, patch: Patch, side: int, unit: float) -> None:
-    """A frame around the patch, black in white so that it shows on any ground, and no ticks. unit: inches a pixel."""
-    out = HALO / 2 / 72 / unit  # so that the frame hides nothing of a patch as thin as its lines
-    corner = (patch[1] * side - 0.5 - out, patch[0] * side - 0.5 - out)
-    length = side + 2 * out
-    for color, width in (("white", HALO), ("black", FRAME)):
-        ax.add_patch(Rectangle(corner, length, length, fill=False, edgecolor=color, linewidth=width, clip_on=False))
-    ax.set_xticks([])
-    ax.set_yticks([])
+    """A frame outside the patch: it hides nothing of one as thin as its lines. unit: inches a pixel."""
+    out = HALO / 2 / 72 / unit
+    outline(ax, (patch[1] * side - 0.5 - out, patch[0] * side - 0.5 - out), side + 2 * out)
 
 
 def _draw_bar(sheet: Sheet, view: View, left: float, top: float) -> None:

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
+from analysis.figures import outline
 from analysis.plots import new_blocks
 from models.vision_bdh import Grid
 
 COLUMNS = 8
 ROW = 1.22  # inches: a picture and two lines of text
 LONGEST_CLASS = 13  # characters that stand above a picture
-HALO, FRAME = 2.4, 1.0  # points, widths of the lines around a patch: white, and black on it
 
 
 @dataclass(frozen=True)
@@ -55,16 +54,10 @@ def _draw_patch(ax: Axes, excited: Excited, grid: Grid, around: int) -> None:
     place = divmod(excited.patch, grid[1])
     top, left = (first * side for first, _ in map(window, place, grid, (around, around)))
     bottom, right = (last * side for _, last in map(window, place, grid, (around, around)))
-    pixels = excited.image.transpose(1, 2, 0)[top:bottom, left:right]
-    pixels = pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels
-    ax.imshow(pixels, cmap="gray", vmin=0, vmax=255)
+    ax.imshow(excited.image.transpose(1, 2, 0)[top:bottom, left:right], cmap="gray", vmin=0, vmax=255)
     corner = (place[1] * side - left - 0.5, place[0] * side - top - 0.5)
-    for color, width in (("white", HALO), ("black", FRAME)):  # not snapped to pixels, each to others
-        look = dict(fill=False, edgecolor=color, linewidth=width, clip_on=False, snap=False)
-        ax.add_patch(Rectangle(corner, side, side, **look))
+    outline(ax, corner, side, snap=False)  # the two lines would snap to different pixels
     ax.set_title(f"{_cut(excited.class_name)}\n{excited.value:.3g}", pad=3)
-    ax.set_xticks([])
-    ax.set_yticks([])
 
 
 def _cut(name: str) -> str:
