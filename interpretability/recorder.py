@@ -13,6 +13,7 @@ from them later is computed with the model's own weights (as they are then), one
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -99,9 +100,10 @@ class Trace:
             raise LookupError(f"level {level} was not recorded: the levels with a record are {sorted(of)}")
         return of[level]
 
-    def _keep_into(self, of: dict[int, Tensor], level: int, tensor: Tensor) -> None:
+    def keep(self, among: dict[int, Tensor], level: int, tensor: Tensor) -> None:
+        """What hooks call, with inputs or outputs to keep the tensor among."""
         if level in self.levels:
-            of[level] = tensor.detach()
+            among[level] = tensor.detach()
 
 
 def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
@@ -126,17 +128,10 @@ def record(model: nn.Module, *names: str, levels: Iterable[int] | None = None) -
         if name not in adapter.quantities:
             raise ValueError(f"{type(model).__name__} has no {name}, only {', '.join(adapter.quantities)}")
     trace = Trace(adapter, names or adapter.quantities, chosen)
-
-    def keep_x(level: int, x: Tensor) -> None:
-        trace._keep_into(trace.inputs, level, x)
-
-    def keep_state(level: int, state: Tensor) -> None:
-        trace._keep_into(trace.outputs, level, state)
-
     from_state = {"state", "logits"}
-    handles = adapter.attach(
-        keep_x if set(trace.names) - from_state else None, keep_state if set(trace.names) & from_state else None
-    )
+    keep_x = partial(trace.keep, trace.inputs) if set(trace.names) - from_state else None
+    keep_state = partial(trace.keep, trace.outputs) if set(trace.names) & from_state else None
+    handles = adapter.attach(keep_x, keep_state)
     try:
         yield trace
     finally:

@@ -131,15 +131,15 @@ class _RawUpdate(torch.autograd.Function):
         totals = tuple(torch.zeros_like(w, dtype=dy.dtype) for w in weights)
         dy = (dy * ctx.scale).to(weights[0].dtype)
         slices = [saved[k : k + n] for k in range(0, len(saved), n)]
-        dxs, first, scratch = [], 0, None
+        (g, T, _), (n_head, _, n_neurons) = slices[0][0].shape, weights[0].shape
+        scratch = [dy.new_empty(n_head, g * T, n_neurons) for _ in range(2)]  # for each slice, so it stays in cache
+        dxs, first = [], 0
         for place, kept in enumerate(slices):
             x_slice = kept[0]
             if ctx.random_states:
                 with _random_as(ctx.random_states[place], x_slice.device):
                     *_, made = _excite(x_slice, *ctx.settings, inner=kept[1])
                 kept = (x_slice, *made)
-            if scratch is None:  # the same memory for each slice stays in cache
-                scratch = [torch.empty_like(kept[1]) for _ in range(2)]
             dy_slice = dy[first : first + len(x_slice)]
             dxs.append(_backward_slice(dy_slice, kept, weights, phases, totals, scratch))
             first += len(dy_slice)

@@ -81,11 +81,6 @@ class Session:
         """What the files beside last.pt and previous.pt hold."""
         return {"epoch": self.epoch, "model": self.model.state_dict(), "config": self.experiment.fields()}
 
-    def keeps_weights(self) -> bool:
-        """Whether --keep-every asks for those of this epoch."""
-        every = self.experiment.options.keep_every
-        return every is not None and self.epoch % every == 0
-
     def load_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -162,8 +157,7 @@ def _set_up(experiment: Experiment, run: Run, resuming: bool) -> Session:
     else:
         run.start(experiment, data, describe_hardware(device), parameters, origin)
         run.save_checkpoint(session.state())  # so that a run stopped in its first epoch can be resumed too
-        if session.keeps_weights():
-            run.keep_weights(session.weights())
+        _keep_weights(session, run)
     print(
         f"{experiment.name}, seed {train.seed}: {parameters:,} parameters; "
         f"{data.size('train'):,} {task.samples} to train, "
@@ -220,8 +214,7 @@ def _epoch(session: Session, run: Run) -> dict[str, Any]:
     if session.best is None or _score(row, task) > _score(session.best, task):
         session.best = {key: value for key, value in row.items() if key == "epoch" or key.startswith("val_")}
         run.save_best(session.weights() | session.best)
-    if session.keeps_weights():
-        run.keep_weights(session.weights())
+    _keep_weights(session, run)
     run.save_checkpoint(session.state())
     left = (train.epochs - session.epoch) * (ended - started)
     tqdm.write(
@@ -232,6 +225,13 @@ def _epoch(session: Session, run: Run) -> dict[str, Any]:
         f"left {tqdm.format_interval(left)}"
     )
     return row
+
+
+def _keep_weights(session: Session, run: Run) -> None:
+    """Those of this epoch, where --keep-every asks for them."""
+    every = session.experiment.options.keep_every
+    if every is not None and session.epoch % every == 0:
+        run.keep_weights(session.weights())
 
 
 def _score(row: dict[str, Any], task: Task) -> tuple[float, float]:
