@@ -41,8 +41,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from analysis.figures import COLORS, PAGE, new_figure, save_figure, style_axes
-from benchmarks.measure import Precision, in_turns, kept_memory_mb, spread, step_memory_mb
+from analysis.figures import COLORS, PAGE, new_figure, style_axes
+from benchmarks.measure import Precision, in_turns, kept_memory_mb, spread, step_memory_mb, write_results
 from models.bdh import BDHCore, CoreConfig
 from models.kernels import raw_attention, scores_are_cheaper
 from models.rotary import RotaryAttention
@@ -376,10 +376,7 @@ def file_stem(row: dict) -> str:
 
 def write(rows: list[dict], folder: Path) -> tuple[Path, ...]:
     """The CSV, the PNG and the SVG; returns them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    table = folder / f"{file_stem(rows[0])}.csv"
-    pd.DataFrame(rows).to_csv(table, index=False)
-    return table, *save_figure(draw(rows), table.with_suffix(".png"))
+    return write_results(pd.DataFrame(rows), draw(rows), folder / f"{file_stem(rows[0])}.csv")
 
 
 def main(options: Options) -> None:

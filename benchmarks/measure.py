@@ -3,11 +3,15 @@
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
+from analysis.figures import save_figure
 from training.device import describe_hardware
 
 Precision = Literal["float32", "tf32", "bf16"]
@@ -22,6 +26,13 @@ def machine_of(device: torch.device) -> tuple[str, str]:
     if "threads" in about:
         return f"{device.type}_{about['threads']}threads", f"{about['threads']} threads of {words}"
     return "_".join(about["name"].lower().split()), words
+
+
+def write_results(table: pd.DataFrame, figure: Figure, path: Path) -> tuple[Path, Path, Path]:
+    """The table as CSV, and the figure of the same name as PNG and SVG; returns the files. Makes the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(path, index=False)
+    return path, *save_figure(figure, path.with_suffix(".png"))
 
 
 def in_turns(sides: dict[str, S], run: Callable[[S], T], repeats: int, warm_up: float = 0.0) -> dict[str, list[T]]:

@@ -12,7 +12,6 @@ whose rounding is the noise that the fast one may have, too.
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,12 +23,12 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from analysis.figures import COLORS, PAGE, new_figure, save_figure, style_axes
-from benchmarks.measure import Precision, machine_of
-from benchmarks.training_steps import Batch, StackedReference, fast_model, training_step
-from models.vision_bdh import VisionBDHConfig, v2_config
+from analysis.figures import COLORS, PAGE, new_figure, style_axes
+from benchmarks.measure import Precision, machine_of, write_results
+from benchmarks.training_steps import Batch, StackedReference, endless_batches, training_step
+from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
 from training.config import ROOT, ClassificationConfig, UserError
-from training.data import ImageBatches, load_dataset, split_train
+from training.data import load_dataset, split_train
 from training.device import pick_device, tune_cpu_allocator
 from training.script import run_script
 
@@ -67,20 +66,8 @@ class Options:
 def real_batches(options: Options, device: torch.device) -> Iterator[Batch]:
     """Training batches of CIFAR-10 by the protocol, epoch after epoch."""
     data = load_dataset("cifar10", options.data_dir)
-    config = ClassificationConfig(
-        dataset="cifar10",
-        epochs=1,
-        batch_size=options.batch_size,
-        learning_rate=1e-4,
-        weight_decay=0.05,
-        crop_scale_min=0.8,
-        horizontal_flip=True,
-        seed=options.seed,
-    )
-    split = split_train(data.train_labels, config.val_fraction, None, config.seed)
-    batches = ImageBatches(data, split, config, options.batch_size, device)
-    for epoch in count():
-        yield from batches.train_batches(epoch)
+    split = split_train(data.train_labels, ClassificationConfig.val_fraction, None, options.seed)
+    return endless_batches(data, split, options.batch_size, device, options.seed)
 
 
 def with_other_last_bits(model: nn.Module) -> nn.Module:
@@ -99,9 +86,9 @@ def losses_of(options: Options, config: VisionBDHConfig, device: torch.device) -
             lambda config: with_other_last_bits(StackedReference(config)),
             "float32",
         ),
-        "fast, float32": (fast_model, "float32"),
+        "fast, float32": (VisionBDH, "float32"),
         "plain, bf16": (StackedReference, "bf16"),
-        "fast, bf16": (fast_model, "bf16"),
+        "fast, bf16": (VisionBDH, "bf16"),
     }
     return {side: _train(build, precision, side, options, config, device) for side, (build, precision) in sides.items()}
 
@@ -160,11 +147,10 @@ def main(options: Options) -> None:
     print(table.to_string(index=False, float_format="{:.2e}".format))
     place, machine = machine_of(device)
     width = "" if options.n_embd == Options.n_embd else f"_width{options.n_embd}"
-    path = options.output_dir / f"same_losses_{place}{width}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame({"step": np.arange(1, options.steps + 1), **losses}).to_csv(path, index=False)
+    steps = pd.DataFrame({"step": np.arange(1, options.steps + 1), **losses})
     title = f"v2 of width {options.n_embd} on CIFAR-10, batch {options.batch_size}, no dropout: {machine}"
-    print(path, *save_figure(draw(losses, title), path.with_suffix("")), sep="\n")
+    path = options.output_dir / f"same_losses_{place}{width}.csv"
+    print(*write_results(steps, draw(losses, title), path), sep="\n")
 
 
 if __name__ == "__main__":

@@ -28,23 +28,15 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from analysis.figures import COLORS, PAGE, new_figure, save_figure, style_axes
-from benchmarks.measure import Precision, in_turns, machine_of, seconds_of, spread, step_memory_mb
-from benchmarks.training_steps import (
-    StackedReference,
-    fast_model,
-    in_full,
-    made_up_batches,
-    recomputing_model,
-    training_step,
-)
+from analysis.figures import COLORS, PAGE, new_figure, style_axes
+from benchmarks.measure import Precision, in_turns, machine_of, seconds_of, spread, step_memory_mb, write_results
+from benchmarks.training_steps import IMPLEMENTATIONS, in_full, made_up_batches, training_step
 from models.vision_bdh import VisionBDHConfig, v2_config
 from training.config import ROOT, UserError
 from training.device import pick_device, tune_cpu_allocator
 from training.launch import is_out_of_memory
 from training.script import run_script
 
-SIDES = {"reference": StackedReference, "fast": fast_model, "fast, --recompute": recomputing_model}
 VARIED = {"batch_size": "images a batch", "tokens": "tokens T", "neurons": "neurons of all heads", "n_layer": "levels"}
 
 
@@ -66,7 +58,7 @@ class Options:
     """levels"""
     base: tuple[int, int, int, int] = (16, 32, 16, 4)
     """batch size, side, multiplier and depth that stay while another varies"""
-    sides: tuple[str, ...] = ("reference", "fast", "fast, --recompute")
+    sides: tuple[str, ...] = tuple(IMPLEMENTATIONS)
     """of these three, what to measure"""
     precision: Precision = "bf16"
     """of the products"""
@@ -125,7 +117,7 @@ def measure(options: Options, device: torch.device) -> list[dict]:
 def _step(side: str, config: VisionBDHConfig, batch_size: int, precision: Precision, device: torch.device):
     torch.manual_seed(0)
     batches = made_up_batches(batch_size, config.img_size, config.num_classes, device)
-    return in_full(training_step(SIDES[side](config), batches, precision, device), 1, device)
+    return in_full(training_step(IMPLEMENTATIONS[side](config), batches, precision, device), 1, device)
 
 
 def exponent(sizes: list[float], values: list[float]) -> tuple[float, float, float]:
@@ -157,9 +149,9 @@ def draw(rows: list[dict], title: str) -> Figure:
     for column, varied in enumerate(VARIED):
         here = [row for row in rows if row["varied"] == varied]
         for ax, of, scale in zip(axes[:, column], ("seconds", "step_memory_mb"), (1e3, 1.0), strict=True):
-            for place, side in enumerate(SIDES):
+            for place, side in enumerate(IMPLEMENTATIONS):
                 _draw_side(ax, [row for row in here if row["side"] == side], of, scale, place, fits)
-            shown = [fits[varied, side, of] for side in SIDES if (varied, side, of) in fits]
+            shown = [fits[varied, side, of] for side in IMPLEMENTATIONS if (varied, side, of) in fits]
             ax.set_title(", ".join(f"{fit['exponent']:.2f}" for fit in shown))
             ax.set(xscale="log", yscale="log")
             if here:
@@ -198,8 +190,8 @@ def show(rows: list[dict], title: str) -> None:
 
 def main(options: Options) -> None:
     device = pick_device(options.device)
-    if unknown := set(options.sides) - set(SIDES):
-        raise UserError(f"--sides: {', '.join(sorted(unknown))} is none of {', '.join(SIDES)}")
+    if unknown := set(options.sides) - set(IMPLEMENTATIONS):
+        raise UserError(f"--sides: {', '.join(sorted(unknown))} is none of {', '.join(IMPLEMENTATIONS)}")
     if device.type == "cpu":
         tune_cpu_allocator()
     rows = measure(options, device)
@@ -208,11 +200,10 @@ def main(options: Options) -> None:
     place, machine = machine_of(device)
     title = f"{machine}, {options.precision}"
     show(rows, title)
-    table = options.output_dir / f"scaling_{place}.csv"
-    table.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame([{"machine": machine} | row for row in rows]).to_csv(table, index=False)
-    pd.DataFrame(exponents(rows)).to_csv(table.with_name(f"{table.stem}_exponents.csv"), index=False)
-    print(table, *save_figure(draw(rows, title), table.with_suffix("")), sep="\n")
+    path = options.output_dir / f"scaling_{place}.csv"
+    table = pd.DataFrame([{"machine": machine} | row for row in rows])
+    print(*write_results(table, draw(rows, title), path), sep="\n")
+    pd.DataFrame(exponents(rows)).to_csv(path.with_name(f"{path.stem}_exponents.csv"), index=False)
 
 
 if __name__ == "__main__":

@@ -30,15 +30,8 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.measure import Precision, in_turns, seconds_of, spread, step_memory_mb
-from benchmarks.training_steps import (
-    Batch,
-    StackedReference,
-    fast_model,
-    in_full,
-    recomputing_model,
-    training_step,
-)
-from models.vision_bdh import VisionBDHConfig, v2_config
+from benchmarks.training_steps import IMPLEMENTATIONS, Batch, StackedReference, in_full, training_step
+from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
 from training.device import (
     describe_hardware,
     pick_device,
@@ -123,10 +116,9 @@ def measure(options: Options, tuned: bool) -> list[dict]:
     allocation = {True: "tuned", False: "as it comes"}[tuned] if device.type == "cpu" else "PyTorch's"
     rows = []
     for precision in options.precisions:
-        builders = {"reference": StackedReference, "fast": fast_model, "fast, --recompute": recomputing_model}
-        compiled = {"reference, compiled": StackedReference, "plain, compiled": fast_model} if options.compile else {}
+        compiled = {"reference, compiled": StackedReference, "plain, compiled": VisionBDH} if options.compile else {}
         sides = {}
-        for side, build in (builders | compiled).items():
+        for side, build in (IMPLEMENTATIONS | compiled).items():
             torch.manual_seed(0)
             step = training_step(
                 build(v2_config()), constant_batch(options, device), precision, device, compiled=side in compiled

@@ -25,16 +25,9 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.figures import COLORS, PAGE, new_figure, save_figure, style_axes
-from benchmarks.measure import Precision, in_turns, machine_of, seconds_of, spread, step_memory_mb
-from benchmarks.training_steps import (
-    StackedReference,
-    fast_model,
-    in_full,
-    made_up_batches,
-    recomputing_model,
-    training_step,
-)
+from analysis.figures import COLORS, PAGE, new_figure, style_axes
+from benchmarks.measure import Precision, in_turns, machine_of, seconds_of, spread, step_memory_mb, write_results
+from benchmarks.training_steps import IMPLEMENTATIONS, in_full, made_up_batches, training_step
 from models.baselines import resnet20_config, vit_tiny_config
 from models.vision_bdh import v2_config
 from training.config import ROOT, UserError
@@ -80,10 +73,8 @@ class Side:
 def sides_of(models: tuple[Name, ...], compiled: bool) -> list[Side]:
     """Each model's sides; its first is what its others are compared with."""
     everything = [
-        Side("v2", "reference", lambda: StackedReference(v2_config())),
-        Side("v2", "fast", lambda: fast_model(v2_config())),
-        Side("v2", "fast, --recompute", lambda: recomputing_model(v2_config())),
-        Side("v2", "plain, compiled", lambda: fast_model(v2_config()), compiled=True),
+        *(Side("v2", name, lambda build=build: build(v2_config())) for name, build in IMPLEMENTATIONS.items()),
+        Side("v2", "plain, compiled", lambda: v2_config().build(), compiled=True),
         Side("vit_tiny", "eager", lambda: vit_tiny_config().build()),
         Side("vit_tiny", "compiled", lambda: vit_tiny_config().build(), compiled=True),
         Side("resnet20", "eager", lambda: resnet20_config().build()),
@@ -213,10 +204,9 @@ def main(options: Options) -> None:
     title = f"Training at batch {options.batch_size}: {machine}{kept}"
     show(rows, title)
     batch = "" if options.batch_size == 32 else f"_batch{options.batch_size}"
-    table = options.output_dir / f"train_speed_{place}{batch}.csv"
-    table.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame([{"machine": machine} | row for row in rows]).to_csv(table, index=False)
-    print(table, *save_figure(draw(rows, title), table.with_suffix("")), sep="\n")
+    table = pd.DataFrame([{"machine": machine} | row for row in rows])
+    path = options.output_dir / f"train_speed_{place}{batch}.csv"
+    print(*write_results(table, draw(rows, title), path), sep="\n")
 
 
 if __name__ == "__main__":

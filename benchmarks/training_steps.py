@@ -1,6 +1,7 @@
 """Whole training steps of any model, as fit() makes them; and the plain BDH step that others are held against."""
 
 from collections.abc import Callable, Iterator
+from itertools import count
 
 import numpy as np
 import torch
@@ -31,15 +32,18 @@ class StackedReference(VisionBDH):
         return layer_norm(gated.transpose(1, 2).flatten(-2) @ weights.decoder)
 
 
-def fast_model(config: VisionBDHConfig) -> VisionBDH:
-    return config.build()
-
-
 def recomputing_model(config: VisionBDHConfig) -> VisionBDH:
     """As --recompute makes it."""
-    model = config.build()
+    model = VisionBDH(config)
     model.recompute = True
     return model
+
+
+IMPLEMENTATIONS: dict[str, Callable[[VisionBDHConfig], VisionBDH]] = {
+    "reference": StackedReference,
+    "fast": VisionBDH,
+    "fast, --recompute": recomputing_model,
+}
 
 
 def training_step(
@@ -78,11 +82,10 @@ def in_full(step: Callable[[], Tensor], n_steps: int, device: torch.device) -> C
     return steps
 
 
-def made_up_batches(batch_size: int, img_size: int, n_classes: int, device: torch.device) -> Iterator[Batch]:
-    """Random images without end, on the device as uint8 and cropped and flipped there, as training does with CIFAR."""
-    rng, n = np.random.default_rng(0), 16 * batch_size
-    images = rng.integers(256, size=(n + 1, 3, img_size, img_size), dtype=np.uint8)
-    data = DataSet("made up", images, rng.integers(n_classes, size=n + 1), images[:0], np.zeros(0, np.int64), ())
+def endless_batches(
+    data: DataSet, split: Split, batch_size: int, device: torch.device, seed: int = 0
+) -> Iterator[Batch]:
+    """The training part by the protocol of CIFAR, epoch after epoch."""
     config = ClassificationConfig(
         dataset="cifar10",
         epochs=1,
@@ -91,9 +94,17 @@ def made_up_batches(batch_size: int, img_size: int, n_classes: int, device: torc
         weight_decay=0.05,
         crop_scale_min=0.8,
         horizontal_flip=True,
+        seed=seed,
     )
-    split = Split(train=np.arange(n), val=np.array([n]))  # a whole number of batches
-    batches, epoch = ImageBatches(data, split, config, batch_size, device), 0
-    while True:
+    batches = ImageBatches(data, split, config, batch_size, device)
+    for epoch in count():
         yield from batches.train_batches(epoch)
-        epoch += 1
+
+
+def made_up_batches(batch_size: int, img_size: int, n_classes: int, device: torch.device) -> Iterator[Batch]:
+    """Random images without end, on the device as uint8 and cropped and flipped there, as training does with CIFAR."""
+    rng, n = np.random.default_rng(0), 16 * batch_size
+    images = rng.integers(256, size=(n + 1, 3, img_size, img_size), dtype=np.uint8)
+    data = DataSet("made up", images, rng.integers(n_classes, size=n + 1), images[:0], np.zeros(0, np.int64), ())
+    split = Split(train=np.arange(n), val=np.array([n]))  # a whole number of batches
+    return endless_batches(data, split, batch_size, device)

@@ -8,10 +8,9 @@ import torch
 
 from benchmarks import same_losses, scaling, train_speed
 from benchmarks.training_steps import (
+    IMPLEMENTATIONS,
     StackedReference,
-    fast_model,
     made_up_batches,
-    recomputing_model,
     training_step,
 )
 from models.vision_bdh import v2_config
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_sides_train_alike():
     """Thirty steps from the same weights on the same images: losses of all implementations agree, and weights move."""
     losses, moved = {}, []
-    for build in (StackedReference, fast_model, recomputing_model):
+    for build in IMPLEMENTATIONS.values():
         torch.manual_seed(3)
         model = build(v2_config(**TINY, dropout=0.0)).double()
         batches = made_up_batches(8, img_size=32, n_classes=10, device=CPU)
@@ -157,7 +156,7 @@ def test_sides_that_do_not_fit_are_left_out(monkeypatch, capsys):
     def full(config):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setitem(scaling.SIDES, "reference", full)
+    monkeypatch.setitem(IMPLEMENTATIONS, "reference", full)
     sizes = dict(batch_sizes=(2,), img_sizes=(), multipliers=(), depths=(), base=(2, 8, 4, 1), n_embd=16, n_head=2)
     rows = scaling.measure(scaling.Options(**sizes, precision="float32", repeats=1), CPU)
     assert [row["side"] for row in rows] == ["fast", "fast, --recompute"]
