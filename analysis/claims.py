@@ -9,7 +9,7 @@ How verdicts are made stands at the end of CLAIMS.md. (update_readme.py writes C
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -35,7 +35,7 @@ from analysis.published import (
     read_published,
     read_results,
 )
-from analysis.reading import Row
+from analysis.reading import Row, RunFiles
 from analysis.tables import markdown_table, mean_and_spread
 from training.config import ROOT
 from training.device import effective_precision
@@ -116,9 +116,9 @@ class Options:
     """file of the table; default: CLAIMS.md in results-dir"""
 
 
-def claims_markdown(results: Path) -> tuple[list[Claim], str]:
-    """The claims beside the runs in this folder, and the text of CLAIMS.md. Raises UserError where it is no folder."""
-    runs = [run for run in read_results(results) if not is_small(run, results)]
+def claims_markdown(runs: Iterable[RunFiles], results: Path) -> tuple[list[Claim], str]:
+    """The claims beside these runs, which `read_results` gave of the folder results, and the text of CLAIMS.md."""
+    runs = [run for run in runs if not is_small(run, results)]
     claims = claims_of(runs, read_published())
     lines = ["<!-- made by python analysis/update_readme.py (or analysis/claims.py): do not edit -->", ""]
     lines += ["# Published numbers beside measured ones", "", count_verdicts(claims), "", COMMON, ""]
@@ -216,7 +216,7 @@ def measured_cell(metric: Metric, values: pd.Series) -> str:
 
 
 def main(options: Options) -> None:
-    claims, text = claims_markdown(options.results_dir)
+    claims, text = claims_markdown(read_results(options.results_dir), options.results_dir)
     path = options.output or options.results_dir / FILE
     path.write_text(text, encoding="utf-8")
     print(f"{count_verdicts(claims)}\n{path}")

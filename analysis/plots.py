@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from scipy.optimize import isotonic_regression, linear_sum_assignment
 
 from analysis.figures import COLORS, MARKERS, PAGE, new_figure, style_axes
-from analysis.reading import Row, RunFiles, Task
+from analysis.reading import Row, RunFiles, Task, shared_parts
 from analysis.tables import mean_and_spread
 
 LINE = 0.15  # inches, of a line of text
@@ -40,7 +40,7 @@ class Point(NamedTuple):
 
 def labels_of(task: Task, rows: Sequence[Row]) -> tuple[list[str], str]:
     """A label for each row, and a title: the data set and the changed fields that all rows share."""
-    shared = [part for part in rows[0].parts[1:] if all(part in row.parts[1:] for row in rows)]
+    shared = shared_parts(rows)
     labels = [", ".join(part for part in row.parts if part not in shared) for row in rows]
     if len(set(labels)) < len(labels):
         return [", ".join(row.parts) for row in rows], task[0]

@@ -208,6 +208,11 @@ def make_rows(runs: Iterable[RunFiles], folder_of: Callable[[RunFiles], str] = l
     return sorted(rows, key=lambda row: (row.task, _badness(row), row.parts))
 
 
+def shared_parts(rows: Sequence[Row]) -> list[str]:
+    """What all rows' `parts` have beside the experiment's name."""
+    return [part for part in rows[0].parts[1:] if all(part in row.parts[1:] for row in rows)]
+
+
 def row_called(experiment: str, rows: Sequence[Row], flag: str, wanted: str = "run") -> Row:
     """The only row of that experiment. Raises UserError where there are none or several, naming flag and experiments.
 

@@ -26,7 +26,7 @@ from analysis.claims import (
     setting_of,
 )
 from analysis.published import Claim, is_small, read_results
-from analysis.reading import Row, RunFiles, make_rows
+from analysis.reading import Row, RunFiles, make_rows, shared_parts
 from analysis.tables import markdown_table
 from training.config import ROOT, UserError
 from training.script import run_script
@@ -50,8 +50,9 @@ class Options:
 def wanted_files(results: Path, readme: Path) -> dict[Path, str]:
     """README and CLAIMS.md as they ought to be. Raises UserError for a README without markers."""
     before, _, after = parts_of(readme)
-    claims, text = claims_markdown(results)
-    lines = [count_verdicts(claims), "", *_claims_table(claims), "", *_measured(read_results(results), results)]
+    runs = read_results(results)
+    claims, text = claims_markdown(runs, results)
+    lines = [count_verdicts(claims), "", *_claims_table(claims), "", *_measured(runs, results)]
     return {readme: "\n".join([f"{before}{BEGIN}", "", *lines, f"{END}{after}"]), results / FILE: text}
 
 
@@ -100,7 +101,7 @@ def _measured(runs: Sequence[RunFiles], results: Path) -> list[str]:
 
 def _folder_table(title: str, rows: Sequence[Row]) -> list[str]:
     """The rows of one folder, under a line that also tells the changed fields which all of them share."""
-    shared = [part for part in rows[0].parts[1:] if len(rows) > 1 and all(part in row.parts[1:] for row in rows)]
+    shared = shared_parts(rows) if len(rows) > 1 else []
     common = f"; all with {', '.join(shared)}" if shared else ""
     lines = [
         [

@@ -68,7 +68,7 @@ def claims_in(results, name, source="spec_current", dataset=None):
 
 def lines_of(results, name):
     """Cells of the lines of CLAIMS.md that begin with that name."""
-    text = claims_markdown(results)[1]
+    text = claims_markdown(read_results(results), results)[1]
     return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(f"| {name}")]
 
 
@@ -259,7 +259,7 @@ def test_small_runs_never_count(results):
     for root in (results, results / "small_cpu"):
         (documented, _) = claims_in(root, "v2_raw", dataset="cifar10")
         assert documented.verdict == NOT_YET_RUN
-        assert all(claim.row is None for claim in claims_markdown(root)[0])
+        assert all(claim.row is None for claim in claims_markdown(read_results(root), root)[0])
 
 
 def test_a_run_counts_by_what_it_is_and_a_copy_is_no_further_seed(results, capsys):
@@ -311,7 +311,7 @@ def test_a_segmentation_run_without_the_mean_over_batches_is_named_and_left_out(
     table = (folder / "metrics.csv").read_text().replace("val_miou_batch", "val_miou_other")
     (folder / "metrics.csv").write_text(table)
     assert len(claims_in(results, "bdh_unet")[0].values) == 0
-    assert "`bdh_unet/seed0`: metrics.csv has no val_miou_batch" in claims_markdown(results)[1]
+    assert "`bdh_unet/seed0`: metrics.csv has no val_miou_batch" in claims_markdown(read_results(results), results)[1]
 
 
 # ---------------------------------------------------------------------------- CLAIMS.md
@@ -336,14 +336,17 @@ def test_the_table_shows_numbers_protocol_and_verdict(results):
 
 def test_a_run_under_a_wrong_name_is_told(results):
     write_run(results / "v1_cifar10" / "seed0", "train_v1_cifar10.py", "--epochs 5", name="v1_cifar10")
-    assert "- `v1_cifar10/seed0`: epochs is 5, not 50; epochs done is 5, not 50\n" in claims_markdown(results)[1]
+    assert (
+        "- `v1_cifar10/seed0`: epochs is 5, not 50; epochs done is 5, not 50\n"
+        in claims_markdown(read_results(results), results)[1]
+    )
     write_run(results / "v1_cifar10" / "seed1", "train_v1_cifar10.py", seed=1)
-    assert "v1_cifar10/seed1" not in claims_markdown(results)[1]
+    assert "v1_cifar10/seed1" not in claims_markdown(read_results(results), results)[1]
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UserError, match="nowhere is no folder"):
-        claims_markdown(tmp_path / "nowhere")
+        claims_markdown(read_results(tmp_path / "nowhere"), tmp_path / "nowhere")
 
 
 def test_the_script(results, tmp_path, call_script, capsys):
