@@ -1,6 +1,7 @@
 """interpretability/visualize_attention.py: what a patch attends to, drawn and animated."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -267,8 +268,10 @@ def test_animations(call):
     check_picture(files[".png"])
 
 
-@pytest.mark.skipif(not FFMpegWriter.isAvailable(), reason="ffmpeg is not installed")
 def test_mp4(call):
+    """Where ffmpeg is missing, skipped, but not in CI, which has to install it."""
+    if not FFMpegWriter.isAvailable():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("there is no ffmpeg: apt-get install ffmpeg")
     code, files = call("v2", "--animate", "mp4", "--levels", 1, 3, "--show", "shares")
     assert code == 0
     assert files[".mp4"].read_bytes()[4:8] == b"ftyp" and files[".mp4"].stat().st_size > 5000
