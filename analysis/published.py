@@ -18,7 +18,7 @@ from scipy import stats
 
 import training
 from analysis.reading import Row, RunFiles, find_runs, make_rows, read_runs
-from training.config import ROOT, Experiment, UserError, parse_experiment
+from training.config import ROOT, Experiment, UserError, default_fields, parse_experiment
 from training.metrics import METRICS, Metric
 
 PUBLISHED = ROOT / "analysis" / "published_results.csv"
@@ -208,7 +208,10 @@ def mismatches(run: RunFiles, published: Published, asked: Experiment) -> list[s
     wanted = _decisive(_plain(asked.fields()), type(asked.model).__name__)
     wanted |= {"data": published.dataset, "epochs": int(published.epochs), "epochs done": int(published.epochs)}
     wanted |= {"training images": int(published.train_images), "test images": int(published.test_images or 0)}
-    defaults = {"model": _defaults(asked.model), "train": _defaults(asked.train)}  # of fields younger than the run
+    defaults = {
+        "model": default_fields(asked.model),
+        "train": default_fields(asked.train),
+    }  # of fields younger than the run
     stored = {part: defaults[part] | run.config["config"][part] for part in defaults}
     images = run.summary.get("images", {})
     found = _decisive(stored, run.config["model_class"])
@@ -226,11 +229,6 @@ def _decisive(fields: dict[str, dict], model_class: str) -> dict[str, Any]:
     if start := decisive.get("start_from"):  # RUN-seedK-best.pt, as config.name_of_file has it
         decisive["start_from"] = re.sub(rf"\+({'|'.join(FREE)})=[^+-]*|-seed\d+", "", start)
     return {key: value for key, value in decisive.items() if key not in FREE}
-
-
-def _defaults(config: Any) -> dict[str, Any]:
-    fields = dataclasses.fields(config)
-    return _plain({field.name: field.default for field in fields if field.default is not dataclasses.MISSING})
 
 
 def _plain(values: dict) -> dict:

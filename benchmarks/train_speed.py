@@ -23,11 +23,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.figures import COLORS, PAGE, new_figure, style_axes
 from benchmarks.measure import Precision, in_turns, machine_of, seconds_of, spread, step_memory_mb, write_results
-from benchmarks.training_steps import IMPLEMENTATIONS, in_full, made_up_batches, training_step
+from benchmarks.training_steps import IMPLEMENTATIONS, flop_per_image, in_full, made_up_batches, training_step
 from models.baselines import resnet20_config, vit_tiny_config
 from models.vision_bdh import v2_config
 from training.config import ROOT, UserError
@@ -83,15 +82,6 @@ def sides_of(models: tuple[Name, ...], compiled: bool) -> list[Side]:
     return [side for side in everything if side.model in models and (compiled or not side.compiled)]
 
 
-def flop_per_image(model: nn.Module) -> float:
-    """Operations of a training step's products and convolutions for one image, forward and backward."""
-    batches = made_up_batches(2, img_size=32, n_classes=10, device=torch.device("cpu"))
-    images, labels = next(batches)
-    with FlopCounterMode(display=False) as counter:
-        nn.functional.cross_entropy(model(images), labels).backward()
-    return counter.get_total_flops() / len(images)
-
-
 def dense_tflops(precision: Precision, device: torch.device) -> float:
     """Rate of a large square product in that precision: the best of ten."""
     size = 8192 if device.type == "cuda" else 2048
@@ -106,7 +96,7 @@ def measure(options: Options, device: torch.device) -> list[dict]:
     on_cuda = device.type == "cuda"
     precisions = options.precisions or (("tf32", "bf16") if on_cuda else ("float32", "bf16"))
     sides = sides_of(options.models, on_cuda if options.compile is None else options.compile)
-    flop = {name: flop_per_image(sides_of((name,), compiled=False)[0].build()) for name in options.models}
+    flop = {name: flop_per_image(sides_of((name,), compiled=False)[0].build(), img_size=32) for name in options.models}
     n_steps = options.steps or (50 if on_cuda else 1)
     rows = []
     for precision in precisions:

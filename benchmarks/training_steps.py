@@ -7,11 +7,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Precision
 from models.bdh import StepWeights, layer_norm
 from models.rotary import Tables, rope
-from models.vision_bdh import VisionBDH, VisionBDHConfig
+from models.vision_bdh import ImageSize, VisionBDH, VisionBDHConfig, height_and_width
 from training.config import ClassificationConfig
 from training.data import DataSet, ImageBatches, Split
 from training.device import set_precision, synchronize
@@ -80,6 +81,20 @@ def in_full(step: Callable[[], Tensor], n_steps: int, device: torch.device) -> C
         synchronize(device)
 
     return steps
+
+
+def flop_per_image(model: nn.Module, img_size: ImageSize) -> float:
+    """Operations of a training step's products and convolutions for one image, forward and backward.
+
+    A fast path's products are not all counted; on the device "meta", which computes nothing, a BDH takes its plain one.
+    """
+    height, width = height_and_width(img_size)
+    images = torch.zeros(
+        2, 3, height, width, device=next(model.parameters()).device
+    )  # 2: BatchNorm takes no single one
+    with FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
+    return counter.get_total_flops() / len(images)
 
 
 def endless_batches(

@@ -1,8 +1,7 @@
-"""Sweeps: what they expand to, that nothing is repeated, that one failure stops nothing else, and a real one."""
+"""Sweeps: what they expand to, and a real one that is stopped and goes on."""
 
 import dataclasses
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 from models.vision_bdh import v2_config
 from training import ClassificationConfig, UserError
 from training.config import parse_experiment
-from training.sweep import SweepOptions, command_of, make_plan, run_all
+from training.sweep import SweepOptions, command_of, make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_ablation.py"
@@ -150,113 +149,6 @@ def test_a_run_is_what_its_command_makes(flags, tmp_path, monkeypatch):
         assert again.options.sweep is None and again.folder == each.folder
         same = ("device", "data_dir", "wandb", "tensorboard", "eval_batch_size")
         assert all(getattr(again.options, name) == getattr(each.options, name) for name in same)
-
-
-@pytest.mark.parametrize(
-    ("files", "flag"),
-    [
-        ([], None),
-        (["config.json"], "--overwrite"),
-        (["config.json", "last.pt"], "--resume"),
-        (["previous.pt"], "--resume"),
-    ],
-)
-def test_a_run_that_was_begun_goes_on(files, flag, tmp_path):
-    (each,) = plan_of(tmp_path, "gate=multiplicative").experiments
-    each.folder.mkdir(parents=True)
-    for name in files:
-        (each.folder / name).touch()
-    given = {"--resume", "--overwrite"} & set(command_of(each, MODEL, TRAIN))
-    assert given == ({flag} if flag else set())
-
-
-# ---------------------------------------------------------------------------- running, with runs that only say so
-
-STAND_IN = """
-import json, sys, time
-from pathlib import Path
-folder, what = Path(sys.argv[1]), sys.argv[2]
-with (folder.parents[1] / "calls.txt").open("a") as file:
-    file.write(f"{folder.parent.name} {folder.name}\\n")
-if what == "fail":
-    sys.exit("some output\\nerror: the reason")
-if what == "die":
-    import os
-    os.kill(os.getpid(), 9)
-if what == "meet":  # ends only if another runs at the same time
-    (folder / "here").touch()
-    ends = time.monotonic() + 30
-    while len(list(folder.parents[1].glob("*/*/here"))) < 2:
-        if time.monotonic() > ends:
-            sys.exit("error: alone")
-        time.sleep(0.01)
-(folder / "summary.json").write_text("{}\\n".replace("{}", '{"done": true}'))
-"""
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    """Runs become processes that note their call and do what is said of their name; returns the calls so far."""
-    doing = {}
-
-    def command(experiment, model, train):
-        folder = experiment.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"config": experiment.fields()}
-        (folder / "config.json").write_text(json.dumps(config))
-        (folder / "last.pt").touch()
-        return [sys.executable, "-c", STAND_IN, str(folder), doing.get(experiment.name, "work")]
-
-    monkeypatch.setattr("training.sweep.command_of", command)
-    before = signal.getsignal(signal.SIGTERM)
-    yield doing
-    signal.signal(signal.SIGTERM, before)
-
-
-def calls(tmp_path):
-    return (tmp_path / "runs" / "calls.txt").read_text().splitlines()
-
-
-def test_a_run_that_fails_stops_no_other_and_is_listed_with_its_error(stand_in, tmp_path, capsys):
-    stand_in |= {"ablation+gate=sigmoid": "fail", "ablation+n_layer=2": "die"}
-    plan = plan_of(tmp_path, "gate,n_layer=2,n_head=7", "--seeds", "2")
-    failures = run_all(plan, MODEL, TRAIN)
-    assert len(calls(tmp_path)) == 8 and failures.keys() == {
-        "n_head=7",
-        *(f"{name}, seed {seed}" for name in stand_in for seed in (0, 1)),
-    }
-    assert failures["ablation+gate=sigmoid, seed 0"].startswith("the reason (")
-    assert "signal 9" in failures["ablation+n_layer=2, seed 1"]
-    shown = capsys.readouterr().out
-    assert "[8/8]" in shown and shown.count("done") == 4 and shown.count("failed: ") == 4
-
-
-def test_what_is_complete_is_not_repeated(stand_in, tmp_path, capsys):
-    stand_in["ablation+gate=none"] = "fail"
-    run_all(plan_of(tmp_path, "gate"), MODEL, TRAIN)
-    stand_in.clear()
-    assert run_all(plan_of(tmp_path, "gate", "--seeds", "2"), MODEL, TRAIN) == {}
-    made = calls(tmp_path)
-    assert len(made) == 3 + 4  # again: what had failed, and the new seed's three
-    assert [call for call in set(made) if made.count(call) > 1] == ["ablation+gate=none seed0"]
-    assert "6 runs, 2 of them complete" in capsys.readouterr().out
-    assert run_all(plan_of(tmp_path, "gate", "--overwrite"), MODEL, TRAIN) == {}
-    assert len(calls(tmp_path)) == 7 + 3
-
-
-def test_a_complete_run_of_another_configuration_is_not_taken_for_this_one(stand_in, tmp_path):
-    plan = plan_of(tmp_path, "gate=none")
-    run_all(plan, MODEL, TRAIN)
-    path = plan.experiments[0].folder / "config.json"
-    path.write_text(path.read_text().replace('"n_layer": 6', '"n_layer": 5'))
-    failures = run_all(plan_of(tmp_path, "gate=none/sigmoid"), MODEL, TRAIN)
-    assert failures.keys() == {"ablation, seed 0"} and "n_layer: 5 -> 6" in failures["ablation, seed 0"]
-    assert len(calls(tmp_path)) == 2 + 1  # the others are made all the same
-
-
-def test_jobs_run_at_the_same_time(stand_in, tmp_path):
-    stand_in |= {"ablation": "meet", "ablation+gate=none": "meet"}
-    assert run_all(plan_of(tmp_path, "gate=none", "--jobs", "2"), MODEL, TRAIN) == {}
 
 
 # ---------------------------------------------------------------------------- a real one

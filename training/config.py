@@ -1,6 +1,7 @@
 """What defines a training run, and the command line made from it."""
 
 import dataclasses
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -235,6 +236,13 @@ def changed_fields(before: Any, after: Any) -> dict:
     """The fields of `after` that differ from `before`, two configs of one class."""
     old, new = dataclasses.asdict(before), dataclasses.asdict(after)
     return {key: new[key] for key in new if new[key] != old[key]}
+
+
+def default_fields(config: Any) -> dict[str, Any]:
+    """The defaults of a config's class as JSON gives them back, for what is stored of a run older than a field."""
+    fields = dataclasses.fields(config)
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    return json.loads(json.dumps(defaults))
 
 
 def name_of_file(path: Path) -> str:

@@ -21,7 +21,7 @@ import torchvision
 from torch import nn
 
 from models import build_config
-from training.config import ROOT, Experiment, UserError
+from training.config import ROOT, Experiment, UserError, default_fields
 from training.data import Split
 
 FILES = ("config.json", "split.npz", "metrics.csv", "last.pt", "previous.pt", "best.pt", "summary.json", "damaged.pt")
@@ -55,23 +55,32 @@ class Run:
         if "config.json" not in there or not {"last.pt", "previous.pt"} & set(there):
             way = "start it anew with --overwrite" if there else "leave out --resume to start this run"
             raise UserError(f"{self.folder} holds nothing to resume: {way}")
-        try:
-            before = self.read_config()["config"]
-        except (*UNREADABLE, TypeError):
-            raise UserError(f"{self.folder / 'config.json'} cannot be read: start again with --overwrite") from None
-        after = json.loads(json.dumps(experiment.fields()))
-        changes = [
-            f"{key}: {before.get(part, {}).get(key)} -> {after[part].get(key)}"
-            for part in after
-            for key in sorted(before.get(part, {}).keys() | after[part].keys())
-            if before.get(part, {}).get(key) != after[part].get(key)
-        ]
+        changes = self.differences(experiment)
         if changes:
             raise UserError(
                 f"{self.folder} was started with another configuration ({'; '.join(changes)}): resume it with its own, "
                 "or start another run without --resume under another --name"
             )
         return True
+
+    def differences(self, experiment: Experiment) -> list[str]:
+        """Fields of the run in the folder that are others than the experiment's; those it is too old for, by default.
+
+        Raises UserError where they cannot be read.
+        """
+        try:
+            before = self.read_config()["config"]
+            configs = {"model": experiment.model, "train": experiment.train}
+            fields = {part: default_fields(config) | before[part] for part, config in configs.items()}
+        except (*UNREADABLE, TypeError):
+            raise UserError(f"{self.folder / 'config.json'} cannot be read: start again with --overwrite") from None
+        after = json.loads(json.dumps(experiment.fields()))
+        return [
+            f"{key}: {fields[part].get(key)} -> {after[part].get(key)}"
+            for part in after
+            for key in sorted(fields[part].keys() | after[part].keys())
+            if fields[part].get(key) != after[part].get(key)
+        ]
 
     def start(
         self, experiment: Experiment, data: Any, hardware: dict, parameters: int, origin: dict | None = None

@@ -7,16 +7,10 @@ others. A run of a sweep is the same as the one that the script makes by itself 
 import dataclasses
 import difflib
 import itertools
-import os
-import signal
-import subprocess
 import sys
-import threading
-import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +26,8 @@ from training.config import (
 )
 from training.launch import exit_with, launch_experiment
 from training.runs import Run
+from training.schedule import Job, run_jobs
 
-LOG = "log.txt"  # in a run's folder: what its process printed
 TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
 
@@ -90,11 +84,12 @@ def launch_sweep(name: str, model: Any, train: TrainConfig, report: Report) -> N
         return
     try:
         plan = make_plan(name, model, train, experiment)
-        failures = run_all(plan, model, train)
+        outcome = run_jobs(jobs_of(plan, model, train), experiment.options.jobs)
     except UserError as error:
         exit_with(str(error), 1)
     except KeyboardInterrupt:
         exit_with("stopped. The same command goes on where this one was", 130)
+    failures = plan.refused | outcome.failures
     done = [each.folder for each in plan.experiments if Run(each.folder).read_summary()]
     if done:
         try:
@@ -186,59 +181,9 @@ def _replace(config: Any, changes: dict[str, Any]) -> Any:
     return dataclasses.replace(config, **{key: value for key, value in changes.items() if key in own})
 
 
-def run_all(plan: Plan, model: Any, train: TrainConfig) -> dict[str, str]:
-    """Makes every run that is not complete; returns what failed, and why. Raises KeyboardInterrupt when stopped."""
-    failures, todo, complete = dict(plan.refused), [], 0
-    for each in plan.experiments:
-        try:
-            if each.options.overwrite or not _is_complete(each):
-                todo.append(each)
-            else:
-                complete += 1
-        except UserError as error:  # a run of this name, but of another configuration
-            failures[_label(each)] = str(error)
-    print(f"{len(plan.experiments)} runs, {complete} of them complete")
-    running = Running(threads=_threads(plan.experiments[0].options))
-    signal.signal(signal.SIGTERM, _interrupt)
-    pool = ThreadPoolExecutor(plan.experiments[0].options.jobs)
-    try:
-        futures = {pool.submit(running.run, each, command_of(each, model, train)): each for each in todo}
-        for count, future in enumerate(as_completed(futures), 1):
-            each = futures[future]
-            seconds, problem = future.result()
-            if problem:
-                failures[_label(each)] = problem
-            outcome = f"failed: {problem}" if problem else "done"
-            print(f"[{count}/{len(todo)}] {_label(each)}: {outcome} ({seconds:.0f} s)", flush=True)
-    except KeyboardInterrupt:
-        running.stop()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return failures
-
-
-def _label(experiment: Experiment) -> str:
-    return f"{experiment.name}, seed {experiment.train.seed}"
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
-def _is_complete(experiment: Experiment) -> bool:
-    """Whether there is a finished run of this very configuration."""
-    run = Run(experiment.folder)
-    if not run.read_summary():
-        return False
-    options = dataclasses.replace(experiment.options, resume=True, overwrite=False)
-    run.prepare(dataclasses.replace(experiment, options=options))  # raises where the configuration differs
-    return True
-
-
-def _threads(options: SweepOptions) -> int | None:
-    """CPU threads of each run where several share the machine; more than there are cores slow all of them down."""
-    return None if options.jobs == 1 else max(1, (os.cpu_count() or 1) // options.jobs)
+def jobs_of(plan: Plan, model: Any, train: TrainConfig) -> list[Job]:
+    """The runs of a plan. model, train: the script's own configuration."""
+    return [Job(each, command_of(each, model, train)) for each in plan.experiments]
 
 
 def command_of(experiment: Experiment, model: Any, train: TrainConfig) -> list[str]:
@@ -249,13 +194,6 @@ def command_of(experiment: Experiment, model: Any, train: TrainConfig) -> list[s
     changed = changed_fields(model, experiment.model) | changed_fields(train, experiment.train)
     options = changed_fields(SweepOptions(), experiment.options)
     options = {key: value for key, value in options.items() if key not in own | {"resume", "overwrite"}}
-    started = any((experiment.folder / name).exists() for name in ("last.pt", "previous.pt"))
-    if experiment.options.overwrite:
-        options["overwrite"] = True
-    elif started:
-        options["resume"] = True
-    elif (experiment.folder / "config.json").exists():
-        options["overwrite"] = True  # stopped before its first checkpoint: nothing is lost
     return [sys.executable, str(Path(sys.argv[0]).resolve()), *_as_flags(changed | options)]
 
 
@@ -266,51 +204,3 @@ def _as_flags(fields: dict[str, Any]) -> Iterable[str]:
             yield f"--{flag}" if value else f"--no-{flag}"
         else:
             yield from (f"--{flag}", str(value))
-
-
-class Running:
-    """The processes of a sweep."""
-
-    def __init__(self, threads: int | None):
-        self.environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-        self.processes: set[subprocess.Popen] = set()
-        self.lock = threading.Lock()
-        self.stopping = False
-
-    def run(self, experiment: Experiment, command: list[str]) -> tuple[float, str | None]:
-        """Makes one run; returns its seconds, and what went wrong if it failed."""
-        started = time.perf_counter()
-        log = experiment.folder / LOG
-        try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("ab") as file, self.lock:
-                if self.stopping:
-                    return 0.0, "stopped"
-                # a session of its own, so that Ctrl-C reaches it once, from here
-                process = subprocess.Popen(
-                    command, stdout=file, stderr=file, env=self.environment, start_new_session=True
-                )
-                self.processes.add(process)
-        except OSError as error:
-            return time.perf_counter() - started, f"{log} could not be written ({error.strerror})"
-        code = process.wait()
-        with self.lock:
-            self.processes.discard(process)
-        return time.perf_counter() - started, _problem(code, log)
-
-    def stop(self) -> None:
-        """Tells every process to stop, as Ctrl-C would; each keeps its last finished epoch."""
-        with self.lock:
-            self.stopping = True
-            for process in self.processes:
-                process.send_signal(signal.SIGINT)
-
-
-def _problem(code: int, log: Path) -> str | None:
-    """What a process that ended with this code said last."""
-    if code == 0:
-        return None
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith("error: ")] or lines or ["it said nothing"]
-    how = f"killed by signal {-code}, after saying: " if code < 0 else ""
-    return f"{how}{said[-1].removeprefix('error: ')} (all of it in {log})"

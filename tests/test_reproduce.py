@@ -1,0 +1,196 @@
+"""The plan of all runs: what is in it, that each command makes its run, and a small one carried out."""
+
+import json
+import shutil
+from itertools import product
+
+import pytest
+
+from analysis.published import asked_of, read_published
+from benchmarks import reproduce
+from benchmarks.plans import PLANS, PUBLISHED, SMALL_CPU, Entry, Part, Plan, training_flop
+from benchmarks.reproduce import Options, main, planned_runs
+
+TINY = "--patch-size 8 --n-layer 1 --n-embd 8 --n-head 2 --mlp-internal-dim-multiplier 4 --epochs 2"
+
+
+def options_in(tmp_path, **changed):
+    return Options(**(dict(runs_dir=tmp_path / "runs", results_dir=tmp_path / "results", device="cpu") | changed))
+
+
+def decisive(experiment):
+    """Without what runs of one row may differ in."""
+    fields = experiment.fields()
+    for key in ("seed", "start_from"):
+        del fields["train"][key]
+    return json.dumps(fields), experiment.train.start_from is None
+
+
+# ---------------------------------------------------------------------------- what is planned
+
+
+def test_three_seeds_of_every_published_row_are_planned(tmp_path):
+    seeds = {}
+    for each in planned_runs(PUBLISHED, options_in(tmp_path)):
+        seeds.setdefault(decisive(each.job.experiment), []).append(each.job.experiment.train.seed)
+    rows = [(line.script, flags) for line in read_published() if line.script for _, flags in line.settings]
+    assert len(rows) > 20
+    for script, flags in rows:
+        assert sorted(seeds[decisive(asked_of(script, flags))]) == [0, 1, 2], (script, flags)
+
+
+def test_no_run_is_planned_twice_and_the_most_valuable_come_first(tmp_path):
+    for plan in PLANS.values():
+        runs = [each.job.experiment for each in planned_runs(plan, options_in(tmp_path))]
+        assert len({(decisive(each), each.train.seed) for each in runs}) == len(runs)
+        assert len({each.folder for each in runs}) == len(runs)
+    first = [each.job.label for each in planned_runs(PUBLISHED, options_in(tmp_path))][:10]
+    assert first == [f"{name}_cifar10, seed {seed}" for name in ("v2", "vit_tiny", "v1") for seed in (0, 1, 2)] + [
+        "v2_softmax_cifar10, seed 0"
+    ]
+
+
+def test_what_v1_and_v2_differ_in_is_planned_in_every_combination(tmp_path):
+    """v1 is (post, normal, 500), v2 as documented (pre, xavier, 500), as its code ran (post, xavier, 1000)."""
+    seen = {}
+    for each in planned_runs(PUBLISHED, options_in(tmp_path)):
+        seen.setdefault(decisive(each.job.experiment), []).append(each.job.experiment.train.seed)
+    for residual, init, steps in product(("post", "pre"), ("normal", "xavier"), (500, 1000)):
+        flags = f"--residual {residual} --init {init} --warmup-steps {steps}"
+        assert sorted(seen[decisive(asked_of("train_v1_cifar10.py", flags))]) == [0, 1, 2], flags
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_each_command_makes_the_run_that_is_planned(name, tmp_path):
+    """With flags for all of them, and with a run that goes on from another."""
+    options = options_in(tmp_path, precision="bf16", compile=True, data_dir=tmp_path / "data")
+    planned = {each.job.experiment.name: each for each in planned_runs(PLANS[name], options)}  # one seed of each
+    for each in planned.values():
+        _, script, *flags = each.job.command
+        made = asked_of(script, " ".join(flags))
+        assert made == each.job.experiment
+        assert made.folder == each.job.experiment.folder
+        assert each.kept.relative_to(tmp_path / "results" / PLANS[name].folder).parts == made.folder.parts[-2:]
+        assert made.train.precision == "bf16" and made.train.compile
+    if name == "published":
+        after = planned["bdh_unet_finetune+compile=True+precision=bf16"].job
+        assert after.source == planned["bdh_unet+compile=True+precision=bf16"].job.experiment.folder
+
+
+def test_small_runs_are_kept_where_they_never_count_as_reproductions(tmp_path):
+    planned = planned_runs(SMALL_CPU, options_in(tmp_path))
+    assert all(each.kept.parents[1] == tmp_path / "results" / "small_cpu" for each in planned)
+    names = {each.job.experiment.name.partition("+")[0] for each in planned}
+    assert names == {
+        *(f"{model}_cifar10" for model in ("v1", "v2", "v2_softmax", "v3", "vit_tiny")),
+        "bdh_unet",
+        "resnet34_unet",
+    }
+
+
+def test_the_work_of_a_training():
+    v2 = training_flop(asked_of("train_v2_cifar10.py", ""))
+    assert v2 == pytest.approx(9.2e9 * 40_000 * 50, rel=0.01)
+    assert training_flop(asked_of("train_v2_cifar10.py", "--epochs 5 --train-limit 5000")) == pytest.approx(v2 / 100)
+    # a softmax adds no products
+    assert training_flop(asked_of("train_v2_softmax_cifar10.py", "")) == pytest.approx(v2, rel=0.01)
+    unet = training_flop(asked_of("train_bdh_unet.py", "--img-size 96"))
+    assert training_flop(asked_of("train_bdh_unet.py", "--img-size 96 --train-limit 36")) == pytest.approx(
+        unet * 36 / 367
+    )
+
+
+# ---------------------------------------------------------------------------- carried out
+
+
+@pytest.fixture
+def small_plan(monkeypatch):
+    """Two seeds of a tiny model, and in between a run that cannot begin."""
+    plan = Plan(
+        "small_cpu",
+        [
+            Part("does it run?", [Entry("train_v2_cifar10.py", TINY)]),
+            Part("does it fail?", [Entry("train_v1_cifar10.py", f"{TINY} --start-from nowhere.pt")]),
+            Part("does it go on?", [Entry("train_v2_cifar10.py", TINY, (0, 1))]),
+        ],
+    )
+    monkeypatch.setitem(reproduce.PLANS, "small_cpu", plan)
+    return plan
+
+
+def files_of(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_a_plan_carried_out(small_plan, data_dir, tmp_path, capsys):
+    """The failing run is reported and stops nothing; what is kept is small, and is not made again."""
+    options = options_in(tmp_path, plan="small_cpu", data_dir=data_dir, jobs=2)
+    with pytest.raises(SystemExit) as end:
+        main(options)
+    shown = capsys.readouterr()
+    assert end.value.code == 1 and "nowhere.pt" in shown.err and "v1_cifar10" in shown.err
+    kept = files_of(tmp_path / "results" / "small_cpu")
+    (name,) = {path.split("/")[0] for path in kept}
+    assert name.startswith("v2_cifar10+epochs=2+")
+    assert kept.keys() == {
+        f"{name}/seed{seed}/{file}" for seed in (0, 1) for file in ("config.json", "metrics.csv", "summary.json")
+    }
+    for seed in (0, 1):
+        run = tmp_path / "runs" / name / f"seed{seed}"
+        for file in reproduce.KEPT:
+            copy = tmp_path / "results" / "small_cpu" / name / f"seed{seed}" / file
+            assert copy.read_bytes() == (run / file).read_bytes()
+
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(SystemExit):
+        main(options)
+    assert "results of 2 are kept already" in capsys.readouterr().out
+    assert files_of(tmp_path / "results" / "small_cpu") == kept
+    assert not list((tmp_path / "runs").glob("v2*"))
+
+    main(options_in(tmp_path, plan="small_cpu", list=True))
+    shown = capsys.readouterr().out
+    assert shown.count("kept") == 2 and "does it fail?" in shown
+
+
+def test_a_complete_run_that_was_not_kept_is_kept_without_being_made_again(small_plan, data_dir, tmp_path):
+    options = options_in(tmp_path, plan="small_cpu", data_dir=data_dir, only="v2")
+    main(options)
+    before = files_of(tmp_path / "runs")
+    shutil.rmtree(tmp_path / "results")
+    main(options)
+    assert files_of(tmp_path / "runs") == before
+    assert len(files_of(tmp_path / "results")) == 6
+
+
+def test_kept_files_of_another_configuration_are_left_alone(small_plan, tmp_path, capsys):
+    options = options_in(tmp_path, plan="small_cpu", only="v2", budget_minutes=1e-6)
+    kept = planned_runs(small_plan, options)[0].kept
+    kept.mkdir(parents=True)
+    fields = planned_runs(small_plan, options)[0].job.experiment.fields()
+    fields["model"]["n_layer"] = 3
+    del fields["model"]["qk"]  # a field younger than the run
+    (kept / "config.json").write_text(json.dumps({"config": fields}))
+    (kept / "summary.json").write_text('{"epochs": 2}')
+    with pytest.raises(SystemExit):
+        main(options)
+    shown = capsys.readouterr()
+    assert "another configuration (n_layer: 3 -> 1): move it away" in shown.err
+    assert "the time is over: 1 runs are left" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--jobs", "0"], 2, "jobs = 0 must be at least 1"),
+        (["--budget-minutes", "-1"], 2, "must be above 0"),
+        (["--plan", "small"], 2, "small"),
+        (["--only", "v9"], 1, "--only v9: no experiment"),
+    ],
+)
+def test_wrong_flags_are_refused_with_a_message(flags, code, words, call_script, capsys):
+    assert call_script("benchmarks/reproduce.py", *flags) == code
+    shown = capsys.readouterr()
+    assert words in shown.err + shown.out
