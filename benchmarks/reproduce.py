@@ -192,7 +192,7 @@ def main(options: Options) -> None:
     except KeyboardInterrupt:
         exit_with("stopped. The same command goes on where this one was", 130)
     if outcome.left:
-        print(f"the time is over: {len(outcome.left)} runs are left; the same command goes on, with", outcome.left[0])
+        print(f"the time is over; runs left: {len(outcome.left)}. The same command goes on, with {outcome.left[0]}")
     if failures := failures | outcome.failures:
         exit_with("\n".join(["these did not run:", *(f"  {what}: {why}" for what, why in failures.items())]), 1)
 

@@ -178,7 +178,7 @@ def test_kept_files_of_another_configuration_are_left_alone(small_plan, tmp_path
         main(options)
     shown = capsys.readouterr()
     assert "another configuration (n_layer: 3 -> 1): move it away" in shown.err
-    assert "the time is over: 1 runs are left" in shown.out
+    assert "the time is over; runs left: 1." in shown.out
 
 
 @pytest.mark.parametrize(
