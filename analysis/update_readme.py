@@ -86,13 +86,14 @@ def _claims_table(claims: Sequence[Claim]) -> list[str]:
 
 
 def _measured(runs: Sequence[RunFiles], results: Path) -> list[str]:
-    """A table of the runs in each folder, small ones last."""
+    """A table of the runs in each folder, small ones last and by data set, since those share what made them small."""
 
-    def place(run: RunFiles) -> tuple[bool, tuple[str, ...]]:
-        return is_small(run, results), run.folder.relative_to(results).parts[:-2]  # without experiment and seed
+    def place(run: RunFiles) -> tuple[bool, tuple[str, ...], str]:
+        small, inside = is_small(run, results), run.folder.relative_to(results).parts[:-2]  # no experiment and seed
+        return small, inside, run.config["data"]["name"] if small else ""
 
     lines = []
-    for (small, inside), group in groupby(sorted(runs, key=place), place):
+    for (small, inside, _), group in groupby(sorted(runs, key=place), place):
         folder = "/".join((results.resolve().name, *inside))
         size = ": small runs, which reproduce no published row" if small else ""
         lines += [*_folder_table(f"`{folder}/`{size}", make_rows(group)), ""]

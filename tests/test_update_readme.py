@@ -88,6 +88,20 @@ def test_the_section_has_the_claims_and_every_run(update, readme, results):
     ]
 
 
+def test_small_runs_on_two_data_sets_have_a_table_each(update, readme, results):
+    for seed in (0, 1):
+        flags = "--epochs 8 --img-size 96 --precision bf16"
+        write_run(results / "small_cpu" / "bdh_unet" / f"seed{seed}", "train_bdh_unet.py", flags, seed)
+        flags = "--epochs 8 --n-embd 96 --precision bf16"
+        write_run(results / "small_cpu" / "v2_cifar10" / f"seed{seed}", "train_v2_cifar10.py", flags, seed)
+    write_run(results / "small_cpu" / "v1_cifar10" / "seed0", "train_v1_cifar10.py", flags)
+    assert update()[0] == 0
+    lines = lines_between(readme)
+    titles = [line for line in lines if line.startswith("`results/small_cpu/`")]
+    assert len(titles) == 2 and titles[1].endswith("; all with epochs=8, n_embd=96, precision=bf16")
+    assert any(line.startswith("| bdh_unet, epochs=8, img_size=96, precision=bf16 | camvid |") for line in lines)
+
+
 def test_a_second_time_changes_nothing(update, readme, results):
     update()
     files = (readme, results / "CLAIMS.md")
