@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file as load_safetensors
 from torch import nn
 
 from models import build_config
@@ -25,8 +27,18 @@ from training.config import ROOT, Experiment, UserError, default_fields
 from training.data import Split
 
 FILES = ("config.json", "split.npz", "metrics.csv", "last.pt", "previous.pt", "best.pt", "summary.json", "damaged.pt")
+EXPORTED = "best_bf16.safetensors"  # what tools/export_weights.py makes of best.pt
 LONGEST_NAME = 255  # bytes, in the usual file systems
-UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    KeyError,
+    ValueError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    SafetensorError,
+)
 
 
 class Run:
@@ -248,14 +260,17 @@ def load_file(path: Path) -> dict[str, Any]:
 def load_model(run: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a run with the weights of its best epoch, in evaluation mode, and its config.json.
 
-    run: its folder, or one of the checkpoints in it. Raises UserError where there is no finished epoch.
+    run: its folder, or one of the checkpoints in it; a folder may have EXPORTED instead. Raises UserError where there
+    is no finished epoch.
     """
     folder, checkpoint = (run.parent, run) if run.suffix == ".pt" else (run, run / "best.pt")
     try:
         config = Run(folder).read_config()
-        best = load_file(checkpoint)
+        exported = folder / EXPORTED
+        is_exported = exported.exists() and not checkpoint.exists()
+        weights = load_safetensors(exported) if is_exported else load_file(checkpoint)["model"]
         model = build_config(config["model_class"], config["config"]["model"]).build()
-        model.load_state_dict(best["model"])
+        model.load_state_dict(weights)
     except (*UNREADABLE, TypeError, ImportError) as error:  # TypeError: a field that this version does not know
         raise UserError(
             f"{run} is no run whose model can be read ({first_line(error)}): "
