@@ -11,7 +11,7 @@ level       one whole step in training, from LN to the residual sum, without dro
             and of all weights
     plain           `BDHCore.plain_update`, its attention always by the scores
     reordered       `BDHCore.plain_update` as it is: it differs from plain in the order only
-    fast path       `kernels.raw_update`, what the model runs: reordered, with a backward pass written by hand
+    fast path       `kernels.fast_update`, what the model runs: reordered, with a backward pass written by hand
 
 All sides run in one process, in turns; on a CPU glibc's allocation is set as training sets it. Peak memory is the most
 that the tensors of one forward and backward hold at once, beside inputs and weights; kept memory, what is there between

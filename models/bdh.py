@@ -189,7 +189,7 @@ class BDHCore(nn.Module):
         residual = self.config.residual
         tables = self.attn.tables(x.shape[1], grid)
         weights = self.step_weights()
-        fast = self.has_fast_path(x.device) and not torch.compiler.is_compiling()  # a compiler fuses the plain path
+        fast = self.has_fast_path(x.device, x.shape[1]) and not torch.compiler.is_compiling()  # it fuses the plain path
         products = self._in_compute_precision(weights) if fast else [None] * len(weights)
         states = []
         if residual == "post":
@@ -233,13 +233,14 @@ class BDHCore(nn.Module):
         elif products is None:
             y = self.plain_update(x, weights, tables)
         else:
-            y = kernels.raw_update(
+            y = kernels.fast_update(
                 x,
                 weights[:3],
                 products[:3],
                 tables.phases,
                 attn_eps=LN_EPS if self.config.attn_norm else None,
                 dropout=self.config.dropout if self.training else 0.0,
+                softmax=self.config.attention == "softmax",
                 recompute=self.recompute,
             )
         return layer_norm(y) if self.config.update_norm else y
@@ -294,12 +295,17 @@ class BDHCore(nn.Module):
         """What the neurons do at a level. x: (B, T, D), its input."""
         return self.activity(x, self.step_weights()[level], self.attn.tables(x.shape[1], grid))
 
-    def has_fast_path(self, device: torch.device) -> bool:
-        """Whether `kernels.raw_update` serves this setting there."""
+    def has_fast_path(self, device: torch.device, n_tokens: int = 0) -> bool:
+        """Whether `kernels.fast_update` serves this setting there, with so many tokens; 0 for few.
+
+        With many, the library's softmax attention is better: it never holds a T x T matrix.
+        """
         config = self.config
-        design = (config.attention, config.qk, config.gate, config.activation)
-        serves = design == ("raw", "tied", "multiplicative", "relu") and config.rotary != "none"
-        return self.use_fast_path and serves and not self.attn.causal and device.type in ("cpu", "cuda")
+        design = (config.qk, config.gate, config.activation)
+        serves = design == ("tied", "multiplicative", "relu") and config.rotary != "none" and not self.attn.causal
+        if config.attention == "softmax":
+            serves = serves and kernels.scores_are_cheaper(n_tokens, config.n_neurons, config.n_embd)
+        return self.use_fast_path and serves and device.type in ("cpu", "cuda")
 
     def _in_compute_precision(self, weights: list[StepWeights]) -> list[StepWeights]:
         """The weights in autocast's precision, without gradient; shared ones are cast once for all levels."""

@@ -1,11 +1,11 @@
 """Fast paths of the BDH step. The plain twin of everything here is `BDHCore.plain_update` in bdh.py.
 
-`raw_update` computes what the plain twin computes, for the setting that matters most (raw scores, no mask, Q = K), with
-a hand-written backward pass. What it gains:
+`fast_update` computes what the plain twin computes, for the settings that matter most (Q = K, no mask, scores raw or
+through the softmax), with a hand-written backward pass. What it gains:
 
 * Heads lead every tensor, (H, B T, N), so that x E is one batched product over the heads that reads x in place: no
   weight is copied per image, and the attention products find each head contiguous.
-* Scores are symmetric, so dq = (dS + dS^T) q is one product, and S serves both directions.
+* Q = K, so dq = (dS + dS^T) q is one product; raw scores are symmetric, so S serves both directions.
 * Backward keeps two (H, B T, N) tensors a level: x_sparse, and y_sparse with the dropped entries set to zero. The mask,
   the rotated queries and the gated product follow from them. With `recompute` it keeps none, only x and the scores,
   and makes both again: two of the step's products more, and a fraction of the memory.
@@ -14,6 +14,7 @@ a hand-written backward pass. What it gains:
 """
 
 import contextlib
+import math
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ def raw_attention(q: Tensor, k: Tensor, x: Tensor) -> Tensor:
     return q @ (k.mT @ x)
 
 
-def raw_update(
+def fast_update(
     x: Tensor,
     masters: tuple[Tensor, Tensor, Tensor],
     weights: tuple[Tensor, Tensor, Tensor],
@@ -86,6 +87,7 @@ def raw_update(
     *,
     attn_eps: float | None,
     dropout: float,
+    softmax: bool = False,
     recompute: bool = False,
     slice_bytes: int = CPU_SLICE_BYTES,
 ) -> Tensor:
@@ -93,24 +95,27 @@ def raw_update(
 
     x: (B, T, D). masters: encoder (H, D, N), encoder_v (H, D, N), decoder (H N, D), which receive the gradients;
     weights: the same three in the precision of the products. phases: (T, N / 2), see `rotate`. attn_eps: eps of the LN
-    around the attention output, None for no LN. dropout: probability, 0 outside training. recompute: keep little for
-    the backward pass; the gradients are the same to the bit. slice_bytes: size of one (H, images T, N) tensor at a
-    time, on a CPU. Returns (B, T, D) in x's dtype.
+    around the attention output, None for no LN. dropout: probability, 0 outside training. softmax: attend by
+    softmax(q q^T / sqrt(N)), which is held as (H, images, T, T) for the backward pass, in place of q q^T. recompute:
+    keep little for the backward pass; the gradients are the same to the bit. slice_bytes: size of one (H, images T, N)
+    tensor at a time, on a CPU. Returns (B, T, D) in x's dtype.
     """
-    settings = (attn_eps, dropout, recompute, slice_bytes)
-    return _RawUpdate.apply(x, *masters, tuple(w.detach() for w in weights), phases, *settings)
+    settings = (attn_eps, dropout, softmax, recompute, slice_bytes)
+    return _FastUpdate.apply(x, *masters, tuple(w.detach() for w in weights), phases, *settings)
 
 
-class _RawUpdate(torch.autograd.Function):
+class _FastUpdate(torch.autograd.Function):
     """Letters: H heads, g images of a slice, T tokens, D width, N neurons a head; R = g T rows."""
 
     @staticmethod
-    def forward(ctx, x, encoder, encoder_v, decoder, weights, phases, attn_eps, dropout, recompute, slice_bytes):
+    def forward(
+        ctx, x, encoder, encoder_v, decoder, weights, phases, attn_eps, dropout, softmax, recompute, slice_bytes
+    ):
         n_head, _, n_neurons = encoder.shape
         bytes_per_image = n_head * x.shape[1] * n_neurons * weights[0].element_size()
         per_slice = max(1, slice_bytes // bytes_per_image) if x.device.type == "cpu" else len(x)
         weights = (*weights[:2], weights[2].view(n_head, n_neurons, -1))
-        ctx.settings = (weights, phases, attn_eps, dropout)
+        ctx.settings = (weights, phases, attn_eps, dropout, softmax)
         ctx.random_states = []
         ys, saved = [], []
         for x_slice in x.to(weights[0].dtype).split(per_slice):
@@ -126,7 +131,7 @@ class _RawUpdate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        weights, phases, *_ = ctx.settings
+        weights, phases, *_, softmax = ctx.settings
         saved, n = ctx.saved_tensors, ctx.n_saved
         totals = tuple(torch.zeros_like(w, dtype=dy.dtype) for w in weights)
         dy = (dy * ctx.scale).to(weights[0].dtype)
@@ -141,10 +146,10 @@ class _RawUpdate(torch.autograd.Function):
                     *_, made = _excite(x_slice, *ctx.settings, inner=kept[1])
                 kept = (x_slice, *made)
             dy_slice = dy[first : first + len(x_slice)]
-            dxs.append(_backward_slice(dy_slice, kept, weights, phases, totals, scratch))
+            dxs.append(_backward_slice(dy_slice, kept, weights, phases, softmax, totals, scratch))
             first += len(dy_slice)
         d_encoder, d_encoder_v, d_decoder = totals
-        return torch.cat(dxs).to(dy.dtype), d_encoder, d_encoder_v, d_decoder.flatten(0, 1), *[None] * 6
+        return torch.cat(dxs).to(dy.dtype), d_encoder, d_encoder_v, d_decoder.flatten(0, 1), *[None] * 7
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
@@ -162,29 +167,31 @@ def _random_as(states: list[Tensor], device: torch.device):
         yield
 
 
-def _forward_slice(x, weights, phases, attn_eps, dropout):
+def _forward_slice(x, weights, phases, attn_eps, dropout, softmax):
     """y (g, T, D), the dropout factor, and what backward needs, of a slice x: (g, T, D)."""
-    spare, scale, kept = _excite(x, weights, phases, attn_eps, dropout)
+    spare, scale, kept = _excite(x, weights, phases, attn_eps, dropout, softmax)
     x_sparse, y_sparse, *_ = kept
     gated = torch.mul(x_sparse, y_sparse, out=spare)
     y = torch.bmm(gated, weights[2]).sum(0, dtype=phases.real.dtype).mul_(scale)
     return y.view(x.shape), scale, kept
 
 
-def _excite(x, weights, phases, attn_eps, dropout, inner=None):
+def _excite(x, weights, phases, attn_eps, dropout, softmax, inner=None):
     """From a slice x, (g, T, D), to its neurons, dropout included.
 
-    inner: q q^T or q^T x, where it is known. Returns a tensor (H, R, N) that has served, the dropout factor, and what
-    backward needs: x_sparse, y_sparse, a, rstd, inner.
+    inner: q q^T, its softmax or q^T x, where it is known. Returns a tensor (H, R, N) that has served, the dropout
+    factor, and what backward needs: x_sparse, y_sparse, a, rstd, inner.
     """
     encoder, encoder_v, _ = weights  # (H, D, N) each
     (g, T, D), H = x.shape, len(encoder)
     x_sparse = torch.bmm(x.reshape(1, g * T, D).expand(H, -1, -1), encoder).relu_()  # (H, R, N)
-    by_scores, q = scores_are_cheaper(T, x_sparse.shape[-1], D), None
+    by_scores, q = softmax or scores_are_cheaper(T, x_sparse.shape[-1], D), None
     if inner is None or not by_scores:
         q = rotate(x_sparse.view(H, g, T, -1), phases)
     if by_scores:
-        inner = q @ q.mT if inner is None else inner  # (H, g, T, T)
+        if inner is None:
+            inner = q @ q.mT  # (H, g, T, T)
+            inner = inner.div_(math.sqrt(q.shape[-1])).softmax(-1) if softmax else inner
         a = inner @ x  # (H, g, T, D)
     else:
         inner = q.mT @ x if inner is None else inner  # (H, g, N, D)
@@ -197,7 +204,7 @@ def _excite(x, weights, phases, attn_eps, dropout, inner=None):
     return None if q is None else q.view_as(x_sparse), scale, (x_sparse, y_sparse, a, rstd, inner)
 
 
-def _backward_slice(dy, kept, weights, phases, totals, scratch):
+def _backward_slice(dy, kept, weights, phases, softmax, totals, scratch):
     """dx (g, T, D) of a slice; adds to the weights' totals. dy: (g, T, D), with the dropout factor already in it."""
     x, x_sparse, y_sparse, a, rstd, inner = kept
     encoder, encoder_v, decoder = weights
@@ -216,12 +223,16 @@ def _backward_slice(dy, kept, weights, phases, totals, scratch):
     da = torch.bmm(dy_sparse, encoder_v.mT).view(H, g, T, D)
     if rstd is not None:
         da = _norm_backward(da, a, rstd)
-    # attention: a = (q q^T) x or q (q^T x)
+    # attention: a = (q q^T) x, softmax(q q^T / sqrt(N)) x or q (q^T x)
     q = rotate(x_sparse.view(H, g, T, -1), phases, out=two.view(H, g, T, -1))
-    if scores_are_cheaper(T, q.shape[-1], D):
+    if softmax or scores_are_cheaper(T, q.shape[-1], D):
         d_scores = da @ x.mT
+        if softmax:
+            d_scores = torch.ops.aten._softmax_backward_data(d_scores, inner, -1, inner.dtype).div_(
+                math.sqrt(q.shape[-1])
+            )
         dq = (d_scores + d_scores.mT) @ q
-        dx = (inner @ da).sum(0, dtype=phases.real.dtype)  # scores are symmetric
+        dx = ((inner.mT if softmax else inner) @ da).sum(0, dtype=phases.real.dtype)  # raw scores are symmetric
     else:
         d_inner = q.mT @ da  # (H, g, N, D)
         dq = da @ inner.mT + x @ d_inner.mT

@@ -83,10 +83,30 @@ def test_a_choice_changes_the_function(choices):
     assert difference > 1e-4
 
 
-@pytest.mark.parametrize("choices", [dict(gate="sigmoid"), dict(qk="separate"), dict(activation="gelu"), {}], ids=short)
-def test_which_settings_take_the_fast_path(choices):
+@pytest.mark.parametrize(
+    ("choices", "fast"),
+    [
+        ({}, True),
+        (dict(attention="softmax"), True),
+        (dict(gate="sigmoid"), False),
+        (dict(qk="separate"), False),
+        (dict(activation="gelu"), False),
+        (dict(rotary="none"), False),
+    ],
+    ids=str,
+)
+def test_which_settings_take_the_fast_path(choices, fast):
     model = VisionBDHConfig(**(SMALL | choices)).build()
-    assert model.has_fast_path(torch.device("cpu")) == (not choices)
+    assert model.has_fast_path(torch.device("cpu")) == fast
+
+
+def test_softmax_over_many_tokens_is_left_to_the_library():
+    """Which never holds a T x T matrix; raw scores have another order then."""
+    config = VisionBDHConfig(**SMALL, attention="softmax")
+    most = 2 * config.n_neurons * config.n_embd // (config.n_neurons + config.n_embd)  # T (N + D) <= 2 N D
+    device = torch.device("cpu")
+    assert config.build().has_fast_path(device, most) and not config.build().has_fast_path(device, most + 1)
+    assert dataclasses.replace(config, attention="raw").build().has_fast_path(device, most + 1)
 
 
 @pytest.mark.parametrize("rotary", ["axial", "raster"])

@@ -113,7 +113,7 @@ def test_training_reaches_every_weight(fields):
 
 def test_compiling_on_a_cpu_asks_the_encoder():
     assert small_unet().has_fast_path(torch.device("cpu"))
-    assert not small_unet(attention="softmax").has_fast_path(torch.device("cpu"))
+    assert not small_unet(gate="sigmoid").has_fast_path(torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------- skips

@@ -61,18 +61,19 @@ def draw(images, tokens, width, heads, multiplier, dtype=torch.float64, margin=1
 
 
 def fast_update(core, x, *, masters=None, images_per_slice=None, dropout=0.0):
-    """kernels.raw_update with the core's weights, all images at once unless told otherwise."""
+    """kernels.fast_update with the core's weights, all images at once unless told otherwise."""
     masters = masters or (core.encoder, core.encoder_v, core.decoder)
     bytes_per_image = core.config.n_head * x.shape[1] * core.config.n_neurons * core.encoder.element_size()
     # not a whole number of images: what is left over must not matter
     slices = {} if images_per_slice is None else dict(slice_bytes=images_per_slice * bytes_per_image + 3)
-    return kernels.raw_update(
+    return kernels.fast_update(
         x,
         masters,
         tuple(master.detach() for master in masters),
         core.attn.tables(x.shape[1]).phases,
         attn_eps=LN_EPS if core.config.attn_norm else None,
         dropout=dropout,
+        softmax=core.config.attention == "softmax",
         **slices,
     )
 
@@ -121,35 +122,42 @@ def refuse(*args, **kwargs):
     raise AssertionError("the fast path was taken")
 
 
-# ---------------------------------------------------------------------------- raw_update
+# ---------------------------------------------------------------------------- fast_update
 
 
+@pytest.mark.parametrize("attention", ["raw", "softmax"])
 @pytest.mark.parametrize("images_per_slice", [None, 1, 2])
 @pytest.mark.parametrize("attn_norm", [True, False])
 @pytest.mark.parametrize(("images", "tokens", "width", "heads", "multiplier", "order"), SIZES)
-def test_update_equals_plain_in_float64(images, tokens, width, heads, multiplier, order, attn_norm, images_per_slice):
-    core = make_core(width, heads, multiplier, attn_norm=attn_norm)
+def test_update_equals_plain_in_float64(
+    images, tokens, width, heads, multiplier, order, attn_norm, images_per_slice, attention
+):
+    core = make_core(width, heads, multiplier, attn_norm=attn_norm, attention=attention)
     assert kernels.scores_are_cheaper(tokens, core.config.n_neurons, width) == (order == "scores")
     x = torch.randn(images, tokens, width, dtype=torch.float64, requires_grad=True)
     # LN of a nearly constant row magnifies rounding, 1e-16, at most 1 / sqrt(1e-5) = 316 times
     assert_same(core, x, fast_update(core, x, images_per_slice=images_per_slice), 1e-11)
 
 
+@pytest.mark.parametrize("attention", ["raw", "softmax"])
 @pytest.mark.parametrize("images_per_slice", [None, 2])
 @pytest.mark.parametrize("attn_norm", [True, False])
 @pytest.mark.parametrize(("images", "tokens", "width", "heads", "multiplier", "order"), SIZES)
-def test_update_equals_plain_in_float32(images, tokens, width, heads, multiplier, order, attn_norm, images_per_slice):
-    core, x = draw(images, tokens, width, heads, multiplier, torch.float32, attn_norm=attn_norm)
+def test_update_equals_plain_in_float32(
+    images, tokens, width, heads, multiplier, order, attn_norm, images_per_slice, attention
+):
+    core, x = draw(images, tokens, width, heads, multiplier, torch.float32, attn_norm=attn_norm, attention=attention)
     # a few roundings of 6e-8, magnified by LN where a row of the attention output is nearly constant
     assert_same(core, x, fast_update(core, x, images_per_slice=images_per_slice), 5e-5)
 
 
+@pytest.mark.parametrize("attention", ["raw", "softmax"])
 @pytest.mark.parametrize("tokens", [3, 6])
 @pytest.mark.parametrize("attn_norm", [True, False])
 @pytest.mark.parametrize("images_per_slice", [None, 1])
-def test_gradients_are_those_of_the_forward_pass_with_dropout(tokens, attn_norm, images_per_slice):
+def test_gradients_are_those_of_the_forward_pass_with_dropout(tokens, attn_norm, images_per_slice, attention):
     # the margin is a hundred times gradcheck's step of 1e-6, so that no step crosses a kink
-    core, x = draw(2, tokens, 4, 2, 3, margin=1e-4, attn_norm=attn_norm)
+    core, x = draw(2, tokens, 4, 2, 3, margin=1e-4, attn_norm=attn_norm, attention=attention)
     assert kernels.scores_are_cheaper(tokens, core.config.n_neurons, 4) == (tokens == 3)
     seed = torch.randint(2**31, ()).item()
 
@@ -255,7 +263,7 @@ def test_gradients_go_to_the_masters():
     core, x = make_core(6, 3, 5), torch.randn(2, 9, 6, dtype=torch.float64)
     masters = core.encoder, core.encoder_v, core.decoder
     weights = tuple((2 * master).detach().requires_grad_() for master in masters)
-    y = kernels.raw_update(x, masters, weights, core.attn.tables(9).phases, attn_eps=LN_EPS, dropout=0.0)
+    y = kernels.fast_update(x, masters, weights, core.attn.tables(9).phases, attn_eps=LN_EPS, dropout=0.0)
     y.sum().backward()
     assert all(master.grad is not None for master in masters)
     assert all(weight.grad is None for weight in weights)
@@ -288,29 +296,28 @@ def forward_and_backward(model):
     if isinstance(model.config, BDHConfig):
         model(torch.randint(model.config.vocab_size, (2, 5)))[0].sum().backward()
     else:
-        model(torch.randn(2, 3, 6, 6)).sum().backward()
+        model(torch.randn(2, 3, model.config.img_size, model.config.img_size)).sum().backward()
 
 
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: vision_bdh_v2_softmax(**SMALL),
-        lambda: vision_bdh_v1(**SMALL, attention="softmax"),
+        lambda: vision_bdh_v1(**(SMALL | dict(img_size=8)), attention="softmax"),  # 16 tokens are many at this width
         lambda: BDHConfig(n_embd=6, n_head=3, mlp_internal_dim_multiplier=5).build(),
         lambda: BDHConfig(n_embd=6, n_head=3, mlp_internal_dim_multiplier=5, attention="softmax").build(),
     ],
 )
-def test_softmax_and_causal_models_never_take_the_fast_path(monkeypatch, build):
-    monkeypatch.setattr(kernels, "raw_update", refuse)
+def test_causal_models_and_softmax_over_many_tokens_never_take_the_fast_path(monkeypatch, build):
+    monkeypatch.setattr(kernels, "fast_update", refuse)
     model = build()
     assert model.use_fast_path
     forward_and_backward(model)
 
 
-@pytest.mark.parametrize("build", [vision_bdh_v1, vision_bdh_v2, vision_bdh_v3])
-def test_raw_models_take_the_fast_path_unless_told_not_to(monkeypatch, build):
-    monkeypatch.setattr(kernels, "raw_update", refuse)
-    model = build(**SMALL)
+@pytest.mark.parametrize("build", [vision_bdh_v1, vision_bdh_v2, vision_bdh_v2_softmax, vision_bdh_v3])
+def test_models_take_the_fast_path_unless_told_not_to(monkeypatch, build):
+    monkeypatch.setattr(kernels, "fast_update", refuse)
+    model = build(**(SMALL | dict(img_size=4)))
     with pytest.raises(AssertionError, match="fast path"):
         forward_and_backward(model)
     model.use_fast_path = False
@@ -348,8 +355,8 @@ def results_in(model, images, cotangent, *, fast, autocast):
     return logits, dict(zip(names, grads, strict=True))
 
 
-@pytest.mark.parametrize("grid", [4, 7])
-def test_bfloat16_autocast_is_near_float32(monkeypatch, grid):
+@pytest.mark.parametrize(("grid", "attention"), [(4, "raw"), (7, "raw"), (4, "softmax")])
+def test_bfloat16_autocast_is_near_float32(monkeypatch, grid, attention):
     # A rounding to bfloat16 errs by up to 2^-9, 0.0011 in the mean square. About ten lie between x and y (x, E,
     # x_sparse, q, scores, a, E_v, y_sparse, the gated product, E_d), and the queries count three times: sqrt(16) *
     # 0.0011 = 0.0045 a level, LN and head included 0.006 for two; 0.03 is allowed.
@@ -359,10 +366,10 @@ def test_bfloat16_autocast_is_near_float32(monkeypatch, grid):
     # the second level on other ReLUs flip, and there is no bound that always holds.
     fields = dict(n_embd=16, n_head=2, mlp_internal_dim_multiplier=4, img_size=2 * grid, patch_size=2, dropout=0.0)
     images, cotangent = torch.randn(16, 3, 2 * grid, 2 * grid), torch.randn(16, 10)
-    seen, fast = [], kernels.raw_update
-    monkeypatch.setattr(kernels, "raw_update", lambda *a, **k: (seen.append(a[2][0].dtype), fast(*a, **k))[1])
+    seen, fast = [], kernels.fast_update
+    monkeypatch.setattr(kernels, "fast_update", lambda *a, **k: (seen.append(a[2][0].dtype), fast(*a, **k))[1])
     for n_layer in (1, 2):
-        model = spread_weights(vision_bdh_v1(**fields, n_layer=n_layer))
+        model = spread_weights(vision_bdh_v1(**fields, n_layer=n_layer, attention=attention))
         assert kernels.scores_are_cheaper(grid**2, model.config.n_neurons, 16) == (grid == 4)
         expected, expected_grads = results_in(model, images, cotangent, fast=False, autocast=False)
         _, plain_grads = results_in(model, images, cotangent, fast=False, autocast=True)
@@ -389,7 +396,7 @@ def test_bfloat16_weight_gradients_are_summed_in_float32(tokens, images_per_slic
     def weight_gradients(copies, per_slice):
         slice_bytes = per_slice * 3 * tokens * 10 * 2
         repeated = x.detach().expand(copies, -1, -1)
-        y = kernels.raw_update(
+        y = kernels.fast_update(
             repeated,
             masters,
             weights,

@@ -30,9 +30,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("tokens", [9, 40])  # by the scores, and by the state
 @pytest.mark.parametrize("attn_norm", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("softmax", [False, True])
 @pytest.mark.parametrize("images_per_slice", [5, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_update_keeps_its_bits(tokens, attn_norm, dropout, images_per_slice, dtype):
+def test_the_update_keeps_its_bits(tokens, attn_norm, dropout, softmax, images_per_slice, dtype):
     """Output, gradients, and the draws that follow."""
     core = BDHCore(CoreConfig(n_embd=12, n_head=2, mlp_internal_dim_multiplier=4), causal=False)
     masters = core.encoder, core.encoder_v, core.decoder
@@ -45,13 +46,14 @@ def test_the_update_keeps_its_bits(tokens, attn_norm, dropout, images_per_slice,
 
     def run(recompute):
         torch.manual_seed(4)
-        y = kernels.raw_update(
+        y = kernels.fast_update(
             x,
             masters,
             tuple(master.detach().to(dtype) for master in masters),
             core.attn.tables(tokens).phases,
             attn_eps=LN_EPS if attn_norm else None,
             dropout=dropout,
+            softmax=softmax,
             recompute=recompute,
             slice_bytes=images_per_slice * bytes_per_image,
         )
