@@ -126,6 +126,19 @@ def test_when_the_time_is_over_what_runs_is_stopped_and_the_rest_is_left(make_jo
     assert calls(tmp_path)[2:] == ["b seed0 --resume", "c seed0", "d seed0"]
 
 
+def test_runs_can_be_stopped_where_the_shell_had_interrupts_ignored(make_job):
+    """As it does for what is started with & in a script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    job = make_job("a", "last")
+    started = time.monotonic()
+    try:
+        outcome = run_jobs([job], 1, minutes=5 / 60)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert outcome.left == [job.label] and (job.experiment.folder / "stopped").exists()
+    assert time.monotonic() - started < 50  # it would have ended by itself after 60
+
+
 def test_a_stop_from_outside_stops_the_runs_too(make_job, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     job = make_job("a", "last")

@@ -143,9 +143,13 @@ class _Schedule:
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file:
-                # a session of its own, so that Ctrl-C reaches it once, from here
                 popen = subprocess.Popen(
-                    command_now(job), stdout=file, stderr=file, env=self.environment, start_new_session=True
+                    command_now(job),
+                    stdout=file,
+                    stderr=file,
+                    env=self.environment,
+                    start_new_session=True,  # so that Ctrl-C reaches it once, from here
+                    preexec_fn=_heed_interrupts,
                 )
         except OSError as error:
             self.report(job, f"{log} could not be written ({error.strerror})", 0.0)
@@ -186,6 +190,11 @@ class _Schedule:
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+def _heed_interrupts() -> None:
+    """In a new process: a shell lets what it starts in the background ignore SIGINT, and that is inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _problem(code: int, log: Path) -> str | None:
