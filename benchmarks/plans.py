@@ -125,7 +125,7 @@ PUBLISHED = Plan(
     ],
 )
 
-# An hour and a half on two cores with bf16, two runs at once. Widths are such that ViT-Tiny and BDH have 0.2 M weights.
+# Some two hours on two cores with bf16, two runs at once. Widths are such that ViT-Tiny and BDH have 0.2 M weights.
 SMALL_PROTOCOL = "--n-embd 64 --n-head 4 --train-limit 12500 --epochs 12 --learning-rate 1e-3 --precision bf16"
 SMALL_BDH = f"{SMALL_PROTOCOL} --mlp-internal-dim-multiplier 16"
 SMALL_UNET = "--img-size 96 --epochs 30 --precision bf16"

@@ -7,7 +7,7 @@ images_per_sec, added up, with that of one alone.
 
     python benchmarks/reproduce.py --list
     python benchmarks/reproduce.py --precision bf16 --compile --budget-minutes 25
-    python benchmarks/reproduce.py --plan small_cpu --jobs 2       # no GPU: 1.5 hours on two cores that have bf16
+    python benchmarks/reproduce.py --plan small_cpu --jobs 2       # no GPU: two hours on two cores that have bf16
 """
 
 import dataclasses
@@ -102,15 +102,14 @@ class Planned:
 
 
 def planned_runs(plan: Plan, options: Options) -> list[Planned]:
-    """Every run of the plan, once, in order."""
-    every = [
-        Planned(part, job, options.results_dir / plan.folder / job.experiment.folder.relative_to(options.runs_dir))
-        for part in plan.parts
-        for entry in part.entries
-        for job in jobs_of(entry, options)
-        if options.only is None or options.only in job.experiment.name
-    ]
-    return list({each.job.label: each for each in reversed(every)}.values())[::-1]
+    """Every run of the plan in order, once, where it comes first."""
+    planned: dict[str, Planned] = {}
+    for part in plan.parts:
+        for job in (job for entry in part.entries for job in jobs_of(entry, options)):
+            kept = options.results_dir.joinpath(plan.folder, *job.experiment.folder.parts[-2:])
+            if options.only is None or options.only in job.experiment.name:
+                planned.setdefault(job.label, Planned(part, job, kept))
+    return list(planned.values())
 
 
 def jobs_of(entry: Entry, options: Options) -> Iterator[Job]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,16 @@ def test_no_run_is_planned_twice_and_the_most_valuable_come_first(tmp_path):
     assert first == [f"{name}_cifar10, seed {seed}" for name in ("v2", "vit_tiny", "v1") for seed in (0, 1, 2)] + [
         "v2_softmax_cifar10, seed 0"
     ]
+
+
+def test_a_run_that_two_questions_ask_for_is_made_for_the_first(tmp_path):
+    """Places may be relative to the folder that the command is called from."""
+    options = options_in(tmp_path, runs_dir=Path("some/runs"), only="v2_cifar10+residual=post")
+    planned = [each for each in planned_runs(PUBLISHED, options) if each.job.experiment.name == options.only]
+    assert [each.job.experiment.train.seed for each in planned] == [0, 1, 2]
+    assert planned[0].part.question.startswith("Norm") and planned[1].part.question.startswith("What made")
+    assert planned[0].job.experiment.folder == Path.cwd() / "some/runs" / options.only / "seed0"
+    assert planned[0].kept == tmp_path / "results" / options.only / "seed0"
 
 
 def test_what_v1_and_v2_differ_in_is_planned_in_every_combination(tmp_path):
