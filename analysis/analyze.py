@@ -48,7 +48,7 @@ from analysis.plots import (
     look_of,
     new_blocks,
 )
-from analysis.reading import find_runs, make_rows, read_runs
+from analysis.reading import data_title, find_runs, make_rows, read_runs
 from analysis.tables import NOTE, results_table
 from training.config import ROOT, UserError
 from training.metrics import METRICS
@@ -124,16 +124,16 @@ def write_tables(tasks: Tasks, output: Path) -> tuple[Path, Path]:
 def markdown_lines(tasks: Tasks) -> list[str]:
     """results.md: one table a data set, in percent."""
     lines = ["# Results", ""]
-    for (dataset, _), rows in tasks.items():
-        lines += [f"## {dataset}", "", *results_table(rows), ""]
+    for rows in tasks.values():
+        lines += [f"## {data_title(rows)}", "", *results_table(rows), ""]
     return [*lines, NOTE]
 
 
 def draw_curves(tasks: Tasks) -> Figure:
     """One block a data set: validation metric, validation loss, training loss over epochs, and a legend below."""
-    curves = {task: curves_of(labels_of(task, rows)[0], rows) for task, rows in tasks.items()}
+    curves = {task: curves_of(labels_of(rows)[0], rows) for task, rows in tasks.items()}
     shapes = [legend_shape([text for _, text, _ in each]) for each in curves.values()]
-    titles = [labels_of(task, rows)[1] for task, rows in tasks.items()]
+    titles = [labels_of(rows)[1] for rows in tasks.values()]
     figure, blocks = new_blocks(titles, [2.6 + LINE * (lines + 1) for _, lines in shapes])
     for block, (columns, _), (task, each) in zip(blocks, shapes, curves.items(), strict=True):
         _draw_block(block, task[1], each, columns)
@@ -157,7 +157,7 @@ def draw_final(tasks: Tasks) -> Figure:
 
     The result is the test's, or the best validation's where the data have no test part.
     """
-    names, titles = zip(*(labels_of(task, rows) for task, rows in tasks.items()), strict=True)
+    names, titles = zip(*(labels_of(rows) for rows in tasks.values()), strict=True)
     labels = [[textwrap.fill(name, BAR_LABEL) for name in each] for each in names]
     figure, blocks = new_blocks(titles, list(map(bar_inches, labels)))
     for block, texts, rows in zip(blocks, labels, tasks.values(), strict=True):

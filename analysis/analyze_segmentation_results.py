@@ -162,7 +162,7 @@ def epochs_to(run: RunFiles, share: float) -> int:
 
 def draw_learning(rows: Sequence[Row]) -> Figure:
     """Loss above, mIoU below, of training on the left and validation on the right."""
-    labels, title = plots.labels_of(rows[0].task, rows)
+    labels, title = plots.labels_of(rows)
     curves = plots.curves_of(labels, rows)
     figure, columns = _figure(title, [text for _, text, _ in curves], 5.2)
     axes = figure.subplots(2, 2, sharex=True, sharey="row")
@@ -181,7 +181,7 @@ def draw_learning(rows: Sequence[Row]) -> Figure:
 
 def draw_convergence(rows: Sequence[Row]) -> Figure:
     """Validation mIoU over epochs in percent of the run's own best: how fast each gets to where it ends."""
-    labels, title = plots.labels_of(rows[0].task, rows)
+    labels, title = plots.labels_of(rows)
     curves = [(place, _with_epoch(text, runs), runs) for place, text, runs in plots.curves_of(labels, rows)]
     figure, columns = _figure(title, [text for _, text, _ in curves], 3.8)
     ax = figure.subplots()
@@ -205,7 +205,7 @@ def _with_epoch(text: str, runs: Sequence[RunFiles]) -> str:
 
 def draw_gaps(rows: Sequence[Row]) -> Figure:
     """A panel for each experiment, and for each run that is not finished: training against validation mIoU."""
-    labels, title = plots.labels_of(rows[0].task, rows)
+    labels, title = plots.labels_of(rows)
     curves = plots.curves_of(labels, rows)
     across = 2 if len(curves) in (2, 4) else min(3, len(curves))
     titles = [textwrap.fill(text, 102 // across) + f"\n{_gap_text(runs)}" for _, text, runs in curves]
@@ -246,7 +246,7 @@ def _draw_gap(ax: Axes, runs: Sequence[RunFiles]) -> None:
 
 def draw_classes(rows: Sequence[Row]) -> Figure:
     """IoU of each class at the best epoch: a dot an experiment, with one standard deviation over seeds."""
-    labels, title = plots.labels_of(rows[0].task, rows)
+    labels, title = plots.labels_of(rows)
     counts = [plots.seeds_text(len(row.counted)) + ("" if row.finished else ", not finished") for row in rows]
     texts = [textwrap.fill(f"{label} ({count})", 66) for label, count in zip(labels, counts, strict=True)]
     seeds = [100 * class_iou(row) for row in rows]
@@ -297,7 +297,7 @@ def _mark_end(ax: Axes, curve: plots.Curve, seeds: pd.DataFrame) -> None:
 
 def report_lines(rows: Sequence[Row]) -> list[str]:
     """analysis_report.txt, in percent."""
-    labels, title = plots.labels_of(rows[0].task, rows)
+    labels, title = plots.labels_of(rows)
     lines = [comparison_line(row) for row in rows]
     heading = f"Segmentation: {title}"
     text = [*textwrap.wrap(heading, COLUMNS), "=" * min(len(heading), COLUMNS), ""]

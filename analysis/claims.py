@@ -25,7 +25,6 @@ from analysis.published import (
     MIN_SEEDS,
     NOT_COMPARABLE,
     REPRODUCED,
-    SMALL,
     TOO_FEW,
     VERDICTS,
     Claim,
@@ -35,7 +34,7 @@ from analysis.published import (
     read_published,
     read_results,
 )
-from analysis.reading import Row, RunFiles
+from analysis.reading import SMALL, Row, RunFiles
 from analysis.tables import markdown_table, mean_and_spread
 from training.config import ROOT
 from training.device import effective_precision

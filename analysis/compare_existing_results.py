@@ -29,7 +29,7 @@ from matplotlib.patches import Patch
 
 from analysis.figures import COLORS, save_figure
 from analysis.plots import BAR_LABEL, LINE, bar_inches, draw_results, labels_of, legend_shape, look_of, new_blocks
-from analysis.reading import Row, find_runs, make_rows, read_runs
+from analysis.reading import Row, data_title, find_runs, make_rows, read_runs
 from analysis.tables import NOTE, results_table
 from training.config import ROOT, UserError
 from training.script import run_script
@@ -59,9 +59,9 @@ def compare_results(paths: Sequence[Path], output: Path) -> tuple[Path, ...]:
     output.parent.mkdir(parents=True, exist_ok=True)
     markdown, csv, picture = (output.with_name(f"{output.name}{suffix}") for suffix in (".md", ".csv", ".png"))
     text = ["# Results side by side", ""]
-    for (dataset, _), members in tables.items():
+    for members in tables.values():
         folders, rows = zip(*members, strict=True)
-        text += [f"## {dataset}", "", *results_table(rows, folders), ""]
+        text += [f"## {data_title(rows)}", "", *results_table(rows, folders), ""]
     markdown.write_text("\n".join([*text, NOTE]) + "\n")
     pd.DataFrame([{"folder": folder} | row.record() for folder, row in lines]).to_csv(csv, index=False)
     return (markdown, csv, *save_figure(draw(list(tables.values())), picture))
@@ -102,7 +102,7 @@ def short_names(paths: Sequence[Path]) -> dict[Path, str]:
 def draw(tables: Sequence[Sequence[Line]]) -> Figure:
     """One block a data set: bars of the results, the numbers beside; colours tell folders where there are several."""
     folders = list(dict.fromkeys(folder for lines in tables for folder, _ in lines))
-    names, titles = zip(*(labels_of(lines[0][1].task, [row for _, row in lines]) for lines in tables), strict=True)
+    names, titles = zip(*(labels_of([row for _, row in lines]) for lines in tables), strict=True)
     labels = [[textwrap.fill(name, BAR_LABEL) for name in each] for each in names]
     columns, legend_lines = legend_shape(folders)
     inches = list(map(bar_inches, labels))

@@ -55,8 +55,8 @@ class Panel(NamedTuple):
 def draw_parameters(tasks: Tasks) -> Figure | None:
     """Result over number of parameters. None where no data set has two finished experiments that differ in it."""
     panels = []
-    for task, rows in tasks.items():
-        labels, title = labels_of(task, rows)
+    for rows in tasks.values():
+        labels, title = labels_of(rows)
         counts = {place: row.runs[0].config["parameters"] for place, row in enumerate(rows) if row.finished}
         if len(set(counts.values())) < 2:
             continue
@@ -72,8 +72,8 @@ def draw_time(tasks: Tasks) -> Figure | None:
     None where no two experiments have finished on the same data set and hardware.
     """
     panels, comparable = [], False
-    for task, rows in tasks.items():
-        labels, title = labels_of(task, rows)
+    for rows in tasks.values():
+        labels, title = labels_of(rows)
         groups = by_hardware(rows, finished=True)
         for hardware, members in groups.items():
             comparable |= len(members) > 1
@@ -152,7 +152,7 @@ def draw_speed(tasks: Tasks, relative_to: str | None) -> Figure | None:
     """
     every = [row for rows in tasks.values() for row in rows]
     chosen = row_called(relative_to, every, "--relative-to") if relative_to else None
-    panels = [speeds for task, rows in tasks.items() for speeds in speeds_of(task, rows, chosen)]
+    panels = [speeds for rows in tasks.values() for speeds in speeds_of(rows, chosen)]
     if not panels:
         return None
     labels = [[textwrap.fill(label, BAR_LABEL) for label in speeds.labels] for speeds in panels]
@@ -162,9 +162,9 @@ def draw_speed(tasks: Tasks, relative_to: str | None) -> Figure | None:
     return figure
 
 
-def speeds_of(task: Task, rows: Sequence[Row], chosen: Row | None) -> list[Speeds]:
+def speeds_of(rows: Sequence[Row], chosen: Row | None) -> list[Speeds]:
     """A panel for each hardware on which two experiments or more have run, chosen among them if there is one."""
-    labels, title = labels_of(task, rows)
+    labels, title = labels_of(rows)
     groups = by_hardware(rows, finished=False)
     panels = []
     for hardware, members in groups.items():
@@ -206,7 +206,7 @@ def draw_multipliers(tasks: Tasks) -> Figure | None:
         return None
     texts, titles, shapes = {}, [], []
     for task, sweeps in panels.items():
-        labels, title = labels_of(task, [_common(sweep) for sweep in sweeps])
+        labels, title = labels_of([_common(sweep) for sweep in sweeps])
         texts[task] = [textwrap.fill(label, 66) for label in labels]
         titles.append(title)
         shapes.append(legend_shape(texts[task]))

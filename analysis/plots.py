@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from scipy.optimize import isotonic_regression, linear_sum_assignment
 
 from analysis.figures import COLORS, MARKERS, PAGE, new_figure, style_axes
-from analysis.reading import Row, RunFiles, Task, shared_parts
+from analysis.reading import Row, RunFiles, data_title, shared_parts
 from analysis.tables import mean_and_spread
 
 LINE = 0.15  # inches, of a line of text
@@ -38,13 +38,14 @@ class Point(NamedTuple):
 # ---------------------------------------------------------------------------- text
 
 
-def labels_of(task: Task, rows: Sequence[Row]) -> tuple[list[str], str]:
-    """A label for each row, and a title: the data set and the changed fields that all rows share."""
+def labels_of(rows: Sequence[Row]) -> tuple[list[str], str]:
+    """A label for each row, and a title: `data_title` and the changed fields that all rows share."""
     shared = shared_parts(rows)
     labels = [", ".join(part for part in row.parts if part not in shared) for row in rows]
     if len(set(labels)) < len(labels):
-        return [", ".join(row.parts) for row in rows], task[0]
-    return labels, task[0] + (", all with " if shared and len(rows) > 1 else ", " if shared else "") + ", ".join(shared)
+        return [", ".join(row.parts) for row in rows], data_title(rows)
+    joined = (", all with " if len(rows) > 1 else ", ") if shared else ""
+    return labels, data_title(rows) + joined + ", ".join(shared)
 
 
 def seeds_text(n: int) -> str:

@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats
 
 import training
-from analysis.reading import Row, RunFiles, find_runs, make_rows, read_runs
+from analysis.reading import SMALL, Row, RunFiles, find_runs, make_rows, read_runs
 from training.config import ROOT, Experiment, UserError, default_fields, parse_experiment
 from training.metrics import METRICS, Metric
 
@@ -25,7 +25,6 @@ PUBLISHED = ROOT / "analysis" / "published_results.csv"
 CONFIDENCE = 0.95
 MIN_SEEDS = 3
 FREE = {"seed", "precision", "compile"}  # fields in which runs of one experiment may differ: chance, and how to compute
-SMALL = "small_cpu"  # end of the names of folders with runs of reduced size
 
 REPRODUCED = "reproduced"
 BELOW, ABOVE = "measured below the published value", "measured above the published value"

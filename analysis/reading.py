@@ -15,6 +15,7 @@ from training.config import UserError
 from training.metrics import METRICS, Metric
 
 Task = tuple[str, str]  # name of the data and key of the metric: results of one task can be compared
+SMALL = "small_cpu"  # end of the names of folders with runs of reduced size
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a damaged file can raise
 
 
@@ -44,6 +45,11 @@ class RunFiles:
     @property
     def train(self) -> dict:
         return self.config["config"]["train"]
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it lies in a folder of runs of reduced size: <SMALL>/<experiment>/seed<k>."""
+        return self.folder.resolve().parents[1].name.endswith(SMALL)
 
     @property
     def metric(self) -> Metric:
@@ -206,6 +212,12 @@ def make_rows(runs: Iterable[RunFiles], folder_of: Callable[[RunFiles], str] = l
             differs = tuple(f"{key}={fields.get(key)}" for key in varied)
             rows.append(Row(experiment, differs, _one_run_a_seed(group), folder if in_several else ""))
     return sorted(rows, key=lambda row: (row.task, _badness(row), row.parts))
+
+
+def data_title(rows: Sequence[Row]) -> str:
+    """The data set of rows of one task, and whether they are runs of reduced size."""
+    small = all(run.is_small for row in rows for run in row.runs)
+    return f"{rows[0].task[0]}, small runs" if small else rows[0].task[0]
 
 
 def shared_parts(rows: Sequence[Row]) -> list[str]:

@@ -6,7 +6,8 @@ from functools import cache
 
 import torch
 
-from analysis.published import SMALL, read_published
+from analysis.published import read_published
+from analysis.reading import SMALL
 from benchmarks.training_steps import flop_per_image
 from training.config import Experiment
 

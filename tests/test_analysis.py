@@ -304,9 +304,22 @@ def test_labels_leave_out_what_all_share(make_run, tmp_path):
     make_run("v2+epochs=5+n_embd=48", n_layer=3)
     make_run("v2+epochs=5+n_embd=48", seed=1)
     rows = make_rows(read_runs(find_runs(tmp_path / "runs")))
-    labels, title = labels_of(rows[0].task, rows)
+    labels, title = labels_of(rows)
     assert sorted(labels) == ["v1", "v2, n_layer=3", "v2, n_layer=6"]
     assert title == "cifar10, all with epochs=5, n_embd=48"
+
+
+def test_titles_say_of_small_runs_that_they_are(make_run, tmp_path, call_script):
+    """Where all of them are: in plots and in the table's heading."""
+    small = tmp_path / "small_cpu"
+    make_run("v1", folder=small / "v1" / "seed0")
+    make_run("v2", folder=small / "v2" / "seed0", n_layer=3)
+    rows = make_rows(read_runs(find_runs(small)))
+    assert labels_of(rows)[1] == "cifar10, small runs"
+    assert call_script("analysis/analyze.py", "--runs-dir", small, "--output-dir", tmp_path / "out") == 0
+    assert "## cifar10, small runs\n" in (tmp_path / "out" / "results.md").read_text()
+    make_run("v3", folder=tmp_path / "runs" / "v3" / "seed0")
+    assert labels_of(make_rows(read_runs(find_runs(tmp_path))))[1] == "cifar10"
 
 
 def test_no_runs_is_one_message(run_script, tmp_path):
