@@ -306,8 +306,8 @@ class Compiled(torch.nn.Module):
 def test_a_compiled_run_writes_plain_keys(experiment, monkeypatch):
     made = []
     monkeypatch.setattr(torch, "compile", lambda model, *args, **kwargs: made.append(Compiled(model)) or made[-1])
-    softmax = dict(attention="softmax")  # has no fast path
-    plain, trial = experiment("plain", softmax, epochs=1), experiment("compiled", softmax, epochs=1, compile=True)
+    gated = dict(gate="sigmoid")  # has no fast path
+    plain, trial = experiment("plain", gated, epochs=1), experiment("compiled", gated, epochs=1, compile=True)
     fit(plain)
     assert not made
     fit(trial)
