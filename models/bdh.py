@@ -298,12 +298,13 @@ class BDHCore(nn.Module):
     def has_fast_path(self, device: torch.device, n_tokens: int = 0) -> bool:
         """Whether `kernels.fast_update` serves this setting there, with so many tokens; 0 for few.
 
-        With many, the library's softmax attention is better: it never holds a T x T matrix.
+        Softmax over many tokens is left to the library where it has a kernel that holds no T x T matrix: on CUDA, and
+        on a CPU where keys and values are equally wide, N = D.
         """
         config = self.config
         design = (config.qk, config.gate, config.activation)
         serves = design == ("tied", "multiplicative", "relu") and config.rotary != "none" and not self.attn.causal
-        if config.attention == "softmax":
+        if config.attention == "softmax" and (device.type == "cuda" or config.n_neurons == config.n_embd):
             serves = serves and kernels.scores_are_cheaper(n_tokens, config.n_neurons, config.n_embd)
         return self.use_fast_path and serves and device.type in ("cpu", "cuda")
 

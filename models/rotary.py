@@ -109,6 +109,6 @@ class RotaryAttention(nn.Module):
         values = x.unsqueeze(1)
         if self.causal:
             return self.weights(q, k) @ values
-        if self.softmax:  # scaled by 1 / sqrt(N); the library's kernels, where one serves, never hold a T x T matrix
+        if self.softmax:  # scaled by 1 / sqrt(N); holds T x T scores on a CPU unless N = D
             return F.scaled_dot_product_attention(q, k, values.expand(-1, q.shape[1], -1, -1))
         return kernels.raw_attention(q, k, values)

@@ -100,13 +100,25 @@ def test_which_settings_take_the_fast_path(choices, fast):
     assert model.has_fast_path(torch.device("cpu")) == fast
 
 
-def test_softmax_over_many_tokens_is_left_to_the_library():
-    """Which never holds a T x T matrix; raw scores have another order then."""
-    config = VisionBDHConfig(**SMALL, attention="softmax")
-    most = 2 * config.n_neurons * config.n_embd // (config.n_neurons + config.n_embd)  # T (N + D) <= 2 N D
-    device = torch.device("cpu")
-    assert config.build().has_fast_path(device, most) and not config.build().has_fast_path(device, most + 1)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("multiplier", [1, 2, 4])
+def test_softmax_over_many_tokens_is_left_to_the_library_where_it_has_a_kernel(device, multiplier):
+    """One that holds no T x T matrix; on a CPU it asks for values as wide as keys. Raw scores have another order."""
+    config = VisionBDHConfig(**SMALL | dict(attention="softmax", mlp_internal_dim_multiplier=multiplier))
+    N, D = config.n_neurons, config.n_embd
+    most = 2 * N * D // (N + D)  # T (N + D) <= 2 N D
+    device = torch.device(device)
+    assert config.build().has_fast_path(device, most)
+    assert config.build().has_fast_path(device, most + 1) == (device.type == "cpu" and N != D)
     assert dataclasses.replace(config, attention="raw").build().has_fast_path(device, most + 1)
+
+
+@pytest.mark.parametrize(("neurons", "kernel"), [(32, "MATH"), (8, "FLASH_ATTENTION")])
+def test_the_library_has_a_kernel_on_a_cpu_where_keys_and_values_are_equally_wide(neurons, kernel):
+    """What `BDHCore.has_fast_path` goes by: the library's choice for a model that trains."""
+    q = torch.randn(1, 2, 64, neurons, requires_grad=True)
+    values = torch.randn(1, 1, 64, 8, requires_grad=True).expand(-1, 2, -1, -1)
+    assert torch.nn.attention.SDPBackend(torch._fused_sdp_choice(q, q, values)).name == kernel
 
 
 @pytest.mark.parametrize("rotary", ["axial", "raster"])

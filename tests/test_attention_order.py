@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import kernels
 from models.bdh import layer_norm
@@ -60,9 +61,21 @@ def test_the_order_is_picked_by_cost(tokens, neurons, width):
     assert ((neurons, width) in seen.planes) == (not cheaper)
 
 
+@pytest.mark.parametrize("values", ["of each head", "of all heads"])
+@pytest.mark.parametrize(("tokens", "neurons", "width"), SIZES)
+def test_the_order_costs_what_it_should(tokens, neurons, width, values):
+    q = torch.randn(2, 3, tokens, neurons)
+    x = torch.randn(2, 3 if values == "of each head" else 1, tokens, width)
+    with FlopCounterMode(display=False) as counter:
+        kernels.raw_attention(q, q, x)
+    assert counter.get_total_flops() == 2 * 6 * tokens * min(tokens * (neurons + width), 2 * neurons * width)
+
+
 def test_both_orders_occur_above_and_at_the_sizes_of_the_models():
     assert [kernels.scores_are_cheaper(*sizes) for sizes in SIZES] == [True, True, False, False, False]
     assert kernels.scores_are_cheaper(64, 1024, 192)  # CIFAR
+    assert kernels.scores_are_cheaper(323, 1024, 192)  # 2 N D / (N + D) is 323.4
+    assert not kernels.scores_are_cheaper(324, 1024, 192)
     assert not kernels.scores_are_cheaper(2304, 1024, 256)  # BDH-UNet at 384 x 384
 
 
