@@ -69,29 +69,19 @@ def difference_interval(values: Sequence[float], defaults: Sequence[float]) -> t
     return mean, mean - half, mean + half
 
 
-def results_by_seed(row: Row) -> dict[int, float]:
-    """The test metric of each finished run, or its best validation metric where there is no test part."""
-    key = row.metric.key
-    return {
-        run.train["seed"]: run.summary["test"][key] if run.summary["test"] else run.summary["best"][f"val_{key}"]
-        for run in row.finished
-    }
-
-
 def _line(row: Row, default: Row) -> dict:
-    own, others = results_by_seed(row), results_by_seed(default)
-    both = sorted(own.keys() & others.keys())
+    own, others = row.result, default.result
+    both = sorted(own.index.intersection(others.index))
     mean = low = high = np.nan
     if row is not default and both:
-        mean, low, high = difference_interval([own[seed] for seed in both], [others[seed] for seed in both])
-    values = np.array(list(own.values()))
+        mean, low, high = difference_interval(own[both], others[both])
     return {
         "experiment": row.experiment,
         "differs_in": ", ".join(row.differs),
         "parameters": row.runs[0].config["parameters"],
         "seeds": len(own),
-        "mean": values.mean(),
-        "std": values.std(ddof=1) if len(values) > 1 else np.nan,
+        "mean": own.mean(),
+        "std": own.std(),
         "difference": mean,
         "difference_low": low,
         "difference_high": high,
@@ -106,7 +96,7 @@ def _markdown(table: pd.DataFrame, default: Row) -> list[str]:
     def number(value: float, sign: str = "") -> str:
         return "" if np.isnan(value) else metric.number(value, sign)
 
-    titles = ["setting", "parameters", "seeds", f"test {metric.title}", "standard deviation", "difference"]
+    titles = ["setting", "parameters", "seeds", default.result_title, "standard deviation", "difference"]
     titles.append("95 % interval")
     lines = []
     for line in table.to_dict("records"):

@@ -124,10 +124,18 @@ class Row:
 
     @property
     def result(self) -> pd.Series:
-        """(seeds,) test as stored, or the metric of the best validation where the data have no test part."""
-        if len(self.test):
-            return self.test
-        return pd.Series([run.summary["best"][f"val_{self.metric.key}"] for run in self.finished], dtype=float)
+        """Test as stored, by seed, or the metric of the best validation where the data have no test part."""
+        key = self.metric.key
+        results = {
+            run.train["seed"]: run.summary["test"][key] if run.summary["test"] else run.summary["best"][f"val_{key}"]
+            for run in self.finished
+        }
+        return pd.Series(results, dtype=float)
+
+    @property
+    def result_title(self) -> str:
+        """What result is, with its unit."""
+        return f"{'test' if len(self.test) else 'best validation'} {self.metric.title}"
 
     @property
     def parts(self) -> list[str]:

@@ -108,7 +108,7 @@ def _folder_table(title: str, rows: Sequence[Row]) -> list[str]:
         [
             ", ".join(part for part in row.parts if part not in shared),
             row.task[0],
-            f"{'test' if len(row.test) else 'validation'} {row.metric.title}",
+            row.result_title,
             measured_cell(row.metric, row.result),
             str(len(row.result)),
             *protocol_cells(row),

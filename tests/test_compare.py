@@ -69,12 +69,13 @@ def test_differences_are_paired_by_seed(make_run, tmp_path, capsys):
     assert "| default | 3,233,482 | 3 | 70.00 | 10.00 |  |  |" in shown
 
 
-def test_data_without_a_test_part_are_compared_by_validation(make_run, tmp_path):
+def test_data_without_a_test_part_are_compared_by_validation(make_run, tmp_path, capsys):
     _, default = make_run("ablation", test=None)
     _, other = make_run("other", test=None, n_layer=12)
     compare(sorted((tmp_path / "runs").glob("*/*")), "ablation", tmp_path / "table")
     best = [max(row["val_accuracy"] for row in rows) for rows in (other, default)]
     assert float(lines_of(tmp_path / "table.csv")["other"]["difference"]) == pytest.approx(best[0] - best[1])
+    assert "| seeds | best validation accuracy (%) |" in capsys.readouterr().out
 
 
 def test_only_finished_runs_on_the_same_data_count(make_run, tmp_path):
