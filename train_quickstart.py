@@ -1,7 +1,7 @@
-"""A small Vision-BDH on real images in under two minutes, on any machine, with no download.
+"""A small Vision-BDH on real images in about a minute, on any machine, with no download.
 
-Learns scikit-learn's handwritten digits (1,797 images of 8 x 8 pixels): 95 to 99 % test accuracy after 40 epochs, about
-a minute on two CPU cores. Then draws the learning curve, and what the centre patch attends to.
+Learns scikit-learn's handwritten digits (1,797 images of 8 x 8 pixels): 95 to 99 % test accuracy after 40 epochs, in
+that time on two CPU cores. Then draws the learning curve, and what the centre patch attends to.
 
     python train_quickstart.py
     python train_quickstart.py --seed 1 --n-layer 2

@@ -33,8 +33,7 @@ from benchmarks.measure import Precision, in_turns, machine_of, seconds_of, spre
 from benchmarks.training_steps import IMPLEMENTATIONS, in_full, made_up_batches, training_step
 from models.vision_bdh import VisionBDHConfig, v2_config
 from training.config import ROOT, UserError
-from training.device import pick_device, tune_cpu_allocator
-from training.launch import is_out_of_memory
+from training.device import is_out_of_memory, pick_device, tune_cpu_allocator
 from training.script import run_script
 
 VARIED = {"batch_size": "images a batch", "tokens": "tokens T", "neurons": "neurons of all heads", "n_layer": "levels"}

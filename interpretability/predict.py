@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from analysis.figures import DPI, PAGE, new_figure
-from interpretability.trained import stem_of, title_of
+from interpretability.trained import checkpoint_name, stem_of, title_of
 from models import build_config
 from models.vision_bdh import ImageSize
 from training.augment import normalise
@@ -53,7 +53,7 @@ class Options:
     run: Path
     """folder of a run, such as runs/bdh_unet/seed0, or a checkpoint in it"""
     output_dir: Path = ROOT / "predictions"
-    """the pictures go into a folder of the run's name in it"""
+    """the pictures go into a folder of the run's name in it, and the checkpoint's, if not the best"""
     data_dir: Path | None = None
     """folder that holds data_camvid and the like; default: $VISION_BDH_DATA, else beside the scripts"""
     device: str = "auto"
@@ -167,7 +167,7 @@ def main(options: Options) -> None:
     model, classes = model.to(device), CLASSES[train["dataset"]]
     img_size = build_config(config["model_class"], config["config"]["model"]).img_size
     truth = Truth(train["dataset"], options.data_dir)
-    output = options.output_dir / stem_of(config)
+    output = options.output_dir / "_".join(filter(None, (stem_of(config), checkpoint_name(options.run))))
     with_truth = 0
     names = picture_names(files)
     for path, name in tqdm(list(zip(files, names, strict=True)), unit="img", leave=False, disable=None):
@@ -175,7 +175,7 @@ def main(options: Options) -> None:
             image, mask = read_image(path), truth(path)
         except BadFile as error:
             raise UserError(str(error)) from None
-        title = f"{path.name}: {title_of(config)}"
+        title = f"{path.name}: {title_of(config, options.run)}"
         figure = draw(image, predict(model, image, img_size, device), mask, classes, title)
         output.mkdir(parents=True, exist_ok=True)
         figure.savefig(output / name, dpi=DPI)

@@ -88,7 +88,7 @@ class TrainedRun:
     @property
     def title(self) -> str:
         """For people: the run, and which of its checkpoints, if not the best."""
-        return ", ".join(filter(None, (title_of(self.config), self.checkpoint_name)))
+        return title_of(self.config, self.checkpoint)
 
     @property
     def stem(self) -> str:
@@ -97,9 +97,7 @@ class TrainedRun:
 
     @property
     def checkpoint_name(self) -> str:
-        """Such as epoch_004; empty for the best weights."""
-        name = self.checkpoint.stem if self.checkpoint != self.folder else "best"
-        return "" if name == "best" else name
+        return checkpoint_name(self.checkpoint)
 
     def file_name(self, name: str) -> str:
         """The name, with that of the checkpoint, if not the best: results of several must not replace each other."""
@@ -218,9 +216,15 @@ class TrainedRun:
             yield self.pixels(images), torch.from_numpy(self._data.train_labels[here]).to(self.device)
 
 
-def title_of(config: dict[str, Any]) -> str:
-    """What to call a run before people. config: its config.json."""
-    return f"{config['experiment'].replace('+', ', ')}, seed {config['config']['train']['seed']}"
+def checkpoint_name(path: Path) -> str:
+    """Such as epoch_004; empty for the best weights, which a run's folder stands for. path: of either."""
+    return path.stem if path.suffix == ".pt" and path.stem != "best" else ""
+
+
+def title_of(config: dict[str, Any], checkpoint: Path | None = None) -> str:
+    """What to call a run before people, and its checkpoint, if not the best. config: its config.json."""
+    run = f"{config['experiment'].replace('+', ', ')}, seed {config['config']['train']['seed']}"
+    return ", ".join(filter(None, (run, checkpoint and checkpoint_name(checkpoint))))
 
 
 def stem_of(config: dict[str, Any]) -> str:
@@ -265,7 +269,7 @@ def latest_run(runs_dir: Path) -> Path:
     finished = [path for path in runs_dir.rglob("summary.json") if (path.parent / "best.pt").is_file()]
     if not finished:
         raise UserError(
-            f"there is no finished run in {runs_dir}: train one first (python train_quickstart.py takes two minutes), "
-            "or name its folder with --run"
+            f"there is no finished run in {runs_dir}: train one first (python train_quickstart.py takes about a "
+            "minute), or name its folder with --run"
         )
     return max(finished, key=lambda path: path.stat().st_mtime).parent

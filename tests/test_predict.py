@@ -236,10 +236,12 @@ def test_a_resnet_unet(trained, call_script, tmp_path):
     assert imread(tmp_path / "out" / "resnet_seed0" / "val_val_000.png").std() > 0.05
 
 
-@pytest.mark.parametrize("name", ["best.pt", "last.pt", "previous.pt"])
-def test_any_checkpoint(name, call, run, trained):
+@pytest.mark.parametrize(("name", "ending"), [("best.pt", ""), ("last.pt", "_last"), ("previous.pt", "_previous")])
+def test_any_checkpoint_has_a_folder_of_its_own(name, ending, call, run, trained):
     code, output = call(trained / "data_camvid" / "val" / "val_000.png", "--run", run / name)
-    assert code == 0 and (output / "val_val_000.png").is_file()
+    assert code == 0
+    assert [path.name for path in output.parent.iterdir()] == [f"unet+a=1_seed0{ending}"]
+    assert (output.parent / f"unet+a=1_seed0{ending}" / "val_val_000.png").is_file()
 
 
 def test_bad_input(call, run, trained, tmp_path, capsys):

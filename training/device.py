@@ -85,6 +85,12 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether it says so: CUDA's has a class of its own, the CPU's and MPS's only their words."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
+
+
 def describe_hardware(device: torch.device) -> dict:
     """What a reader of the results needs to know about the machine."""
     if device.type == "cuda":

@@ -4,11 +4,11 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from training.config import Experiment, TrainConfig, UserError, parse_experiment
+from training.device import is_out_of_memory
 from training.loop import fit
 from training.metrics import metric_of
 
@@ -34,7 +34,7 @@ def launch_experiment(experiment: Experiment) -> Path:
             raise
         exit_with(
             "the device's memory is full: try a smaller --batch-size with a larger --grad-accum (their product is what "
-            "one optimiser step sees), a smaller --eval-batch-size, or --precision bf16",
+            "one optimiser step sees), a smaller --eval-batch-size, --precision bf16, or, for a BDH, --recompute",
             1,
         )
     except ValueError as error:
@@ -68,12 +68,6 @@ def show_summary(experiment: Experiment, summary: dict[str, Any]) -> None:
     table.add_row("parameters", f"{summary['parameters']:,}")
     Console().print(table)
     print(f"run: {experiment.folder}")
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it says so: CUDA's has a class of its own, the CPU's and MPS's only their words."""
-    words = ("out of memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
 
 
 def exit_with(message: str, code: int) -> NoReturn:
