@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.reading import Row, find_runs, make_rows, read_runs, row_called
+from analysis.reading import Row, find_runs, make_rows, read_runs, result_title, row_called
 from analysis.tables import markdown_table
 from training.config import ROOT
 from training.script import run_script
@@ -96,7 +96,7 @@ def _markdown(table: pd.DataFrame, default: Row) -> list[str]:
     def number(value: float, sign: str = "") -> str:
         return "" if np.isnan(value) else metric.number(value, sign)
 
-    titles = ["setting", "parameters", "seeds", default.result_title, "standard deviation", "difference"]
+    titles = ["setting", "parameters", "seeds", result_title([default]), "standard deviation", "difference"]
     titles.append("95 % interval")
     lines = []
     for line in table.to_dict("records"):

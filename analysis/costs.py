@@ -31,9 +31,8 @@ from analysis.plots import (
     new_blocks,
     point_inches,
     point_panel,
-    result_title,
 )
-from analysis.reading import Row, Task, row_called
+from analysis.reading import Row, Task, result_title, row_called
 
 MULTIPLIER = "mlp_internal_dim_multiplier"
 POINT_LABEL = 34  # characters, of a line of a point's name

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from scipy.optimize import isotonic_regression, linear_sum_assignment
 
 from analysis.figures import COLORS, MARKERS, PAGE, new_figure, style_axes
-from analysis.reading import Row, RunFiles, data_title, shared_parts
+from analysis.reading import Row, RunFiles, data_title, result_title, shared_parts
 from analysis.tables import mean_and_spread
 
 LINE = 0.15  # inches, of a line of text
@@ -50,12 +50,6 @@ def labels_of(rows: Sequence[Row]) -> tuple[list[str], str]:
 
 def seeds_text(n: int) -> str:
     return f"{n}\N{NO-BREAK SPACE}seed" + "s" * (n != 1)
-
-
-def result_title(rows: Sequence[Row]) -> str:
-    """What the rows' results are: the test's, or the best validation's where the data have no test part."""
-    part = "test" if any(len(row.test) for row in rows) or not any(row.finished for row in rows) else "best validation"
-    return f"{part} {rows[0].metric.title}"
 
 
 # ---------------------------------------------------------------------------- blocks, looks, axes, legends

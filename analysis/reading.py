@@ -118,24 +118,17 @@ class Row:
 
     @property
     def test(self) -> pd.Series:
-        """(seeds,) test metric as stored, empty where there is none; its std() has n - 1, NaN for one seed."""
-        tests = [run.summary["test"] for run in self.finished]  # None for data without a test part
-        return pd.Series([test[self.metric.key] for test in tests if test is not None], dtype=float)
+        """Test metric as stored, by seed, empty where there is none; its std() has n - 1, NaN for one seed."""
+        tests = {run.train["seed"]: run.summary["test"] for run in self.finished}  # None for data without a test part
+        return pd.Series({seed: test[self.metric.key] for seed, test in tests.items() if test is not None}, dtype=float)
 
     @property
     def result(self) -> pd.Series:
         """Test as stored, by seed, or the metric of the best validation where the data have no test part."""
-        key = self.metric.key
-        results = {
-            run.train["seed"]: run.summary["test"][key] if run.summary["test"] else run.summary["best"][f"val_{key}"]
-            for run in self.finished
-        }
-        return pd.Series(results, dtype=float)
-
-    @property
-    def result_title(self) -> str:
-        """What result is, with its unit."""
-        return f"{'test' if len(self.test) else 'best validation'} {self.metric.title}"
+        if len(self.test):
+            return self.test
+        key = f"val_{self.metric.key}"
+        return pd.Series({run.train["seed"]: run.summary["best"][key] for run in self.finished}, dtype=float)
 
     @property
     def parts(self) -> list[str]:
@@ -226,6 +219,12 @@ def data_title(rows: Sequence[Row]) -> str:
     """The data set of rows of one task, and whether they are runs of reduced size."""
     small = all(run.is_small for row in rows for run in row.runs)
     return f"{rows[0].task[0]}, small runs" if small else rows[0].task[0]
+
+
+def result_title(rows: Sequence[Row]) -> str:
+    """What the rows' results are: the test's, or the best validation's where the data have no test part."""
+    part = "test" if any(len(row.test) for row in rows) or not any(row.finished for row in rows) else "best validation"
+    return f"{part} {rows[0].metric.title}"
 
 
 def shared_parts(rows: Sequence[Row]) -> list[str]:

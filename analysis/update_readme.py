@@ -26,7 +26,7 @@ from analysis.claims import (
     setting_of,
 )
 from analysis.published import Claim, is_small, read_results
-from analysis.reading import Row, RunFiles, make_rows, shared_parts
+from analysis.reading import Row, RunFiles, make_rows, result_title, shared_parts
 from analysis.tables import markdown_table
 from training.config import ROOT, UserError
 from training.script import run_script
@@ -108,7 +108,7 @@ def _folder_table(title: str, rows: Sequence[Row]) -> list[str]:
         [
             ", ".join(part for part in row.parts if part not in shared),
             row.task[0],
-            row.result_title,
+            result_title([row]),
             measured_cell(row.metric, row.result),
             str(len(row.result)),
             *protocol_cells(row),
