@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from analysis.figures import DPI, PAGE, new_figure
-from interpretability.trained import checkpoint_name, stem_of, title_of
+from interpretability.trained import stem_of, title_of, with_checkpoint
 from models import build_config
 from models.vision_bdh import ImageSize
 from training.augment import normalise
@@ -167,7 +167,7 @@ def main(options: Options) -> None:
     model, classes = model.to(device), CLASSES[train["dataset"]]
     img_size = build_config(config["model_class"], config["config"]["model"]).img_size
     truth = Truth(train["dataset"], options.data_dir)
-    output = options.output_dir / "_".join(filter(None, (stem_of(config), checkpoint_name(options.run))))
+    output = options.output_dir / with_checkpoint(stem_of(config), options.run)
     with_truth = 0
     names = picture_names(files)
     for path, name in tqdm(list(zip(files, names, strict=True)), unit="img", leave=False, disable=None):

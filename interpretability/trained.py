@@ -100,8 +100,7 @@ class TrainedRun:
         return checkpoint_name(self.checkpoint)
 
     def file_name(self, name: str) -> str:
-        """The name, with that of the checkpoint, if not the best: results of several must not replace each other."""
-        return "_".join(filter(None, (name, self.checkpoint_name)))
+        return with_checkpoint(name, self.checkpoint)
 
     def require(self, *names: str) -> None:
         """Raises UserError where a trace of this model cannot give all of these quantities."""
@@ -219,6 +218,11 @@ class TrainedRun:
 def checkpoint_name(path: Path) -> str:
     """Such as epoch_004; empty for the best weights, which a run's folder stands for. path: of either."""
     return path.stem if path.suffix == ".pt" and path.stem != "best" else ""
+
+
+def with_checkpoint(name: str, checkpoint: Path) -> str:
+    """The name, with that of the checkpoint, if not the best: results of several must not replace each other."""
+    return "_".join(filter(None, (name, checkpoint_name(checkpoint))))
 
 
 def title_of(config: dict[str, Any], checkpoint: Path | None = None) -> str:
