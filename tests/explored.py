@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import torch
 
-from interpretability.recorder import record
+from interpretability.common.recorder import record
 from models.baselines import deit_tiny_config, vit_tiny_config
 from models.vision_bdh import v2_config
 from training import fit

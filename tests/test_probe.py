@@ -12,9 +12,9 @@ from pictures import check_picture
 from torch import nn
 
 from interpretability import probe
-from interpretability.depth import run_with_levels
+from interpretability.common.depth import run_with_levels
+from interpretability.common.trained import TrainedRun
 from interpretability.probe import Pass, accuracies, chance, choose_levels, collect, draw
-from interpretability.trained import TrainedRun
 from models.baselines import ViTConfig, vit_tiny
 from models.masked_bdh import MaskedBDHConfig
 from models.vision_bdh import (

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from interpretability.adapters import adapter_of
-from interpretability.recorder import record
+from interpretability.common.adapters import adapter_of
+from interpretability.common.recorder import record
 from models.baselines import deit_tiny_config, vit_tiny
 from models.bdh import BDH, BDHConfig, layer_norm
 from models.bdh_unet import bdh_unet

@@ -20,7 +20,8 @@ from planted_neurons import (
     recorded,
 )
 
-from interpretability.activity import NO_CLASS, levels_of, patch_classes
+from interpretability.common.activity import NO_CLASS, levels_of, patch_classes
+from interpretability.common.trained import TrainedRun
 from interpretability.sparsity import (
     Counts,
     count,
@@ -31,7 +32,6 @@ from interpretability.sparsity import (
     share_table,
     training_table,
 )
-from interpretability.trained import TrainedRun
 from models.baselines import vit_tiny_config
 from models.bdh_unet import bdh_unet_config
 from models.masked_bdh import MaskedBDHConfig

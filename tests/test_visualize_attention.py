@@ -11,8 +11,8 @@ from pictures import check_picture
 from PIL import Image
 
 from analysis.figures import DPI, PAGE
-from interpretability.attention_figures import LARGEST_PANEL, animate, caption, draw
-from interpretability.trained import TrainedRun
+from interpretability.common.attention_figures import LARGEST_PANEL, animate, caption, draw
+from interpretability.common.trained import TrainedRun
 from interpretability.visualize_attention import Options, look, same_place, visualize
 from models.baselines import vit_tiny_config
 from models.masked_bdh import MaskedBDHConfig

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from interpretability.adapters import Adapter, adapter_of
+from interpretability.common.adapters import Adapter, adapter_of
 from models import build_config
 from models.vision_bdh import Grid, height_and_width
 from training.augment import normalise
