@@ -39,7 +39,7 @@ from analysis.tables import markdown_table, mean_and_spread
 from training.config import ROOT
 from training.device import effective_precision
 from training.metrics import METRICS, Metric
-from training.script import run_script
+from training.command_line import run_script
 
 FILE = "CLAIMS.md"
 SOURCES = {"spec_current": "the newer document", "spec_first": "the first document"}

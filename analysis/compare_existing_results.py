@@ -32,7 +32,7 @@ from analysis.plots import BAR_LABEL, LINE, bar_inches, draw_results, labels_of,
 from analysis.reading import Row, data_title, find_runs, make_rows, read_runs
 from analysis.tables import NOTE, results_table
 from training.config import ROOT, UserError
-from training.script import run_script
+from training.command_line import run_script
 
 Line = tuple[str, Row]  # the name of the given folder that the row is from, and the row
 

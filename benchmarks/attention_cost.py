@@ -56,7 +56,7 @@ from training.device import (
     synchronize,
     tune_cpu_allocator,
 )
-from training.script import run_script
+from training.command_line import run_script
 
 PARTS = {"attention": "attention alone", "level": "one whole level"}
 # How a side is drawn. The first has the largest marker, so that curves that coincide can still be told apart.

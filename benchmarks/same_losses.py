@@ -30,7 +30,7 @@ from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
 from training.config import ROOT, ClassificationConfig, UserError
 from training.data import load_dataset, split_train
 from training.device import pick_device, tune_cpu_allocator
-from training.script import run_script
+from training.command_line import run_script
 
 SHOWN = 50  # steps of each mean in the table
 PLAIN = "plain, float32"  # what all others are compared with

@@ -34,7 +34,7 @@ from benchmarks.training_steps import IMPLEMENTATIONS, in_full, made_up_batches,
 from models.vision_bdh import VisionBDHConfig, v2_config
 from training.config import ROOT, UserError
 from training.device import is_out_of_memory, pick_device, tune_cpu_allocator
-from training.script import run_script
+from training.command_line import run_script
 
 VARIED = {"batch_size": "images a batch", "tokens": "tokens T", "neurons": "neurons of all heads", "n_layer": "levels"}
 

@@ -31,7 +31,7 @@ from models.baselines import resnet20_config, vit_tiny_config
 from models.vision_bdh import v2_config
 from training.config import ROOT, UserError
 from training.device import pick_device, tune_cpu_allocator
-from training.script import run_script
+from training.command_line import run_script
 
 EPOCH = 40_000  # training images of the CIFAR protocol
 Name = Literal["v2", "vit_tiny", "resnet20"]

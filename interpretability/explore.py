@@ -43,7 +43,7 @@ from interpretability.explore_encoding import (
 from interpretability.recorder import Trace, record
 from interpretability.trained import RESULTS, RunChoice, TrainedRun, open_run
 from training.config import UserError
-from training.script import run_script
+from training.command_line import run_script
 
 PAGE_FILES = Path(__file__).with_name("explore_page")
 LARGEST_PAGE = 10_000_000  # bytes

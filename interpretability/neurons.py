@@ -55,7 +55,7 @@ from interpretability.selectivity import Measures, Null, Responses, collect, mea
 from interpretability.trained import RESULTS, RunChoice, TrainedRun, open_run
 from models.bdh import CoreConfig
 from training.config import UserError
-from training.script import run_script
+from training.command_line import run_script
 
 SHEET_NOTE = (
     "the patch that excites a neuron, outlined; above it its class and the activity; of a neuron: best class, how many "

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.vision_bdh import v2_config
 from training import ClassificationConfig, Experiment, RunOptions
+from models.vision_bdh import v2_config
 from training.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,10 +9,10 @@ import zlib
 import numpy as np
 import torch
 
+from training import fit
 from interpretability.recorder import record
 from models.baselines import deit_tiny_config, vit_tiny_config
 from models.vision_bdh import v2_config
-from training import fit
 from training.runs import load_file
 
 SIZES = dict(patch_size=8, n_layer=3, n_embd=8, n_head=2)  # 4 x 4 patches

@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from camvid_data import write_camvid
 from conftest import made_up_cifar
 
+from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, TextConfig, fit
 from models.bdh import BDHConfig
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v2_config
-from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, TextConfig, fit
 
 RECORD = Path(__file__).with_suffix(".json")
 COLUMNS = ("train_loss", "val_loss", "learning_rate")  # and the metric, whose column depends on the task

@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
+from training import UserError
 from analysis.analyze import analyze, draw_curves, draw_final, read_tasks, write_tables
 from analysis.plots import labels_of
 from analysis.reading import find_runs, make_rows, read_runs
 from tests.pictures import check_picture
-from training import UserError
 from training.config import ROOT
 
 ALWAYS = [f"{name}.{kind}" for name in ("learning_curves", "final_accuracy") for kind in ("png", "svg")]

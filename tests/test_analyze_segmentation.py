@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from training import UserError
 from analysis import analyze_segmentation_results as segmentation
 from analysis.analyze_segmentation_results import analyze_segmentation, segmentation_rows
 from analysis.figures import COLORS
 from analysis.reading import find_runs, read_run, read_runs
 from tests.pictures import check_picture, share_of_color
-from training import UserError
 from training.config import ROOT
 
 FIRST = dict(miou=(0.10, 0.37, 0.40, 0.385, 0.39), train_miou=(0.1, 0.3, 0.46, 0.5, 0.55))  # best: epoch 3

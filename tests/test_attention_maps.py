@@ -6,6 +6,7 @@ import torch
 from camvid_data import write_camvid
 from torch import nn
 
+from training import Experiment, RunOptions, SegmentationConfig, fit
 from interpretability import attention_maps as computation
 from interpretability.attention_maps import attention_maps, look_at, shares
 from interpretability.recorder import record
@@ -13,7 +14,6 @@ from interpretability.trained import TrainedRun
 from models.baselines import vit_tiny
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import vision_bdh_v2, vision_bdh_v3
-from training import Experiment, RunOptions, SegmentationConfig, fit
 from training.data import load_dataset
 
 SIZES = dict(img_size=8, patch_size=2, n_layer=3, n_embd=16, n_head=2)  # 4 x 4 patches

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models as torchvision_models
 
+from training import ClassificationConfig, Experiment, RunOptions, fit
 from interpretability.recorder import record
 from models import CONFIG_CLASSES, build_config
 from models.baselines import (
@@ -28,7 +29,6 @@ from models.baselines import (
     vit_tiny,
     vit_tiny_config,
 )
-from training import ClassificationConfig, Experiment, RunOptions, fit
 from training.runs import load_file
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import training
+from training import UserError
 from analysis import published as rows
 from analysis.claims import HOW, NOTES, claims_markdown
 from analysis.published import (
@@ -26,7 +27,6 @@ from analysis.published import (
 from analysis.reading import read_run
 from models.vision_bdh import v1_config, v2_as_run_config, v2_config, v2_softmax_config, v3_config
 from tests.claimed_runs import GPU, published, write_run, write_seeds
-from training import UserError
 from training.launch import launch
 
 T_975 = {2: 12.7062047, 3: 4.30265273, 5: 2.77644511, 10: 2.26215716}  # by n, of a printed table with n - 1 degrees

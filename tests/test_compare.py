@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from training import UserError
 from analysis.analyze import read_tasks, write_tables
 from analysis.compare import compare, difference_interval
-from training import UserError
 
 
 def lines_of(path):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
+from training import UserError
 from analysis.compare_existing_results import compare_results, draw, read_lines, short_names
 from analysis.figures import COLORS
 from tests.pictures import check_picture, share_of_color
-from training import UserError
 from training.config import ROOT
 
 SCRIPT = "analysis/compare_existing_results.py"

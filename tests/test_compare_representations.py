@@ -15,6 +15,7 @@ from pictures import check_picture
 from scipy.linalg import subspace_angles
 from torch import nn
 
+from training import Experiment, PretrainingConfig, RunOptions, SegmentationConfig, fit
 from interpretability.compare_representations import Similarity, draw, draw_images, draw_matrix, measure, number
 from interpretability.features import images_per_pass, level_features
 from interpretability.similarity import MiniBatchCKA, gram, main_directions, svcca, unbiased_hsic
@@ -24,7 +25,6 @@ from models.bdh import layer_norm
 from models.bdh_unet import bdh_unet, bdh_unet_config
 from models.masked_bdh import MaskedBDHConfig
 from models.vision_bdh import vision_bdh_v1, vision_bdh_v2
-from training import Experiment, PretrainingConfig, RunOptions, SegmentationConfig, fit
 
 SCRIPT = "interpretability/compare_representations.py"
 SIZES = dict(img_size=8, patch_size=2, n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)  # 16 tokens

@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from scipy.optimize import minimize
 
+from training import UserError
 from analysis.analyze import analyze
 from analysis.costs import draw_multipliers, draw_parameters, draw_speed, draw_time, sweeps_of
 from analysis.figures import COLORS
 from analysis.plots import choose_scale, spread_out
 from analysis.reading import find_runs, make_rows, read_runs
 from tests.pictures import check_picture, share_of_color
-from training import UserError
 
 GPU_Y = {"device": "cuda", "name": "GPU Y", "memory_gb": 80.0}
 

@@ -8,6 +8,7 @@ import torch
 from camvid_data import write_camvid
 from explored import MODELS, data_of, numbers, scores_of, traced, traced_scores, train_runs
 
+from training import Experiment, RunOptions, SegmentationConfig, UserError, fit
 from interpretability import explore
 from interpretability.explore import LARGEST_PAGE, N_NEURONS, STEPS, look_inside, make_page, to_json
 from interpretability.explore_encoding import Strongest, encode_neurons, pack, quantise
@@ -15,7 +16,6 @@ from interpretability.trained import TrainedRun
 from models.baselines import vit_tiny_config
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v2_config
-from training import Experiment, RunOptions, SegmentationConfig, UserError, fit
 from training.data import load_dataset
 
 SCRIPT = "interpretability/explore.py"

@@ -11,6 +11,7 @@ import torch
 from pictures import check_picture
 from torch import nn
 
+from training import PretrainingConfig, UserError, fit
 from interpretability import probe
 from interpretability.depth import run_with_levels
 from interpretability.probe import Pass, accuracies, chance, choose_levels, collect, draw
@@ -24,7 +25,6 @@ from models.vision_bdh import (
     vision_bdh_v2_softmax,
     vision_bdh_v3,
 )
-from training import PretrainingConfig, UserError, fit
 from training.augment import normalise
 from training.data import load_dataset
 from training.runs import Run

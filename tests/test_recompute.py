@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from training import UserError, fit
 from benchmarks.measure import kept_memory_mb
 from models import kernels
 from models.baselines import resnet20_config
 from models.bdh import LN_EPS, BDHCore, CoreConfig
 from models.bdh_unet import bdh_unet
 from models.vision_bdh import vision_bdh_v1, vision_bdh_v2, vision_bdh_v2_softmax, vision_bdh_v3
-from training import UserError, fit
 from training.runs import load_file
 
 SMALL = dict(n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4, dropout=0.3)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import training
+from training import ClassificationConfig
 from models.baselines import (
     ViTConfig,
     deit_tiny_config,
@@ -21,7 +22,6 @@ from models.baselines import (
     vit_tiny_config,
 )
 from models.vision_bdh import VisionBDHConfig, v1_config, v2_config, v2_softmax_config, v3_config
-from training import ClassificationConfig
 from training.runs import load_file, load_model
 
 ROOT = Path(__file__).resolve().parents[1]

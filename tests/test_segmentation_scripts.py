@@ -12,11 +12,11 @@ import torch
 from camvid_data import write_camvid
 
 import training
+from training import SegmentationConfig
 from models.baselines import resnet34_unet_config, resnet50_unet_config
 from models.bdh_unet import bdh_unet_config
-from training import SegmentationConfig
 from training.config import ROOT
-from training.masks import CAMVID
+from training.data.masks import CAMVID
 from training.runs import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

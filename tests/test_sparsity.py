@@ -20,6 +20,7 @@ from planted_neurons import (
     recorded,
 )
 
+from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, fit
 from interpretability.activity import NO_CLASS, levels_of, patch_classes
 from interpretability.sparsity import (
     Counts,
@@ -35,7 +36,6 @@ from interpretability.trained import TrainedRun
 from models.baselines import vit_tiny_config
 from models.bdh_unet import bdh_unet_config
 from models.masked_bdh import MaskedBDHConfig
-from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, fit
 from training.runs import load_model
 
 SCRIPT = "interpretability/sparsity.py"

@@ -7,10 +7,10 @@ import pytest
 import torch
 from camvid_data import write_camvid
 
+from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, UserError, fit
 from models.baselines import ResNetUNetConfig, vit_tiny_config
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import interpolate_positions
-from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, UserError, fit
 from training.config import full_experiment_name, parse_experiment
 from training.runs import load_file
 from training.start import start_weights

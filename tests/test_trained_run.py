@@ -10,15 +10,15 @@ import torch
 from camvid_data import write_camvid
 from PIL import Image
 
+from training import Experiment, RunOptions, SegmentationConfig, TextConfig, UserError, fit
 from interpretability.trained import RunChoice, TrainedRun, latest_run, open_run
 from models.baselines import resnet20_config
 from models.bdh import BDHConfig
 from models.bdh_unet import bdh_unet_config
-from training import Experiment, RunOptions, SegmentationConfig, TextConfig, UserError, fit
 from training.augment import normalise
 from training.data import load_dataset
+from training.data.segmentation import scale_image, scale_mask
 from training.runs import Run, load_file
-from training.segmentation import scale_image, scale_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

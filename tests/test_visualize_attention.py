@@ -10,6 +10,7 @@ from matplotlib.animation import FFMpegWriter
 from pictures import check_picture
 from PIL import Image
 
+from training import PretrainingConfig, fit
 from analysis.figures import DPI, PAGE
 from interpretability.attention_figures import LARGEST_PANEL, animate, caption, draw
 from interpretability.trained import TrainedRun
@@ -17,7 +18,6 @@ from interpretability.visualize_attention import Options, look, same_place, visu
 from models.baselines import vit_tiny_config
 from models.masked_bdh import MaskedBDHConfig
 from models.vision_bdh import v2_config
-from training import PretrainingConfig, fit
 from training.config import ROOT
 from training.data import load_dataset
 

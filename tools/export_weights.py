@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from training.config import UserError
-from training.runs import EXPORTED, load_model
-from training.script import run_script
+from training.runs import load_model
+from training.stored import EXPORTED
+from training.command_line import run_script
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from training.config import UserError
 from training.data import data_folder
-from training.masks import BadFile, ColourMasks, MaskFiles, find_masks
-from training.script import run_script
-from training.segmentation import read_pair
+from training.data.masks import BadFile, ColourMasks, MaskFiles, find_masks
+from training.data.segmentation import read_pair
+from training.command_line import run_script
 
 SHOWN_SIZES = 8
 
