@@ -50,9 +50,9 @@ from analysis.plots import (
 )
 from analysis.reading import data_title, find_runs, make_rows, read_runs
 from analysis.tables import NOTE, results_table
+from training.command_line import run_script
 from training.config import ROOT, UserError
 from training.metrics import METRICS
-from training.command_line import run_script
 
 NEEDS = {  # what there has to be for a figure that is not always drawn
     "accuracy_against_parameters": "two finished experiments on the same data with different numbers of parameters",

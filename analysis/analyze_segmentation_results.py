@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 from analysis import plots
 from analysis.figures import PAGE, new_figure, save_figure, style_axes
 from analysis.reading import Row, RunFiles, find_runs, make_rows, read_runs
-from training.config import ROOT, UserError
 from training.command_line import run_script
+from training.config import ROOT, UserError
 
 PICTURES = ("learning_curves", "convergence", "train_val_gap", "per_class_iou")
 CLASS = "val_iou_"  # what the column of a class begins with

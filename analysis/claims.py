@@ -36,10 +36,10 @@ from analysis.published import (
 )
 from analysis.reading import SMALL, Row, RunFiles
 from analysis.tables import markdown_table, mean_and_spread
+from training.command_line import run_script
 from training.config import ROOT
 from training.device import effective_precision
 from training.metrics import METRICS, Metric
-from training.command_line import run_script
 
 FILE = "CLAIMS.md"
 SOURCES = {"spec_current": "the newer document", "spec_first": "the first document"}

@@ -21,8 +21,8 @@ from scipy import stats
 
 from analysis.reading import Row, find_runs, make_rows, read_runs, result_title, row_called
 from analysis.tables import markdown_table
-from training.config import ROOT
 from training.command_line import run_script
+from training.config import ROOT
 
 CONFIDENCE = 0.95
 

@@ -31,8 +31,8 @@ from analysis.figures import COLORS, save_figure
 from analysis.plots import BAR_LABEL, LINE, bar_inches, draw_results, labels_of, legend_shape, look_of, new_blocks
 from analysis.reading import Row, data_title, find_runs, make_rows, read_runs
 from analysis.tables import NOTE, results_table
-from training.config import ROOT, UserError
 from training.command_line import run_script
+from training.config import ROOT, UserError
 
 Line = tuple[str, Row]  # the name of the given folder that the row is from, and the row
 

@@ -28,8 +28,8 @@ from analysis.claims import (
 from analysis.published import Claim, is_small, read_results
 from analysis.reading import Row, RunFiles, make_rows, result_title, shared_parts
 from analysis.tables import markdown_table
-from training.config import ROOT, UserError
 from training.command_line import run_script
+from training.config import ROOT, UserError
 
 BEGIN = "<!-- results: begin, made by analysis/update_readme.py -->"
 END = "<!-- results: end -->"

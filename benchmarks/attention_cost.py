@@ -46,6 +46,7 @@ from benchmarks.measure import Precision, in_turns, kept_memory_mb, spread, step
 from models.bdh import BDHCore, CoreConfig
 from models.kernels import raw_attention, scores_are_cheaper
 from models.rotary import RotaryAttention
+from training.command_line import run_script
 from training.config import ROOT, UserError
 from training.device import (
     describe_hardware,
@@ -56,7 +57,6 @@ from training.device import (
     synchronize,
     tune_cpu_allocator,
 )
-from training.command_line import run_script
 
 PARTS = {"attention": "attention alone", "level": "one whole level"}
 # How a side is drawn. The first has the largest marker, so that curves that coincide can still be told apart.

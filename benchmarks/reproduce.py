@@ -27,11 +27,10 @@ from rich.table import Table
 from analysis.published import asked_of
 from analysis.reading import DAMAGED, read_run
 from benchmarks.plans import PLANS, Entry, Part, Plan, training_flop
+from training.command_line import exit_with, run_script
 from training.config import ROOT, RunOptions, UserError
-from training.command_line import exit_with
 from training.runs import Run
 from training.schedule import Job, run_jobs
-from training.command_line import run_script
 
 KEPT = ("config.json", "metrics.csv", "summary.json")  # the last one says that the others are there
 

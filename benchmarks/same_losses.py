@@ -27,10 +27,10 @@ from analysis.figures import COLORS, PAGE, new_figure, style_axes
 from benchmarks.measure import Precision, machine_of, write_results
 from benchmarks.training_steps import Batch, StackedReference, endless_batches, training_step
 from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
+from training.command_line import run_script
 from training.config import ROOT, ClassificationConfig, UserError
 from training.data import load_dataset, split_train
 from training.device import pick_device, tune_cpu_allocator
-from training.command_line import run_script
 
 SHOWN = 50  # steps of each mean in the table
 PLAIN = "plain, float32"  # what all others are compared with

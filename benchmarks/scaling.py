@@ -32,9 +32,9 @@ from analysis.figures import COLORS, PAGE, new_figure, style_axes
 from benchmarks.measure import Precision, in_turns, machine_of, seconds_of, spread, step_memory_mb, write_results
 from benchmarks.training_steps import IMPLEMENTATIONS, in_full, made_up_batches, training_step
 from models.vision_bdh import VisionBDHConfig, v2_config
+from training.command_line import run_script
 from training.config import ROOT, UserError
 from training.device import is_out_of_memory, pick_device, tune_cpu_allocator
-from training.command_line import run_script
 
 VARIED = {"batch_size": "images a batch", "tokens": "tokens T", "neurons": "neurons of all heads", "n_layer": "levels"}
 

@@ -29,9 +29,9 @@ from benchmarks.measure import Precision, in_turns, machine_of, seconds_of, spre
 from benchmarks.training_steps import IMPLEMENTATIONS, flop_per_image, in_full, made_up_batches, training_step
 from models.baselines import resnet20_config, vit_tiny_config
 from models.vision_bdh import v2_config
+from training.command_line import run_script
 from training.config import ROOT, UserError
 from training.device import pick_device, tune_cpu_allocator
-from training.command_line import run_script
 
 EPOCH = 40_000  # training images of the CIFAR protocol
 Name = Literal["v2", "vit_tiny", "resnet20"]

@@ -34,8 +34,8 @@ from analysis.figures import PAGE, SEQUENTIAL, new_figure, save_figure
 from interpretability.features import Tokens, images_per_pass, level_features
 from interpretability.similarity import IMAGES_PER_DIMENSION, MiniBatchCKA, main_directions, svcca
 from interpretability.trained import RESULTS, RunChoice, TrainedRun, check_same_images, open_run
-from training.config import UserError
 from training.command_line import run_script
+from training.config import UserError
 
 FEWEST_IMAGES = 4  # of a batch, for the unbiased estimate
 LARGEST_CELL, LARGEST_PANEL, MARGIN = 0.3, 2.75, 0.65  # inches, of a heat map's cell, side and labels

@@ -42,8 +42,8 @@ from interpretability.explore_encoding import (
 )
 from interpretability.recorder import Trace, record
 from interpretability.trained import RESULTS, RunChoice, TrainedRun, open_run
-from training.config import UserError
 from training.command_line import run_script
+from training.config import UserError
 
 PAGE_FILES = Path(__file__).with_name("explore_page")
 LARGEST_PAGE = 10_000_000  # bytes

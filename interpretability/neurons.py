@@ -54,8 +54,8 @@ from interpretability.contact_sheet import Excited, draw_sheet
 from interpretability.selectivity import Measures, Null, Responses, collect, measures, p_values, ranked, shuffled
 from interpretability.trained import RESULTS, RunChoice, TrainedRun, open_run
 from models.bdh import CoreConfig
-from training.config import UserError
 from training.command_line import run_script
+from training.config import UserError
 
 SHEET_NOTE = (
     "the patch that excites a neuron, outlined; above it its class and the activity; of a neuron: best class, how many "

@@ -31,6 +31,7 @@ from interpretability.trained import stem_of, title_of, with_checkpoint
 from models import build_config
 from models.vision_bdh import ImageSize
 from training.augment import normalise
+from training.command_line import run_script
 from training.config import ROOT, UserError
 from training.data import data_folder
 from training.data.masks import CLASSES, BadFile, Classes, MaskFiles, Pair, find_masks, is_image, read_image
@@ -38,7 +39,6 @@ from training.data.segmentation import read_pair, scale_image
 from training.device import pick_device
 from training.metrics import confusion_matrices, confusion_ratios
 from training.runs import load_model
-from training.command_line import run_script
 
 PANEL_INCHES = PAGE / 3
 TALLEST_PANEL = 3  # times its width; a taller image is drawn narrower

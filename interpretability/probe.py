@@ -53,8 +53,8 @@ from interpretability.features import images_per_pass, stream_features
 from interpretability.recorder import record
 from interpretability.trained import RESULTS, RunChoice, TrainedRun, open_run
 from models.vision_bdh import VisionBDH
-from training.config import UserError
 from training.command_line import run_script
+from training.config import UserError
 
 SETTINGS = ("tokens", "normalise", "neighbours", "penalty")  # results of others must not replace each other
 MAX_ITERATIONS = 2000  # of the probe's optimiser

@@ -45,9 +45,9 @@ from interpretability.activity import (
 )
 from interpretability.adapters import adapter_of
 from interpretability.trained import RESULTS, RunChoice, TrainedRun, open_run, title_of
+from training.command_line import run_script
 from training.config import UserError
 from training.runs import Run
-from training.command_line import run_script
 
 ALL = "all"  # in a table: over all levels, heads or classes
 CLASSES_DRAWN = 20

@@ -26,8 +26,8 @@ from interpretability.attention_figures import View, animate, check_writer, draw
 from interpretability.attention_maps import Patch, Show, look_at
 from interpretability.trained import RunChoice, TrainedRun, check_same_images, open_run
 from models.vision_bdh import Grid
-from training.config import ROOT, UserError
 from training.command_line import run_script
+from training.config import ROOT, UserError
 
 N_IMAGES = 4
 LONGEST_NAME = 240  # characters: file systems allow names of 255 bytes

@@ -231,15 +231,21 @@ class Run:
             self._write_partial(name, write)
         events = self.folder.glob("events.out.tfevents*")
         for old in (*(self.folder / name for name in FILES), *events, *self.kept_weights().values()):
-            old.unlink(missing_ok=True)
+            try:
+                old.unlink(missing_ok=True)
+            except OSError as error:
+                raise _disk_error(old, error) from None
         for name in new:
             self._finish_partial(name)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Writes last.pt; the old last.pt becomes previous.pt. Raises UserError if the disk refuses."""
         self._write_partial("last.pt", lambda path: _save(path, state))
-        if (self.folder / "last.pt").exists():
-            (self.folder / "last.pt").replace(self.folder / "previous.pt")
+        try:
+            if (self.folder / "last.pt").exists():
+                (self.folder / "last.pt").replace(self.folder / "previous.pt")
+        except OSError as error:
+            raise _disk_error(self.folder / "previous.pt", error) from None
         self._finish_partial("last.pt")
 
     def save_best(self, state: dict[str, Any]) -> None:

@@ -134,7 +134,7 @@ def configuration_of(config: dict[str, Any]) -> Configuration:
     train_class = config.get("train_class") or TRAIN_CLASSES.get(model_class, "ClassificationConfig")
     classes = (CONFIG_CLASSES.get(model_class), getattr(train_configs, train_class, None))
     defaults = [default_fields(each) if each is not None else {} for each in classes]
-    stored = [config["config"]["model"], config["config"]["train"]]
+    stored = json.loads(json.dumps([config["config"]["model"], config["config"]["train"]]))  # tuples become lists
     return Configuration(model_class, train_class, *(new | old for new, old in zip(defaults, stored, strict=True)))
 
 
