@@ -11,7 +11,7 @@ def prepare_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the caller
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     if not isinstance(sys.stdout, _Survivor):
@@ -45,4 +45,4 @@ class _Survivor:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
         except (OSError, ValueError):
-            self._stream = Path(os.devnull).open("w", encoding="utf-8")
+            self._stream = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115

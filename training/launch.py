@@ -42,7 +42,7 @@ def train(experiment: Experiment) -> Path:
             raise
         exit_with(
             "out of memory: try a smaller --batch-size with a larger --grad-accum (their product is what one optimizer "
-            "step sees), a smaller --eval-batch-size, --precision bf16 or, for a BDH, --recompute",
+            "step sees), a smaller --eval-batch-size, --precision bf16, for a BDH --recompute, or a smaller model",
             1,
         )
     except KeyboardInterrupt:

@@ -81,6 +81,7 @@ class Run:
                 if [each.name for each in self.folder.iterdir()] == [LOCK]:
                     path.unlink()
                     self.folder.rmdir()
+                    self.folder.parent.rmdir()  # fails, and stays, if it holds other seeds
             lock.release()
 
     def holder(self) -> str:
