@@ -32,11 +32,14 @@ class Augmentation(Protocol):
         """Everything random for an epoch of n images: CPU tensors (n, ...)."""
 
     def apply(self, images: Tensor, labels: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Augments a batch. images: (B, C, H, W) in [-1, 1]; labels: (B,); draws: the batch's rows, on the device."""
+        """Augments a batch. images: (B, C, H, W) in [-1, 1]; labels: (B,) or (B, classes); draws: the batch's rows.
+
+        Draws are on the device, unless the class has `draws_on_cpu = True`.
+        """
 
 
 class CropAndFlip:
-    """Random crops resized to the image's size (`draw_crops`), and mirroring of half of the images."""
+    """Random crops resized to the image's size (`draw_boxes`), and mirroring of half of the images."""
 
     stream = "augmentation"
 
@@ -44,7 +47,7 @@ class CropAndFlip:
         self.crop_scale_min, self.flip = crop_scale_min, flip
 
     def draw(self, n: int, height: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        boxes = draw_crops(n, height, width, self.crop_scale_min, generator)
+        boxes = draw_boxes(n, height, width, (self.crop_scale_min, 1.0), generator)
         if self.crop_scale_min == 1:
             boxes[:] = boxes.new_tensor((0, 0, height, width))
         return boxes, draw_flips(n, generator) & self.flip
@@ -53,19 +56,70 @@ class CropAndFlip:
         return crop_and_flip(images, boxes, flips), labels
 
 
+class PadAndCrop:
+    """Shifts each image by up to `padding` pixels both ways; what comes into view is black."""
+
+    stream = "padding"
+
+    def __init__(self, padding: int):
+        self.padding = padding
+
+    def draw(self, n: int, height: int, width: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return (torch.randint(-self.padding, self.padding + 1, (n, 2), generator=generator),)
+
+    def apply(self, images: Tensor, labels: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = images.shape[-2:]
+        rows = torch.arange(height, device=images.device) + shifts[:, :1]  # (B, H)
+        columns = torch.arange(width, device=images.device) + shifts[:, 1:]  # (B, W)
+        inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+        batch = torch.arange(len(images), device=images.device)[:, None, None]
+        shifted = images.permute(0, 2, 3, 1)[
+            batch, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None]
+        ]
+        return torch.where(inside[:, None], shifted.permute(0, 3, 1, 2), -1.0), labels
+
+
+class RandomErasing:
+    """Replaces a box of an image by grey with a probability: Zhong et al. 2020 (arXiv 1708.04896)."""
+
+    stream = "erasing"
+
+    def __init__(self, probability: float):
+        self.probability = probability
+
+    def draw(self, n: int, height: int, width: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        boxes = draw_boxes(n, height, width, (0.02, 1 / 3), generator, ratios=(0.3, 1 / 0.3))
+        chosen = torch.rand(n, generator=generator) < self.probability
+        return boxes, chosen & (boxes[:, 2:] < torch.tensor((height, width))).any(1)  # not the fallback, a whole image
+
+    def apply(self, images: Tensor, labels: Tensor, boxes: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(images.shape[-2], device=images.device)
+        columns = torch.arange(images.shape[-1], device=images.device)
+        top, left, h, w = (edge[:, None] for edge in boxes.unbind(1))
+        box = ((rows >= top) & (rows < top + h))[:, :, None] & ((columns >= left) & (columns < left + w))[:, None, :]
+        return images.masked_fill((box & chosen[:, None, None])[:, None], 0.0), labels
+
+
 def normalise(images: Tensor) -> Tensor:
     """uint8 pixels to float32 in [-1, 1]: all that validation and test images go through."""
     return images.float().div_(127.5).sub_(1.0)
 
 
-def draw_crops(n: int, height: int, width: int, scale_min: float, generator: torch.Generator) -> Tensor:
+def draw_boxes(
+    n: int,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    generator: torch.Generator,
+    ratios: tuple[float, float] = ASPECT_RATIOS,
+) -> Tensor:
     """n boxes (n, 4) of top, left, height, width, int64, distributed as in torchvision's RandomResizedCrop.
 
-    Area uniform between scale_min and 1 of the image, logarithm of the aspect ratio uniform; the first of ten attempts
+    Area uniform within scale, as a share of the image; logarithm of the aspect ratio uniform; the first of ten attempts
     that fits, else the whole image (torchvision's fallback, for images of moderate aspect ratio).
     """
-    area = height * width * torch.empty(n, CROP_ATTEMPTS).uniform_(scale_min, 1.0, generator=generator)
-    low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
+    area = height * width * torch.empty(n, CROP_ATTEMPTS).uniform_(*scale, generator=generator)
+    low, high = (math.log(ratio) for ratio in ratios)
     ratio = torch.empty(n, CROP_ATTEMPTS).uniform_(low, high, generator=generator).exp_()
     w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)

@@ -33,9 +33,23 @@ class TrainConfig:
     batch_size: int
     """samples per forward pass"""
     learning_rate: float
-    """peak learning rate of AdamW"""
+    """peak learning rate"""
     weight_decay: float
-    """decoupled weight decay of AdamW"""
+    """weight decay (decoupled; SGD: L2)"""
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
+    """muon: Muon for hidden matrices, AdamW for embeddings, norms, biases and the output layer"""
+    adamw_learning_rate: float | None = None
+    """peak rate of what muon leaves to AdamW; default: learning_rate"""
+    momentum: float = 0.95
+    """Nesterov momentum of muon and sgd"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """decay rates of AdamW's running averages"""
+    decay: Literal["all", "matrices"] = "all"
+    """weight decay on all parameters, or not on biases, norms, positions and tokens"""
+    schedule: Literal["cosine", "linear", "constant", "trapezoid"] = "cosine"
+    """learning rate after the warm-up; trapezoid: constant, then linear to 0 over the last fifth"""
+    ema: float | None = None
+    """validate and test an exponential moving average of the weights with this decay, such as 0.999"""
     warmup_steps: int = 500
     """optimizer steps of linear warm-up, at most a tenth of all steps"""
     max_grad_norm: float = 1.0
@@ -58,6 +72,15 @@ class TrainConfig:
         _require(self.max_grad_norm > 0, self, "max_grad_norm", "must be above 0")
         for name in ("weight_decay", "warmup_steps", "seed"):
             _require(getattr(self, name) >= 0, self, name, "must not be negative")
+        object.__setattr__(self, "betas", tuple(self.betas))  # JSON has lists only
+        _require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "must be at least 0 and below 1")
+        _require(0 <= self.momentum < 1, self, "momentum", "must be at least 0 and below 1")
+        _require(self.ema is None or 0 < self.ema < 1, self, "ema", "must be above 0 and below 1")
+        rate, muon = self.adamw_learning_rate, self.optimizer == "muon"
+        _require(rate is None or (muon and rate > 0), self, "adamw_learning_rate", "is for muon, and above 0")
+        default = type(self).momentum
+        _require(self.optimizer != "adamw" or self.momentum == default, self, "momentum", "is for muon and sgd only")
+        _require(self.optimizer != "sgd" or self.betas == type(self).betas, self, "betas", "are for adamw and muon")
 
     def make_task(self) -> "Task":
         """The task this config trains: data, loss, metric."""
@@ -65,9 +88,9 @@ class TrainConfig:
 
     def make_optimizer(self, model: "nn.Module") -> "Optimizer":
         """The optimizer over the model's parameters; each group's `lr` is its peak rate."""
-        from training.optimiser import make_adamw  # here and below: those modules import this one
+        from training.optimiser import make_optimizer  # here and below: those modules import this one
 
-        return make_adamw(model, self.learning_rate, self.weight_decay)
+        return make_optimizer(model, self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +115,24 @@ class ClassificationConfig(HeldOutConfig):
     """smallest area of a random crop, as a share of the image; 1 turns crops off"""
     horizontal_flip: bool = False
     """mirror half of the training images"""
+    crop_padding: int = 0
+    """shift training images by up to this many pixels (black border)"""
+    randaugment: int = 0
+    """RandAugment: operations per training image; 0 turns it off"""
+    randaugment_magnitude: int = 9
+    """strength of RandAugment's operations, 0 to 30"""
+    random_erasing: float = 0.0
+    """probability of erasing a box of a training image"""
+    mixup: float = 0.0
+    """mixup: alpha of the Beta distribution, such as 0.8; with cutmix, either is chosen per batch"""
+    cutmix: float = 0.0
+    """cutmix: alpha of the Beta distribution, such as 1.0"""
+    label_smoothing: float = 0.0
+    """share of the target spread over all classes"""
+    repeat_augment: int = 1
+    """augmented copies of an image in its batch; an epoch then sees 1 / n of the images n times"""
+    eval_flip: bool = False
+    """validate and test with the mean logits of each image and its mirror image"""
     train_limit: int | None = None
     """use only this many training images (validation included), drawn by the seed"""
 
@@ -99,24 +140,44 @@ class ClassificationConfig(HeldOutConfig):
         super().__post_init__()
         _require(0 < self.crop_scale_min <= 1, self, "crop_scale_min", "must be above 0 and at most 1")
         _require(self.train_limit is None or self.train_limit >= 2, self, "train_limit", "must be at least 2")
+        for name in ("crop_padding", "randaugment", "mixup", "cutmix"):
+            _require(getattr(self, name) >= 0, self, name, "must not be negative")
+        _require(0 <= self.randaugment_magnitude <= 30, self, "randaugment_magnitude", "must be between 0 and 30")
+        for name in ("random_erasing", "label_smoothing"):
+            _require(0 <= getattr(self, name) < 1, self, name, "must be at least 0 and below 1")
+        _require(1 <= self.repeat_augment <= self.batch_size, self, "repeat_augment", "must be 1 to batch_size")
+        _require(self.crop_padding == 0 or self.crop_scale_min == 1, self, "crop_padding", "replaces crops by scale")
 
     def make_task(self) -> "Task":
         from training.tasks import Classification
 
         return Classification(self)
 
-    def make_augmentations(self) -> "list[Augmentation]":
-        """What training images go through, batch by batch, in this order."""
-        from training.augment import CropAndFlip
+    def make_augmentations(self, num_classes: int) -> "list[Augmentation]":
+        """What training images and labels go through, batch by batch, in this order."""
+        from training.augment import CropAndFlip, PadAndCrop, RandomErasing
+        from training.mixing import Mix, SmoothLabels
+        from training.randaugment import RandAugment
 
-        if self.crop_scale_min == 1 and not self.horizontal_flip:
-            return []
-        return [CropAndFlip(self.crop_scale_min, self.horizontal_flip)]
+        steps = {
+            CropAndFlip: (self.crop_scale_min < 1 or self.horizontal_flip, self.crop_scale_min, self.horizontal_flip),
+            PadAndCrop: (self.crop_padding > 0, self.crop_padding),
+            RandAugment: (self.randaugment > 0, self.randaugment, self.randaugment_magnitude),
+            RandomErasing: (self.random_erasing > 0, self.random_erasing),
+            Mix: (self.mixup > 0 or self.cutmix > 0, self.mixup, self.cutmix, num_classes, self.batch_size),
+            SmoothLabels: (self.label_smoothing > 0, self.label_smoothing, num_classes),
+        }
+        return [step(*arguments) for step, (wanted, *arguments) in steps.items() if wanted]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingConfig(ClassificationConfig):
     """Pretraining without labels: the model reconstructs masked patches."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("mixup", "cutmix", "label_smoothing", "eval_flip"):
+            _require(not getattr(self, name), self, name, "concerns labels, which pretraining does not use")
 
     def make_task(self) -> "Task":
         from training.tasks import MaskedImages

@@ -43,7 +43,7 @@ def check_batches(model: nn.Module, data: Batches, task: Task, batch_size: int) 
     inputs, targets = inputs[:2], targets[:2]
     model.eval()
     with torch.no_grad():
-        outputs = model(inputs)
+        outputs = task.predict(model, inputs)
         loss = task.loss(outputs, targets)
         counts = task.counts(outputs, targets)
     name = type(task).__name__

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -67,6 +68,14 @@ def effective_precision(precision: str, device: torch.device) -> str:
     return "float32" if precision == "tf32" and device.type != "cuda" else precision
 
 
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether matmuls in bf16 are faster than in float32: on CUDA, and on CPUs with bf16 instructions."""
+    if device.type == "cpu":
+        flags = _cpu_flags()
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return device.type == "cuda"
+
+
 def synchronize(device: torch.device) -> None:
     """Waits for the device, so that a clock read next is meaningful."""
     if device.type == "cuda":
@@ -109,8 +118,18 @@ def describe_hardware(device: torch.device) -> dict:
 
 
 def _cpu_name() -> str:
+    return _cpu_info().get("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> set[str]:
+    """Instruction sets of the CPU; empty where the system does not list them."""
+    return set(_cpu_info().get("flags", "").split())
+
+
+@cache
+def _cpu_info() -> dict[str, str]:
+    """The first processor in Linux's /proc/cpuinfo; empty elsewhere."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+        return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    return {}

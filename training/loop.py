@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from training import contracts, seeds
@@ -24,7 +25,7 @@ from training.device import (
     tune_cpu_allocator,
 )
 from training.metrics import METRICS, Sums
-from training.optimiser import make_schedule, set_step
+from training.optimiser import make_average, make_schedule, set_step
 from training.runs import Run, describe_run
 from training.start import start_weights
 from training.tasks import Batches, Task
@@ -49,25 +50,35 @@ class Session:
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     autocast: contextlib.AbstractContextManager
+    average: AveragedModel | None = None  # of the weights, if train.ema: what is validated and tested
     epoch: int = 0  # epochs done
     step: int = 0  # optimizer steps done
     best: dict[str, Any] | None = None  # epoch and metrics of the best validation so far
     history: list[dict[str, Any]] | None = field(default_factory=list)  # rows of metrics.csv
 
+    @property
+    def evaluated(self) -> nn.Module:
+        """What is validated, tested and kept as the best: the model, or the average of its weights."""
+        return self.model if self.average is None else self.average.module
+
     def state(self) -> dict[str, Any]:
         """Content of last.pt. Random draws depend on seed and epoch, learning rates on the step."""
         training = {"step": self.step, "best": self.best, "optimizer": self.optimizer.state_dict()}
-        return self.weights() | training | {"history": self.history}
+        average = {} if self.average is None else {"average": self.average.state_dict()}
+        return self.weights(self.model) | training | average | {"history": self.history}
 
-    def weights(self) -> dict[str, Any]:
-        """Content of best.pt and epoch_<n>.pt."""
+    def weights(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """Content of best.pt and epoch_<n>.pt. model: default, what is evaluated."""
         configuration = self.experiment.configuration
         fields = {"model": configuration.model, "train": configuration.train}
-        return {"epoch": self.epoch, "model": self.model.state_dict(), "config": fields, "run_id": self.run_id}
+        weights = (model or self.evaluated).state_dict()
+        return {"epoch": self.epoch, "model": weights, "config": fields, "run_id": self.run_id}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         self.history = state.get("history")  # None in checkpoints of older versions
         set_step(self.schedule, self.step)
@@ -163,9 +174,10 @@ def _make_session(
     # the last step of an epoch may see fewer samples
     total_steps = train.epochs * math.ceil(data.size("train") / (train.batch_size * train.grad_accum))
     forward = _compile(model, device) if train.compile else model
-    schedule = make_schedule(optimizer, total_steps, train.warmup_steps)
+    schedule = make_schedule(optimizer, total_steps, train)
     autocast = set_precision(train.precision, device)
-    return Session(experiment, run_id, device, data, task, model, forward, optimizer, schedule, autocast)
+    average = make_average(model, train.ema) if train.ema else None
+    return Session(experiment, run_id, device, data, task, model, forward, optimizer, schedule, autocast, average)
 
 
 def _announce(session: Session) -> None:
@@ -305,6 +317,8 @@ def optimizer_step(session: Session) -> float:
     session.optimizer.step()
     session.optimizer.zero_grad()
     session.schedule.step()
+    if session.average is not None:
+        session.average.update_parameters(session.model)
     session.step += 1
     return rate
 
@@ -340,11 +354,12 @@ def _not_finite(session: Session, what: str) -> str:
 @torch.no_grad()
 def evaluate(session: Session, part: str) -> dict[str, float]:
     """Mean loss and ratios on "val" or "test"."""
-    session.forward.eval()
+    model = session.forward if session.average is None else session.evaluated
+    model.eval()
     sums, seen = Sums(), 0
     for inputs, targets in session.data.eval_batches(part):
         with session.autocast:
-            outputs = session.forward(inputs)
+            outputs = session.task.predict(model, inputs)
             loss = session.task.loss(outputs, targets)
         sums.add({"loss": loss * len(targets), **session.task.counts(outputs, targets)})
         seen += len(targets)
@@ -354,7 +369,7 @@ def evaluate(session: Session, part: str) -> dict[str, float]:
 def _finish(session: Session, run: Run) -> dict[str, Any]:
     """Tests the best epoch's weights once, if there is a test set; writes summary.json."""
     best = run.load_best()
-    session.model.load_state_dict(best["model"])
+    session.evaluated.load_state_dict(best["model"])
     test = evaluate(session, "test") if session.data.size("test") else None  # without one, validation is the result
     kept = {key: value for key, value in best.items() if key == "epoch" or key.startswith("val_")}
     summary = {

@@ -3,7 +3,17 @@
 import numpy as np
 import torch
 
-STREAMS = {"split": 0, "weights": 1, "order": 2, "augmentation": 3, "model": 4}
+STREAMS = {
+    "split": 0,
+    "weights": 1,
+    "order": 2,
+    "augmentation": 3,
+    "model": 4,
+    "padding": 5,
+    "randaugment": 6,
+    "erasing": 7,
+    "mixing": 8,
+}
 
 
 def derive(stream: str, seed: int, epoch: int = 0, rank: int = 0) -> int:

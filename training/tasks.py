@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.masked_bdh import Reconstruction
 from training.config import ClassificationConfig, Experiment, SegmentationConfig, TextConfig, UserError
@@ -64,8 +64,11 @@ class Task(Protocol):
     def load(self, source: Any, split: Split | None, experiment: Experiment, device: torch.device) -> Batches:
         """split: the resumed run's, None to draw one. Raises UserError if data are damaged."""
 
+    def predict(self, model: nn.Module, inputs: Tensor) -> Any:
+        """Outputs in validation and test."""
+
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        """The training loss, a mean over the batch's samples."""
+        """A mean over the batch's samples."""
 
     def counts(self, outputs: Any, targets: Tensor) -> dict[str, Tensor | Items]:
         """What the ratios need of a batch: tensors that are added over batches, or `Items` that are gathered.
@@ -77,11 +80,20 @@ class Task(Protocol):
         """The metric and further columns, from the sums of `counts`, as numbers and lists."""
 
 
-class Classification:
-    """Cross-entropy and accuracy."""
+class OneForward:
+    """What most tasks share: one forward pass in validation and test, ratios cheap enough for the progress bar."""
+
+    shows_metric = True
+
+    def predict(self, model: nn.Module, inputs: Tensor) -> Any:
+        return model(inputs)
+
+
+class Classification(OneForward):
+    """Cross-entropy and accuracy; with soft targets (label smoothing, mixup, cutmix) against the heaviest class."""
 
     metric = METRICS["accuracy"]
-    samples, unit, shows_metric = "images", "img", True
+    samples, unit = "images", "img"
 
     def __init__(self, train: ClassificationConfig):
         self.train = train
@@ -98,12 +110,19 @@ class Classification:
         eval_batch_size = options.eval_batch_size or EVAL_BATCH_SIZE
         return ImageBatches(source, split, train, eval_batch_size, device, options.num_workers)
 
+    def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Logits; with eval_flip the mean of those of each image and its mirror image."""
+        if not self.train.eval_flip:
+            return model(inputs)
+        return (model(inputs) + model(inputs.flip(-1))) / 2
+
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy in nats. logits: (B, classes), labels: (B,)."""
+        """Mean cross-entropy in nats. logits: (B, classes), labels: (B,), or (B, classes) probabilities."""
         return F.cross_entropy(logits.float(), labels)
 
     def counts(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return {"correct": (logits.argmax(1) == labels).sum()}
+        heaviest = labels if labels.ndim == 1 else labels.argmax(1)
+        return {"correct": (logits.argmax(1) == heaviest).sum()}
 
     def ratios(self, sums: dict[str, Any]) -> dict[str, float | None]:
         return {"accuracy": sums["correct"] / sums["samples"]}
@@ -113,6 +132,7 @@ class MaskedImages(Classification):
     """Mean absolute error of masked pixels (SimMIM); class labels are not used."""
 
     metric = METRICS["psnr"]
+    predict = OneForward.predict
 
     def loss(self, outputs: Reconstruction, labels: Tensor) -> Tensor:
         """Mean over masked pixels of |prediction - truth|, in units of the images, [-1, 1]."""
@@ -128,11 +148,11 @@ class MaskedImages(Classification):
         return {"psnr": 10 * math.log10(2**2 / max(error, 1e-12))}
 
 
-class LanguageModelling:
+class LanguageModelling(OneForward):
     """Cross-entropy of the next byte."""
 
     metric = METRICS["bits_per_byte"]
-    samples, unit, shows_metric = "text pieces", "piece", True
+    samples, unit = "text pieces", "piece"
 
     def __init__(self, train: TextConfig):
         self.train = train
@@ -156,11 +176,11 @@ class LanguageModelling:
         return {"bits_per_byte": sums["loss"] / sums["samples"] / math.log(2)}
 
 
-class Segmentation:
+class Segmentation(OneForward):
     """Cross-entropy and Dice per pixel; mean IoU of one confusion matrix over the whole set."""
 
     metric = METRICS["miou"]
-    samples, unit, shows_metric = "images", "img", True
+    samples, unit = "images", "img"
 
     def __init__(self, train: SegmentationConfig):
         self.train = train

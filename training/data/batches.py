@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from training import seeds
-from training.augment import normalise
+from training.augment import Augmentation, normalise
 from training.config import ClassificationConfig, UserError
 from training.data.image_files import ImageFiles, UnreadableImage, read_images
 from training.device import fits_in_memory
@@ -150,7 +150,7 @@ class ImageBatches:
             fits_in_memory(n_bytes, place) for place in places
         )
         self.config = config
-        self.augmentations = config.make_augmentations()
+        self.augmentations = config.make_augmentations(len(dataset.class_names))
         self.eval_batch_size = eval_batch_size
         self.device = device
         self.split = split
@@ -169,21 +169,24 @@ class ImageBatches:
         return len(self.parts[part])
 
     def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every training image once: images (B, C, H, W) float32 in [-1, 1], labels (B,)."""
+        """Every training image once: images (B, C, H, W) float32 in [-1, 1]; labels (B,) or soft ones (B, classes)."""
         config, part = self.config, self.parts["train"]
         n, (height, width) = len(part), part.images.shape[-2:]
         order = torch.randperm(n, generator=seeds.generator("order", config.seed, epoch))
-        steps = [
-            (each.apply, each.draw(n, height, width, seeds.generator(each.stream, config.seed, epoch)))
-            for each in self.augmentations
-        ]
-        steps = [(apply, tuple(draw.to(self.device) for draw in draws)) for apply, draws in steps]
+        if (copies := config.repeat_augment) > 1:  # as many samples as images, each drawn image several times
+            order = order[: -(-n // copies)].repeat_interleave(copies)[:n]
+        steps = [(each.apply, self._draws(each, n, height, width, epoch)) for each in self.augmentations]
         for i, (images, labels) in enumerate(part.batches(order, config.batch_size)):
             here = slice(i * config.batch_size, (i + 1) * config.batch_size)
             images = normalise(images)
             for apply, draws in steps:
                 images, labels = apply(images, labels, *(draw[here] for draw in draws))
             yield images, labels
+
+    def _draws(self, step: Augmentation, n: int, height: int, width: int, epoch: int) -> list[Tensor]:
+        draws = step.draw(n, height, width, seeds.generator(step.stream, self.config.seed, epoch))
+        device = "cpu" if getattr(step, "draws_on_cpu", False) else self.device
+        return [draw.to(device) for draw in draws]
 
     def eval_batches(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Every image of a part once, in order, not augmented."""
