@@ -11,7 +11,7 @@ import torch
 
 from training import fit
 from interpretability.recorder import record
-from models.baselines import deit_tiny_config, vit_tiny_config
+from models.baselines import DeiTTinyConfig, ViTConfig
 from models.vision_bdh import v2_config
 from training.runs import load_file
 
@@ -21,8 +21,8 @@ MODELS = {
     "v2": v2_config(**BDH),
     "separate": v2_config(**BDH, qk="separate", pool="cls", activation="gelu", attn_norm=False, shared=False),
     "softmax": v2_config(**BDH, attention="softmax"),
-    "vit": vit_tiny_config(**SIZES, mlp_dim=16),
-    "deit": deit_tiny_config(setting="published"),
+    "vit": ViTConfig(**SIZES, mlp_dim=16),
+    "deit": DeiTTinyConfig(setting="published"),
 }
 
 

@@ -33,7 +33,7 @@ from interpretability.sparsity import (
     training_table,
 )
 from interpretability.trained import TrainedRun
-from models.baselines import vit_tiny_config
+from models.baselines import ViTConfig
 from models.bdh_unet import bdh_unet_config
 from models.masked_bdh import MaskedBDHConfig
 from training.runs import load_model
@@ -269,7 +269,7 @@ def test_bad_input(run, data_dir, call_script, tmp_path, capsys):
     """One message each, and nothing is written."""
     vit = Experiment(
         "vit",
-        vit_tiny_config(patch_size=8, n_layer=1, n_embd=8, n_head=2, mlp_dim=16),
+        ViTConfig(patch_size=8, n_layer=1, n_embd=8, n_head=2, mlp_dim=16),
         ClassificationConfig(dataset="cifar10", epochs=1, batch_size=64, learning_rate=1e-3, weight_decay=0.0),
         RunOptions(data_dir=data_dir, runs_dir=tmp_path / "runs", device="cpu"),
     )
