@@ -30,7 +30,6 @@ import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
 from analysis.costs import MULTIPLIER, Tasks, draw_multipliers, draw_parameters, draw_speed, draw_time
-from analysis.figures import save_figure
 from analysis.plots import (
     BAR_LABEL,
     LINE,
@@ -48,6 +47,7 @@ from analysis.plots import (
     look_of,
     new_blocks,
 )
+from analysis.plotting.style import save_figure
 from analysis.reading import data_title, find_runs, make_rows, read_runs
 from analysis.tables import NOTE, results_table
 from training.command_line import run_script

@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import plots
-from analysis.figures import PAGE, new_figure, save_figure, style_axes
+from analysis.plotting.style import PAGE, new_figure, save_figure, style_axes
 from analysis.reading import Row, RunFiles, find_runs, make_rows, read_runs
 from training.command_line import run_script
 from training.config import ROOT, UserError

@@ -27,8 +27,8 @@ import tyro
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from analysis.figures import COLORS, save_figure
 from analysis.plots import BAR_LABEL, LINE, bar_inches, draw_results, labels_of, legend_shape, look_of, new_blocks
+from analysis.plotting.style import COLORS, save_figure
 from analysis.reading import Row, data_title, find_runs, make_rows, read_runs
 from analysis.tables import NOTE, results_table
 from training.command_line import run_script

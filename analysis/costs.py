@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from analysis.figures import style_axes
 from analysis.plots import (
     BAR_LABEL,
     LINE,
@@ -32,6 +31,7 @@ from analysis.plots import (
     point_inches,
     point_panel,
 )
+from analysis.plotting.style import style_axes
 from analysis.reading import Row, Task, result_title, row_called
 
 MULTIPLIER = "mlp_internal_dim_multiplier"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure, FigureBase, SubFigure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from scipy.optimize import isotonic_regression, linear_sum_assignment
 
-from analysis.figures import COLORS, MARKERS, PAGE, new_figure, style_axes
+from analysis.plotting.style import COLORS, MARKERS, PAGE, new_figure, style_axes
 from analysis.reading import Row, RunFiles, data_title, result_title, shared_parts
 from analysis.tables import mean_and_spread
 

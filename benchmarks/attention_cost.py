@@ -41,7 +41,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from analysis.figures import COLORS, PAGE, new_figure, style_axes
+from analysis.plotting.style import COLORS, PAGE, new_figure, style_axes
 from benchmarks.measure import Precision, in_turns, kept_memory_mb, spread, step_memory_mb, write_results
 from models.bdh import BDHCore, CoreConfig
 from models.kernels import raw_attention, scores_are_cheaper

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from analysis.figures import save_figure
+from analysis.plotting.style import save_figure
 from training.device import describe_hardware
 
 Precision = Literal["float32", "tf32", "bf16"]

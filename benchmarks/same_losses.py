@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from analysis.figures import COLORS, PAGE, new_figure, style_axes
+from analysis.plotting.style import COLORS, PAGE, new_figure, style_axes
 from benchmarks.measure import Precision, machine_of, write_results
 from benchmarks.training_steps import Batch, StackedReference, endless_batches, training_step
 from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config

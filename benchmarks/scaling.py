@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
-from analysis.figures import COLORS, PAGE, new_figure, style_axes
+from analysis.plotting.style import COLORS, PAGE, new_figure, style_axes
 from benchmarks.measure import Precision, in_turns, machine_of, seconds_of, spread, step_memory_mb, write_results
 from benchmarks.training_steps import IMPLEMENTATIONS, in_full, made_up_batches, training_step
 from models.vision_bdh import VisionBDHConfig, v2_config

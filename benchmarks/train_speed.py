@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from analysis.figures import COLORS, PAGE, new_figure, style_axes
+from analysis.plotting.style import COLORS, PAGE, new_figure, style_axes
 from benchmarks.measure import Precision, in_turns, machine_of, seconds_of, spread, step_memory_mb, write_results
 from benchmarks.training_steps import IMPLEMENTATIONS, flop_per_image, in_full, made_up_batches, training_step
 from models.baselines import ResNet20Config, ViTConfig

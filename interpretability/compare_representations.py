@@ -6,8 +6,8 @@ Linear CKA (Kornblith et al. 2019, arXiv 1905.00414), by the unbiased mini-batch
 from those of the other, all counting the same. Of unrelated representations CKA is 0 on average; SVCCA is not, so that
 it is also computed with the images of one side shuffled. Neither says that a model uses what another holds.
 
-Level 0 is the embedding of the patches, level 1 the stream after the first step; interpretability/features.py says how
-features come from it. Writes heat maps (PNG and SVG) and every pair of levels (CSV) into the run's folder in
+Level 0 is the embedding of the patches, level 1 the stream after the first step; common/features.py says how features
+come from it. Writes heat maps (PNG and SVG) and every pair of levels (CSV) into the run's folder in
 interpretability_results/.
 
     python interpretability/compare_representations.py --run runs/v2_cifar10/seed0
@@ -30,10 +30,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from tqdm import tqdm
 
-from analysis.figures import PAGE, SEQUENTIAL, new_figure, save_figure
-from interpretability.features import Tokens, images_per_pass, level_features
-from interpretability.similarity import IMAGES_PER_DIMENSION, MiniBatchCKA, main_directions, svcca
-from interpretability.trained import RESULTS, RunChoice, TrainedRun, check_same_images, open_run
+from analysis.plotting.style import PAGE, SEQUENTIAL, new_figure, save_figure
+from interpretability.common.features import Tokens, images_per_pass, level_features
+from interpretability.common.similarity import IMAGES_PER_DIMENSION, MiniBatchCKA, main_directions, svcca
+from interpretability.common.trained import RESULTS, RunChoice, TrainedRun, check_same_images, open_run
 from training.command_line import run_script
 from training.config import UserError
 

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from analysis.figures import DIVERGING, SEQUENTIAL
-from interpretability.activity import GELU_NOTE, QUANTITIES
-from interpretability.explore_encoding import (
+from analysis.plotting.style import DIVERGING, SEQUENTIAL
+from interpretability.common.activity import GELU_NOTE, QUANTITIES
+from interpretability.common.explore_encoding import (
     Strongest,
     encode_colors,
     encode_image,
@@ -40,12 +40,12 @@ from interpretability.explore_encoding import (
     pack,
     quantise,
 )
-from interpretability.recorder import Trace, record
-from interpretability.trained import RESULTS, RunChoice, TrainedRun, open_run
+from interpretability.common.recorder import Trace, record
+from interpretability.common.trained import RESULTS, RunChoice, TrainedRun, open_run
 from training.command_line import run_script
 from training.config import UserError
 
-PAGE_FILES = Path(__file__).with_name("explore_page")
+PAGE_FILES = Path(__file__).parent / "common" / "explore_page"
 LARGEST_PAGE = 10_000_000  # bytes
 STEPS = (127, 63, 31)  # between 0 and a query's largest score; the finest with which the page is small enough
 N_NEURONS = 5  # a patch, quantity and level

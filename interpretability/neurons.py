@@ -4,7 +4,7 @@ The question of the BDH paper (arXiv 2509.26507), whether neurons are monosemant
 class selectivity index of Morcos et al. 2018 (arXiv 1803.06959), the AUROC of its activity for its best class, and the
 share of that class among the patches that excite it most; each beside what shuffled labels give. Against those almost
 any neuron stands out that sees colour: so, where training kept the weights from before it (--keep-every), the same is
-drawn for them. interpretability/selectivity.py has the formulas. Writes
+drawn for them. interpretability/common/selectivity.py has the formulas. Writes
 
     neurons_<quantity>.csv             every neuron: how often it is active, best class, measures and their p
     neurons_<quantity>_levels.csv      by level: how many neurons beat chance, and what chance gives
@@ -40,9 +40,9 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from analysis.figures import COLORS, PAGE, new_figure, save_figure, style_axes
 from analysis.plots import TITLE
-from interpretability.activity import (
+from analysis.plotting.style import COLORS, PAGE, new_figure, save_figure, style_axes
+from interpretability.common.activity import (
     GELU_NOTE,
     batches_of_patches,
     choose_images,
@@ -50,9 +50,9 @@ from interpretability.activity import (
     kept_model,
     seen_text,
 )
-from interpretability.contact_sheet import Excited, draw_sheet
-from interpretability.selectivity import Measures, Null, Responses, collect, measures, p_values, ranked, shuffled
-from interpretability.trained import RESULTS, RunChoice, TrainedRun, open_run
+from interpretability.common.contact_sheet import Excited, draw_sheet
+from interpretability.common.selectivity import Measures, Null, Responses, collect, measures, p_values, ranked, shuffled
+from interpretability.common.trained import RESULTS, RunChoice, TrainedRun, open_run
 from models.bdh import CoreConfig
 from training.command_line import run_script
 from training.config import UserError

@@ -26,8 +26,8 @@ from matplotlib.patches import Patch
 from torch import nn
 from tqdm import tqdm
 
-from analysis.figures import DPI, PAGE, new_figure
-from interpretability.trained import stem_of, title_of, with_checkpoint
+from analysis.plotting.style import DPI, PAGE, new_figure
+from interpretability.common.trained import stem_of, title_of, with_checkpoint
 from models import build_config
 from models.vision_bdh import ImageSize
 from training.augment import normalise

@@ -13,7 +13,7 @@ For each level, test accuracy of
 A probe finds what is there in a form that a line can part; whether the model uses it, it does not say. Probes are
 trained on images that the model has seen and fits better than new ones, which makes them a little worse on test images
 than probes of held-out images would be. Level 0 is the embedding of the patches, and a transformer's class token is
-there the same for all images; see interpretability/features.py.
+there the same for all images; see interpretability/common/features.py.
 Intervals are 95 % (Wilson), for the draw of test images alone: the same run, no other seeds. Writes a figure (PNG and
 SVG) and a table (CSV) into the run's folder in interpretability_results/.
 
@@ -47,11 +47,11 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from analysis.figures import COLORS, PAGE, new_figure, save_figure, style_axes
-from interpretability.depth import run_with_levels, why_not_deeper
-from interpretability.features import images_per_pass, stream_features
-from interpretability.recorder import record
-from interpretability.trained import RESULTS, RunChoice, TrainedRun, open_run
+from analysis.plotting.style import COLORS, PAGE, new_figure, save_figure, style_axes
+from interpretability.common.depth import run_with_levels, why_not_deeper
+from interpretability.common.features import images_per_pass, stream_features
+from interpretability.common.recorder import record
+from interpretability.common.trained import RESULTS, RunChoice, TrainedRun, open_run
 from models.vision_bdh import VisionBDH
 from training.command_line import run_script
 from training.config import UserError

@@ -30,9 +30,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor, nn
 
-from analysis.figures import COLORS, MARKERS, SEQUENTIAL, save_figure, style_axes
 from analysis.plots import label_epochs, new_blocks
-from interpretability.activity import (
+from analysis.plotting.style import COLORS, MARKERS, SEQUENTIAL, save_figure, style_axes
+from interpretability.common.activity import (
     GELU_NOTE,
     NO_CLASS,
     QUANTITIES,
@@ -43,8 +43,8 @@ from interpretability.activity import (
     levels_of,
     seen_text,
 )
-from interpretability.adapters import adapter_of
-from interpretability.trained import RESULTS, RunChoice, TrainedRun, open_run, title_of
+from interpretability.common.adapters import adapter_of
+from interpretability.common.trained import RESULTS, RunChoice, TrainedRun, open_run, title_of
 from training.command_line import run_script
 from training.config import UserError
 from training.runs import Run

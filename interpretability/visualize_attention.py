@@ -21,10 +21,10 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.figures import save_figure
-from interpretability.attention_figures import View, animate, check_writer, draw
-from interpretability.attention_maps import Patch, Show, look_at
-from interpretability.trained import RunChoice, TrainedRun, check_same_images, open_run
+from analysis.plotting.style import save_figure
+from interpretability.common.attention_figures import View, animate, check_writer, draw
+from interpretability.common.attention_maps import Patch, Show, look_at
+from interpretability.common.trained import RunChoice, TrainedRun, check_same_images, open_run
 from models.vision_bdh import Grid
 from training.command_line import run_script
 from training.config import ROOT, UserError

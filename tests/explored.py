@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from training import fit
-from interpretability.recorder import record
+from interpretability.common.recorder import record
 from models.baselines import DeiTTinyConfig, ViTConfig
 from models.vision_bdh import v2_config
 from training.runs import load_file

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from interpretability.recorder import record
+from interpretability.common.recorder import record
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v2_config
 

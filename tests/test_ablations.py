@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference import SMALL, STEP_FIELDS, assert_close, assert_equals_reference, count, randomised, small_images
 
-from interpretability.recorder import record
+from interpretability.common.recorder import record
 from models.bdh import BDHConfig, CoreConfig
 from models.vision_bdh import (
     VisionBDHConfig,

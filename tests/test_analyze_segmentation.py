@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from training import UserError
 from analysis import analyze_segmentation_results as segmentation
 from analysis.analyze_segmentation_results import analyze_segmentation, segmentation_rows
-from analysis.figures import COLORS
+from analysis.plotting.style import COLORS
 from analysis.reading import find_runs, read_run, read_runs
 from tests.pictures import check_picture, share_of_color
 from training.config import ROOT

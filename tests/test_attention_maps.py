@@ -7,10 +7,10 @@ from camvid_data import write_camvid
 from torch import nn
 
 from training import Experiment, RunOptions, SegmentationConfig, fit
-from interpretability import attention_maps as computation
-from interpretability.attention_maps import attention_maps, look_at, shares
-from interpretability.recorder import record
-from interpretability.trained import TrainedRun
+from interpretability.common import attention_maps as computation
+from interpretability.common.attention_maps import attention_maps, look_at, shares
+from interpretability.common.recorder import record
+from interpretability.common.trained import TrainedRun
 from models.baselines import ViTConfig
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v2_config, v3_config

@@ -14,7 +14,7 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from training import ClassificationConfig, Experiment, RunOptions, fit
-from interpretability.recorder import record
+from interpretability.common.recorder import record
 from models import CONFIG_CLASSES, build_config
 from models.baselines import (
     BaselineConfig,

@@ -5,7 +5,7 @@ import torch
 from reference import randomised
 from torch import nn
 
-from interpretability.recorder import record
+from interpretability.common.recorder import record
 from models.bdh import BDHCore, layer_norm
 from models.bdh_unet import BDHUNet, BDHUNetConfig, bdh_unet_config
 from models.vision_bdh import VisionBDH, VisionEncoder, interpolate_positions, v2_config, v3_config

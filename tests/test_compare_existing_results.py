@@ -10,7 +10,7 @@ from matplotlib.colors import to_hex
 
 from training import UserError
 from analysis.compare_existing_results import compare_results, draw, read_lines, short_names
-from analysis.figures import COLORS
+from analysis.plotting.style import COLORS
 from tests.pictures import check_picture, share_of_color
 from training.config import ROOT
 

@@ -16,10 +16,10 @@ from scipy.linalg import subspace_angles
 from torch import nn
 
 from training import Experiment, PretrainingConfig, RunOptions, SegmentationConfig, fit
+from interpretability.common.features import images_per_pass, level_features
+from interpretability.common.similarity import MiniBatchCKA, gram, main_directions, svcca, unbiased_hsic
+from interpretability.common.trained import TrainedRun
 from interpretability.compare_representations import Similarity, draw, draw_images, draw_matrix, measure, number
-from interpretability.features import images_per_pass, level_features
-from interpretability.similarity import MiniBatchCKA, gram, main_directions, svcca, unbiased_hsic
-from interpretability.trained import TrainedRun
 from models.baselines import ViTConfig
 from models.bdh import layer_norm
 from models.bdh_unet import bdh_unet_config
@@ -267,7 +267,7 @@ def test_mini_batches_and_passes_do_not_change_what_is_measured(runs, data_dir, 
     assert sorted(order) == list(range(40)) and list(order) != sorted(order)
     assert np.array_equal(order, draw_images(run, 40, 20))
     measured = measure([run], order, batch_size=20)
-    monkeypatch.setattr("interpretability.features.TOKENS_PER_PASS", 16 * 7)
+    monkeypatch.setattr("interpretability.common.features.TOKENS_PER_PASS", 16 * 7)
     assert images_per_pass(16) == 7 and images_per_pass(1000) == 1
     again = measure([run], order, batch_size=20)
     assert np.allclose(measured.cka, again.cka, atol=1e-5) and np.allclose(measured.svcca, again.svcca, atol=1e-4)

@@ -10,9 +10,9 @@ from explored import MODELS, data_of, numbers, scores_of, traced, traced_scores,
 
 from training import Experiment, RunOptions, SegmentationConfig, UserError, fit
 from interpretability import explore
+from interpretability.common.explore_encoding import Strongest, encode_neurons, pack, quantise
+from interpretability.common.trained import TrainedRun
 from interpretability.explore import LARGEST_PAGE, N_NEURONS, STEPS, look_inside, make_page, to_json
-from interpretability.explore_encoding import Strongest, encode_neurons, pack, quantise
-from interpretability.trained import TrainedRun
 from models.baselines import ViTConfig
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v2_config

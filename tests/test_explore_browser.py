@@ -10,8 +10,8 @@ import pytest
 from explored import traced, traced_scores, train_runs
 from playwright.sync_api import expect, sync_playwright
 
+from interpretability.common.trained import TrainedRun
 from interpretability.explore import make_page
-from interpretability.trained import TrainedRun
 
 IMAGES = (4, 9, 20, 31)
 SIDE = 4  # patches along an image

@@ -13,9 +13,9 @@ from torch import nn
 
 from training import PretrainingConfig, UserError, fit
 from interpretability import probe
-from interpretability.depth import run_with_levels
+from interpretability.common.depth import run_with_levels
+from interpretability.common.trained import TrainedRun
 from interpretability.probe import Pass, accuracies, chance, choose_levels, collect, draw
-from interpretability.trained import TrainedRun
 from models.baselines import ViTConfig
 from models.masked_bdh import MaskedBDHConfig
 from models.vision_bdh import (
@@ -116,7 +116,11 @@ def test_what_is_collected(name, images):
 
 
 def test_fixed_depth(capsys):
-    for config in (VARIANTS["scaled_pre"](n_layer=3, **SIZES), VARIANTS["own_weights"](n_layer=3, **SIZES), ViTConfig()):
+    for config in (
+        VARIANTS["scaled_pre"](n_layer=3, **SIZES),
+        VARIANTS["own_weights"](n_layer=3, **SIZES),
+        ViTConfig(),
+    ):
         model = config.build()
         n_trained = 12 if hasattr(model, "heads") else 3
         assert choose_levels(model, n_trained, None) == choose_levels(model, n_trained, n_trained) == n_trained

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from interpretability.adapters import adapter_of
-from interpretability.recorder import record
+from interpretability.common.adapters import adapter_of
+from interpretability.common.recorder import record
 from models.baselines import DeiTTinyConfig, ViTConfig
 from models.bdh import BDH, BDHConfig, layer_norm
 from models.bdh_unet import bdh_unet_config

@@ -18,8 +18,8 @@ from planted_neurons import (
 from scipy.stats import hypergeom
 from sklearn.metrics import roc_auc_score
 
-from interpretability.activity import NO_CLASS
-from interpretability.selectivity import Responses, Top, collect, measures, p_values, ranked, shuffled
+from interpretability.common.activity import NO_CLASS
+from interpretability.common.selectivity import Responses, Top, collect, measures, p_values, ranked, shuffled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

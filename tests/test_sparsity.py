@@ -21,7 +21,8 @@ from planted_neurons import (
 )
 
 from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, fit
-from interpretability.activity import NO_CLASS, levels_of, patch_classes
+from interpretability.common.activity import NO_CLASS, levels_of, patch_classes
+from interpretability.common.trained import TrainedRun
 from interpretability.sparsity import (
     Counts,
     count,
@@ -32,7 +33,6 @@ from interpretability.sparsity import (
     share_table,
     training_table,
 )
-from interpretability.trained import TrainedRun
 from models.baselines import ViTConfig
 from models.bdh_unet import bdh_unet_config
 from models.masked_bdh import MaskedBDHConfig

@@ -11,7 +11,7 @@ from camvid_data import write_camvid
 from PIL import Image
 
 from training import Experiment, RunOptions, SegmentationConfig, TextConfig, UserError, fit
-from interpretability.trained import RunChoice, TrainedRun, latest_run, open_run
+from interpretability.common.trained import RunChoice, TrainedRun, latest_run, open_run
 from models.baselines import ResNet20Config
 from models.bdh import BDHConfig
 from models.bdh_unet import bdh_unet_config
@@ -146,6 +146,6 @@ def test_latest_run(tmp_path, run, data_dir, monkeypatch):
     (runs / "d/seed0/best.pt").unlink()
     (runs / "c/seed0/summary.json").unlink()
     assert latest_run(runs) == runs / "a" / "seed1"
-    monkeypatch.setattr("interpretability.trained.ROOT", tmp_path / "many")
+    monkeypatch.setattr("interpretability.common.trained.ROOT", tmp_path / "many")
     assert open_run(RunChoice(data_dir=data_dir, device="cpu")).folder == runs / "a" / "seed1"
     assert open_run(RunChoice(run=runs / "b/seed0", device="cpu")).folder == runs / "b" / "seed0"

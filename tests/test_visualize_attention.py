@@ -11,9 +11,9 @@ from pictures import check_picture
 from PIL import Image
 
 from training import PretrainingConfig, fit
-from analysis.figures import DPI, PAGE
-from interpretability.attention_figures import LARGEST_PANEL, animate, caption, draw
-from interpretability.trained import TrainedRun
+from analysis.plotting.style import DPI, PAGE
+from interpretability.common.attention_figures import LARGEST_PANEL, animate, caption, draw
+from interpretability.common.trained import TrainedRun
 from interpretability.visualize_attention import Options, look, same_place, visualize
 from models.baselines import ViTConfig
 from models.masked_bdh import MaskedBDHConfig

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.figures import outline
 from analysis.plots import new_blocks
+from analysis.plotting.style import outline
 from models.vision_bdh import Grid
 
 COLUMNS = 8

@@ -19,9 +19,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis.figures import DIVERGING, DPI, HALO, PAGE, SEQUENTIAL, outline
-from interpretability.attention_maps import Look, Patch, Show
-from interpretability.trained import TrainedRun
+from analysis.plotting.style import DIVERGING, DPI, HALO, PAGE, SEQUENTIAL, outline
+from interpretability.common.attention_maps import Look, Patch, Show
+from interpretability.common.trained import TrainedRun
 from training.config import UserError
 
 PANELS = 6  # side by side at most, beside the image

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from interpretability.adapters import pass_through
-from interpretability.recorder import record
-from interpretability.trained import TrainedRun
+from interpretability.common.adapters import pass_through
+from interpretability.common.recorder import record
+from interpretability.common.trained import TrainedRun
 from models.bdh import Activity, CoreConfig
 from models.vision_bdh import Grid
 from training.config import UserError

@@ -31,7 +31,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from interpretability.activity import NO_CLASS, levels_of
+from interpretability.common.activity import NO_CLASS, levels_of
 
 ROUNDING = 1e-6  # of an index in float32: shuffles that only move labels within a class must count as reaching it
 

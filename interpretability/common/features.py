@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from interpretability.adapters import pass_through
-from interpretability.recorder import Trace, record
+from interpretability.common.adapters import pass_through
+from interpretability.common.recorder import Trace, record
 from models.bdh import layer_norm
 
 Tokens = Literal["mean", "read", "all"]

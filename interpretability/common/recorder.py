@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from interpretability.adapters import ALL, Adapter, adapter_of
+from interpretability.common.adapters import ALL, Adapter, adapter_of
 from models.bdh import Activity
 
 

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from interpretability.recorder import Trace, record
-from interpretability.trained import TrainedRun
+from interpretability.common.recorder import Trace, record
+from interpretability.common.trained import TrainedRun
 from models.vision_bdh import Grid
 
 Show = Literal["scores", "shares", "rollout"]

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from interpretability.adapters import Adapter, adapter_of
+from interpretability.common.adapters import Adapter, adapter_of
 from models import build_config
 from models.vision_bdh import Grid, height_and_width
 from training.augment import normalise
 from training.config import ROOT, UserError, changed_fields
 from training.data import DataSet, data_folder, load_dataset
-from training.data.folder import read_images
+from training.data.image_files import read_images
 from training.data.masks import CLASSES, BadFile, MaskFiles, find_masks
 from training.data.segmentation import read_pair, scale_image, scale_mask
 from training.device import pick_device, tune_cpu_allocator
