@@ -1,75 +1,65 @@
-"""Writes the README's section of results from what is under results/, and results/CLAIMS.md with it.
+"""The generated blocks of README.md and docs/results.md, for analysis/claims.py."""
 
-The section has the published numbers beside the measured ones in short, and all finished runs; it lies between two
-markers, and nothing else in the README is touched. Run it whenever results/ changes; a test fails until then.
-
-    python analysis/update_readme.py
-    python analysis/update_readme.py --check     # changes nothing; exit code 1 where a file is out of date
-"""
-
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import pandas as pd
+import torch
 
-from analysis.claims import (
-    FILE,
-    LEFT,
-    PROTOCOL,
-    claims_markdown,
-    count_verdicts,
-    measured_cell,
-    protocol_cells,
-    setting_of,
-)
-from analysis.published import Claim, is_small, read_results
+from analysis.published import NOT_RUN, VERDICTS, Claim, is_small
 from analysis.reading import Row, RunFiles, make_rows, result_title, shared_parts
-from analysis.tables import markdown_table
-from training.config import ROOT, UserError
-from training.script import run_script
+from analysis.tables import markdown_table, mean_and_spread
+from training.config import UserError
+from training.device import effective_precision
+from training.metrics import Metric
 
-BEGIN = "<!-- results: begin, made by analysis/update_readme.py -->"
-END = "<!-- results: end -->"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Where the runs and the README are, and whether anything is written."""
-
-    results_dir: Path = ROOT / "results"
-    """folder with the runs, at any depth; CLAIMS.md goes there"""
-    readme: Path = ROOT / "README.md"
-    """file with the two markers"""
-    check: bool = False
-    """change nothing: say what is out of date, and leave with exit code 1 if something is"""
+HEADLINE = (  # experiments in README's table
+    "v2_cifar10",
+    "v1_cifar10+epochs=10",
+    "vit_tiny_cifar10+epochs=10",
+    "vit_tiny_cifar10",
+    "resnet20_cifar100",
+    "bdh_unet",
+)
+PROTOCOL = ("epochs", "training images", "precision", "hardware")
+LEFT = ("published as", "experiment here", "experiment", "data", "metric", "verdict", "notes", "precision", "hardware")
+NONE = "–"  # noqa: RUF001 (empty cell)
 
 
-def wanted_files(results: Path, readme: Path) -> dict[Path, str]:
-    """README and CLAIMS.md as they ought to be. Raises UserError for a README without markers."""
-    before, _, after = parts_of(readme)
-    runs = read_results(results)
-    claims, text = claims_markdown(runs, results)
-    lines = [count_verdicts(claims), "", *_claims_table(claims), "", *_measured(runs, results)]
-    return {readme: "\n".join([f"{before}{BEGIN}", "", *lines, f"{END}{after}"]), results / FILE: text}
+def page_with(path: Path, name: str, lines: Sequence[str]) -> str:
+    """The page's text with these lines in the block called name. Raises UserError unless it has its markers once each."""
+    begin, end = f"<!-- {name}: begin, made by analysis/claims.py -->", f"<!-- {name}: end -->"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    before, found, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found and found_end) or text.count(begin) + text.count(end) > 2:
+        raise UserError(f"{path} needs these two lines, once each, around its generated block:\n{begin}\n{end}")
+    return "\n".join([f"{before}{begin}", "", *lines, "", f"{end}{after}"])
 
 
-def parts_of(readme: Path) -> tuple[str, str, str]:
-    """What stands before, between and after the markers. Raises UserError unless there is one of each, in order."""
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    before, begin, rest = text.partition(BEGIN)
-    inside, end, after = rest.partition(END)
-    if not (begin and end) or text.count(BEGIN) + text.count(END) > 2:
-        raise UserError(
-            f"{readme} needs these two lines, once each, between which results are written:\n{BEGIN}\n{END}"
-        )
-    return before, inside, after
+def headline_table(claims: Sequence[Claim]) -> list[str]:
+    """README's table of the HEADLINE experiments; of several configurations the one with most seeds."""
+    titles = ("experiment", "data", "published (%)", "measured (%)", "parameters", "seeds", "verdict")
+    lines = []
+    for name in HEADLINE:
+        claim = max((each for each in claims if each.asked and each.asked.name == name), key=lambda c: len(c.values))
+        measured = measured_cell(claim.published.ours, claim.values) if len(claim.values) else NOT_RUN
+        verdict = NONE if claim.verdict == NOT_RUN else claim.verdict
+        cells = [claim.experiment, claim.published.dataset, claim.published.value, measured]
+        lines.append([*cells, f"{parameters_of(claim):,}", str(len(claim.values)), verdict])
+    return markdown_table(titles, lines, left=LEFT)
 
 
-def _claims_table(claims: Sequence[Claim]) -> list[str]:
-    """CLAIMS.md in short."""
+def results_block(claims: Sequence[Claim], runs: Sequence[RunFiles], results: Path) -> list[str]:
+    """The block of docs/results.md: all claims in short, then all runs by folder."""
+    lines = [count_verdicts(claims), "", *_short_claims(claims)]
+    for title, rows in _folders(runs, results):
+        lines += ["", *_folder_table(title, rows)]
+    return lines
+
+
+def _short_claims(claims: Sequence[Claim]) -> list[str]:
     titles = ("experiment", "data", "published (%)", "measured (%)", "seeds", "verdict")
     lines = [
         [
@@ -85,23 +75,22 @@ def _claims_table(claims: Sequence[Claim]) -> list[str]:
     return markdown_table(titles, lines, left=LEFT)
 
 
-def _measured(runs: Sequence[RunFiles], results: Path) -> list[str]:
-    """A table of the runs in each folder, small ones last and by data set, since those share what made them small."""
+def _folders(runs: Sequence[RunFiles], results: Path) -> list[tuple[str, list[Row]]]:
+    """A title and rows for each folder; reduced-size folders last, split by data set, whose runs share their sizes."""
 
     def place(run: RunFiles) -> tuple[bool, tuple[str, ...], str]:
-        small, inside = is_small(run, results), run.folder.relative_to(results).parts[:-2]  # no experiment and seed
+        small, inside = is_small(run, results), run.folder.relative_to(results).parts[:-2]  # without experiment, seed
         return small, inside, run.config["data"]["name"] if small else ""
 
-    lines = []
+    folders = []
     for (small, inside, _), group in groupby(sorted(runs, key=place), place):
-        folder = "/".join((results.resolve().name, *inside))
-        size = ": small runs, which reproduce no published row" if small else ""
-        lines += [*_folder_table(f"`{folder}/`{size}", make_rows(group)), ""]
-    return lines
+        size = ": reduced-size runs, not comparable with published results" if small else ""
+        folders.append((f"`{'/'.join((results.resolve().name, *inside))}/`{size}", make_rows(group)))
+    return folders
 
 
 def _folder_table(title: str, rows: Sequence[Row]) -> list[str]:
-    """The rows of one folder, under a line that also tells the changed fields which all of them share."""
+    """The rows of one folder; the title names the changed fields that all of them share."""
     shared = shared_parts(rows) if len(rows) > 1 else []
     common = f"; all with {', '.join(shared)}" if shared else ""
     lines = [
@@ -119,18 +108,45 @@ def _folder_table(title: str, rows: Sequence[Row]) -> list[str]:
     return [f"{title}{common}", "", *markdown_table(titles, lines, left=LEFT)]
 
 
-def main(options: Options) -> None:
-    wanted = wanted_files(options.results_dir, options.readme)
-    stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
-    if options.check and stale:
-        names = " and ".join(map(str, stale))
-        raise UserError(
-            f"out of date: {names}; python analysis/update_readme.py writes from {options.results_dir} anew"
-        )
-    for path in stale:
-        path.write_text(wanted[path], encoding="utf-8")
-    print("\n".join(f"written: {path}" for path in stale) or "nothing to change: README and claims are up to date")
+# ---------------------------------------------------------------------------- cells, also for CLAIMS.md
 
 
-if __name__ == "__main__":
-    run_script(main, __doc__)
+def count_verdicts(claims: Sequence[Claim]) -> str:
+    """How many lines have which verdict."""
+    counts = pd.Series([claim.verdict for claim in claims]).value_counts()
+    each = ", ".join(f"{counts[verdict]} *{verdict}*" for verdict in VERDICTS if verdict in counts)
+    return f"{len({claim.published for claim in claims})} published rows in {len(claims)} lines: {each}."
+
+
+def parameters_of(claim: Claim) -> int:
+    """Number of parameters, from a run, or counted without allocating memory."""
+    if claim.row:
+        return claim.row.runs[0].config["parameters"]
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in claim.asked.model.build().parameters())
+
+
+def protocol_cells(row: Row) -> list[str]:
+    """A cell for each of PROTOCOL, with all values among the row's finished runs."""
+    runs = row.finished
+    images = {run.summary.get("images", {}).get("train") for run in runs}
+    devices = [torch.device(run.config["hardware"]["device"]) for run in runs]
+    precisions = {
+        effective_precision(run.train["precision"], device) for run, device in zip(runs, devices, strict=True)
+    }
+    return [
+        str(row.runs[0].train["epochs"]),
+        "; ".join(sorted(f"{number:,}" if number else "not stored" for number in images)),
+        "; ".join(sorted(precisions)),
+        "; ".join(sorted({run.hardware for run in runs})),
+    ]
+
+
+def setting_of(claim: Claim) -> str:
+    """Suffix of a name, for rows with several settings."""
+    return f", {claim.setting}" if claim.setting else ""
+
+
+def measured_cell(metric: Metric, values: pd.Series) -> str:
+    """Mean and standard deviation, or NONE. values: (seeds,) as stored."""
+    return mean_and_spread(metric, values) if len(values) else NONE

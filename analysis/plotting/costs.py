@@ -1,6 +1,6 @@
-"""What results cost: figures of accuracy against parameters and time, of speed, and of the MLP multiplier.
+"""Figures of what results cost: accuracy against parameters and time, speed, and the MLP multiplier.
 
-Each function takes the rows of every data set, and returns None where there is nothing to show.
+Each function takes the rows of every data set and returns None if there is nothing to compare.
 """
 
 import json
@@ -14,33 +14,41 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from analysis.figures import style_axes
-from analysis.plots import (
-    BAR_LABEL,
-    LINE,
-    Point,
+from analysis.plotting.bars import bar_inches, draw_bars, wrap_labels
+from analysis.plotting.curves import labels_of
+from analysis.plotting.style import (
+    LEGEND,
     add_legend,
-    bar_inches,
     choose_scale,
-    draw_bars,
-    draw_points,
-    labels_of,
-    legend_shape,
+    legend_inches,
     look_of,
-    name_points,
     new_blocks,
-    point_inches,
-    point_panel,
+    plain_text,
+    style_axes,
 )
 from analysis.reading import Row, Task, result_title, row_called
 
 MULTIPLIER = "mlp_internal_dim_multiplier"
-POINT_LABEL = 34  # characters, of a line of a point's name
 Tasks = dict[Task, list[Row]]
 
 
+# ---------------------------------------------------------------------------- parameters and time
+
+
+class Point(NamedTuple):
+    """An experiment's result against what it costs."""
+
+    place: int
+    """place of its row, which gives colour and marker"""
+    label: str
+    x: pd.Series
+    """(seeds,) cost"""
+    y: pd.Series
+    """(seeds,) result"""
+
+
 class Panel(NamedTuple):
-    """Results of one data set against what they cost."""
+    """Results on one data set against what they cost."""
 
     title: str
     x_title: str
@@ -48,27 +56,23 @@ class Panel(NamedTuple):
     points: list[Point]
 
 
-# ---------------------------------------------------------------------------- parameters and time
-
-
 def draw_parameters(tasks: Tasks) -> Figure | None:
-    """Result over number of parameters. None where no data set has two finished experiments that differ in it."""
+    """Result over number of parameters, for data sets with two finished experiments that differ in it."""
     panels = []
     for rows in tasks.values():
         labels, title = labels_of(rows)
         counts = {place: row.runs[0].config["parameters"] for place, row in enumerate(rows) if row.finished}
-        if len(set(counts.values())) < 2:
-            continue
-        unit, name = (1e6, "millions") if max(counts.values()) >= 1e6 else (1e3, "thousands")
-        points = [_point(place, labels[place], [n / unit], rows[place]) for place, n in counts.items()]
-        panels.append(Panel(title, f"parameters ({name})", result_title(rows), points))
+        if len(set(counts.values())) > 1:
+            unit, name = (1e6, "millions") if max(counts.values()) >= 1e6 else (1e3, "thousands")
+            points = [_point(place, labels[place], [n / unit], rows[place]) for place, n in counts.items()]
+            panels.append(Panel(title, f"parameters ({name})", result_title(rows), points))
     return _draw_panels(panels)
 
 
 def draw_time(tasks: Tasks) -> Figure | None:
-    """Result over the time of the whole run, a panel for each hardware: times on different ones are not comparable.
+    """Result over the time of the whole run, a panel for each hardware, as times on others are not comparable.
 
-    None where no two experiments have finished on the same data set and hardware.
+    None if no two experiments have finished on the same data set and hardware.
     """
     panels, comparable = [], False
     for rows in tasks.values():
@@ -84,9 +88,9 @@ def draw_time(tasks: Tasks) -> Figure | None:
 
 
 def by_hardware(rows: Sequence[Row], finished: bool) -> dict[str, list[tuple[int, Row]]]:
-    """For each hardware the rows that ran on it, with the runs that did alone, and their places in rows.
+    """For each hardware the rows that ran on it, reduced to their runs there, with their places in rows.
 
-    finished: of those only; else those that averages are taken over.
+    finished: only finished runs; otherwise the runs that averages are taken over.
     """
     groups: dict[str, list[tuple[int, Row]]] = {}
     for place, row in enumerate(rows):
@@ -99,40 +103,52 @@ def by_hardware(rows: Sequence[Row], finished: bool) -> dict[str, list[tuple[int
 
 def _on(title: str, hardware: str, groups: Iterable[str]) -> str:
     warning = "; not comparable with other hardware" if len(list(groups)) > 1 else ""
-    return f"{title}\non {hardware}{warning}"
+    return f"{title}\non {plain_text(hardware)}{warning}"
 
 
 def _time_unit(longest: float) -> tuple[float, str]:
-    """Seconds of the unit, and its name, for times up to longest, in seconds."""
+    """Unit in seconds, and its name, for times up to longest, in seconds."""
     return (1, "s") if longest < 300 else (60, "min") if longest < 4 * 3600 else (3600, "h")
 
 
 def _point(place: int, label: str, x: Sequence[float], row: Row) -> Point:
-    return Point(place, textwrap.fill(label, POINT_LABEL), pd.Series(x), row.metric.scale * row.result)
+    return Point(place, textwrap.fill(label, LEGEND), pd.Series(x), row.metric.scale * row.result)
 
 
 def _draw_panels(panels: Sequence[Panel]) -> Figure | None:
     if not panels:
         return None
-    heights = [point_inches([point.label for point in panel.points]) for panel in panels]
+    heights = [2.4 + legend_inches([point.label for point in panel.points]) for panel in panels]
     figure, blocks = new_blocks([panel.title for panel in panels], heights)
-    axes = [point_panel(block) for block in blocks]
-    for (ax, _), panel in zip(axes, panels, strict=True):
-        draw_points(ax, panel.points)
-        bars = "bar: one standard deviation over seeds" if any(len(point.y) > 1 for point in panel.points) else ""
-        bars += "; across: fastest to slowest" * any(len(point.x) > 1 for point in panel.points)
-        ax.set(xlabel="\n".join(filter(None, (panel.x_title, bars))), ylabel=panel.y_title)
-    figure.draw_without_rendering()  # finds the axes' places
-    for (ax, margin), panel in zip(axes, panels, strict=True):
-        name_points(ax, margin, panel.points)
+    for block, panel in zip(blocks, panels, strict=True):
+        ax = block.subplots()
+        _draw_points(ax, panel.points)
+        ax.set(xlabel=panel.x_title, ylabel=panel.y_title)
+        notes = ["vertical bar: one standard deviation over seeds"] * any(len(point.y) > 1 for point in panel.points)
+        notes += ["horizontal bar: fastest to slowest seed"] * any(len(point.x) > 1 for point in panel.points)
+        add_legend(block, ax, "; ".join(notes))
     return figure
+
+
+def _draw_points(ax: Axes, points: Sequence[Point]) -> None:
+    """Each point at the median of x and the mean of y; bars: range of x and one standard deviation of y."""
+    for point in points:
+        x, y = point.x.median(), point.y.mean()
+        xerr = [[x - point.x.min()], [point.x.max() - x]] if point.x.nunique() > 1 else None
+        yerr = point.y.std() if len(point.y) > 1 else None
+        look = look_of(point.place) | dict(markersize=6.5, markeredgecolor="white", markeredgewidth=0.5)
+        look |= dict(linestyle="", elinewidth=1.1, capsize=2.5, capthick=1.1)
+        ax.errorbar(x, y, yerr, xerr, label=point.label, **look)
+    choose_scale(ax, "x", [value for point in points for value in point.x])
+    ax.margins(0.08)
+    style_axes(ax, "both")
 
 
 # ---------------------------------------------------------------------------- speed
 
 
 class Speeds(NamedTuple):
-    """Training speeds on one data set and hardware, and what they are relative to."""
+    """Training speeds on one data set and hardware."""
 
     title: str
     labels: list[str]
@@ -144,17 +160,17 @@ class Speeds(NamedTuple):
 
 
 def draw_speed(tasks: Tasks, relative_to: str | None) -> Figure | None:
-    """Training speed as a ratio to one experiment's, among runs on the same data set and hardware.
+    """Training speed relative to one experiment, among runs on the same data set and hardware.
 
-    relative_to: an experiment's name; None takes the slowest of each panel. None where no two can be compared. Raises
-    UserError where relative_to is no single experiment.
+    relative_to: an experiment's name; None: the slowest of each panel. Raises UserError if it is not exactly one
+    experiment.
     """
     every = [row for rows in tasks.values() for row in rows]
     chosen = row_called(relative_to, every, "--relative-to") if relative_to else None
     panels = [speeds for rows in tasks.values() for speeds in speeds_of(rows, chosen)]
     if not panels:
         return None
-    labels = [[textwrap.fill(label, BAR_LABEL) for label in speeds.labels] for speeds in panels]
+    labels = [wrap_labels(speeds.labels) for speeds in panels]
     figure, blocks = new_blocks([speeds.title for speeds in panels], list(map(bar_inches, labels)))
     for block, speeds, texts in zip(blocks, panels, labels, strict=True):
         _draw_speeds(block.subplots(), speeds, texts)
@@ -162,12 +178,12 @@ def draw_speed(tasks: Tasks, relative_to: str | None) -> Figure | None:
 
 
 def speeds_of(rows: Sequence[Row], chosen: Row | None) -> list[Speeds]:
-    """A panel for each hardware on which two experiments or more have run, chosen among them if there is one."""
+    """A panel for each hardware on which two or more experiments ran; with chosen, only those it ran on."""
     labels, title = labels_of(rows)
     groups = by_hardware(rows, finished=False)
     panels = []
     for hardware, members in groups.items():
-        members = [(place, row) for place, row in members if all(run.speed > 0 for run in row.runs)]  # stored, that is
+        members = [(place, row) for place, row in members if all(run.speed > 0 for run in row.runs)]  # NaN: not stored
         seeds = [pd.Series([run.speed for run in row.runs]) for _, row in members]
         reference = min(range(len(members)), key=lambda index: seeds[index].mean(), default=None)
         if chosen is not None:
@@ -187,7 +203,7 @@ def _draw_speeds(ax: Axes, speeds: Speeds, texts: Sequence[str]) -> None:
     colors = [look_of(speeds.places[index])["color"] for index in order]
     title = f"training speed relative to {speeds.labels[speeds.reference]}"
     numbers = [f"{each.mean():.2f} times\n{_speed_text(base * each.mean())}" for each in ratios]
-    draw_bars(ax, [texts[index] for index in order], ratios, numbers, colors, textwrap.fill(title, 64))
+    draw_bars(ax, [texts[index] for index in order], ratios, numbers, colors, textwrap.fill(title, LEGEND))
     ax.axvline(1, color="0.35", linestyle=":", linewidth=1)
 
 
@@ -199,31 +215,27 @@ def _speed_text(speed: float) -> str:
 
 
 def draw_multipliers(tasks: Tasks) -> Figure | None:
-    """Result and parameters over the MLP multiplier. None where no runs differ in it alone."""
-    panels = {task: found for task, rows in tasks.items() if (found := sweeps_of(rows))}
+    """Result and parameters over the MLP multiplier, for runs that differ in nothing else."""
+    panels = [sweeps for rows in tasks.values() if (sweeps := sweeps_of(rows))]
     if not panels:
         return None
-    texts, titles, shapes = {}, [], []
-    for task, sweeps in panels.items():
-        labels, title = labels_of([_common(sweep) for sweep in sweeps])
-        texts[task] = [textwrap.fill(label, 66) for label in labels]
-        titles.append(title)
-        shapes.append(legend_shape(texts[task]))
-    figure, blocks = new_blocks(titles, [2.8 + LINE * (lines + 1) for _, lines in shapes])
-    for block, (columns, _), (task, sweeps) in zip(blocks, shapes, panels.items(), strict=True):
+    labels, titles = zip(*(labels_of([_common(sweep) for sweep in sweeps]) for sweeps in panels), strict=True)
+    texts = [[textwrap.fill(label, LEGEND) for label in each] for each in labels]
+    figure, blocks = new_blocks(titles, [2.8 + legend_inches(each) for each in texts])
+    for block, each, sweeps in zip(blocks, texts, panels, strict=True):
         axes = block.subplots(1, 2)
-        for place, (text, sweep) in enumerate(zip(texts[task], sweeps, strict=True)):
+        for place, (text, sweep) in enumerate(zip(each, sweeps, strict=True)):
             _draw_sweep(axes, place, text, sweep)
         _style_sweep(axes, sweeps)
         seeds = any(len(row.result) > 1 for sweep in sweeps for row in sweep)
-        add_legend(block, axes[0], columns, "mean over seeds, bar: one standard deviation" if seeds else None)
+        add_legend(block, axes[0], "mean over seeds, bar: one standard deviation" if seeds else None)
     return figure
 
 
 def sweeps_of(rows: Iterable[Row]) -> list[list[Row]]:
-    """Groups of finished rows that are equal but for the multiplier, of which each has two or more, in its order.
+    """Finished rows that differ only in the multiplier, in groups of two or more, sorted by it.
 
-    Experiments of several names are one group, unless two of them have the same multiplier.
+    Experiments of different names form one group, unless two of them have the same multiplier.
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -246,7 +258,7 @@ def _multiplier(row: Row) -> float:
 
 
 def _common(sweep: Sequence[Row]) -> Row:
-    """The first row, under what is common to all names of the sweep: the multiplier is not in it."""
+    """The first row under a name for the whole sweep, without the multiplier."""
     names = ["+".join(part for part in row.experiment.split("+") if not part.startswith(MULTIPLIER)) for row in sweep]
     differs = tuple(part for part in sweep[0].differs if not part.startswith(MULTIPLIER))
     return replace(sweep[0], experiment=" / ".join(dict.fromkeys(names)), differs=differs)
@@ -259,17 +271,16 @@ def _draw_sweep(axes: Sequence[Axes], place: int, text: str, sweep: Sequence[Row
     means, deviations = ([getattr(values, name)() for values in results] for name in ("mean", "std"))
     axes[0].errorbar(multipliers, means, deviations, label=text, markersize=5, capsize=2.5, **look)
     millions = [row.runs[0].config["parameters"] / 1e6 for row in sweep]
-    axes[1].plot(multipliers, millions, markersize=max(3, 8 - 2 * place), **look)  # curves that coincide all show
+    axes[1].plot(multipliers, millions, markersize=max(3, 8 - 2 * place), **look)  # coinciding curves stay visible
 
 
 def _style_sweep(axes: Sequence[Axes], sweeps: Sequence[Sequence[Row]]) -> None:
     rows = [row for sweep in sweeps for row in sweep]
-    multipliers = sorted({_multiplier(row) for row in rows})
     choose_scale(axes[1], "y", [row.runs[0].config["parameters"] for row in rows])
     for ax, name in zip(axes, (result_title(rows), "parameters (millions)"), strict=True):
         ax.set_xscale("log", base=2)
-        ax.xaxis.set_major_locator(FixedLocator(multipliers))
+        ax.xaxis.set_major_locator(FixedLocator(sorted(set(map(_multiplier, rows)))))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter("{x:g}")
-        ax.set(xlabel="MLP multiplier (neurons over all heads per n_embd)", ylabel=name)
+        ax.set(xlabel="MLP multiplier (neurons of all heads / n_embd)", ylabel=name)
         style_axes(ax, "y")
