@@ -62,7 +62,7 @@ class Options:
 def analyze(
     runs: Sequence[Path], output: Path, relative_to: str | None = None, say: Callable[[str], None] = lambda line: None
 ) -> tuple[Path, ...]:
-    """Writes tables and figures of these run folders into the folder output; returns the files, learning_curves.png first.
+    """Writes tables and figures of these runs into the folder output; returns the files, learning_curves.png first.
 
     relative_to: as in Options. say: called with a line for each figure that is skipped; an older file of its name is
     removed. Raises UserError if no run can be read.

@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,6 +23,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.plotting import style
 from analysis.plotting.curves import (
     Curve,
     band_title,
@@ -31,18 +33,6 @@ from analysis.plotting.curves import (
     draw_panels,
     labels_of,
     seeds_text,
-)
-from analysis.plotting.style import (
-    LEGEND,
-    LINE,
-    add_legend,
-    label_epochs,
-    legend_inches,
-    look_of,
-    new_blocks,
-    plain_text,
-    save_figure,
-    style_axes,
 )
 from analysis.reading import Row, RunFiles, find_runs, make_rows, read_runs
 from analysis.tables import markdown_table
@@ -57,33 +47,15 @@ PANELS = {
     "train_miou": "training mIoU (%)",
     "val_miou": "validation mIoU (%)",
 }
-COLUMNS = {  # title -> column of performance_comparison.csv, scale, format
-    "parameters": ("parameters", 1, ","),
-    "best mIoU": ("best_val_miou_mean", 100, ".2f"),
-    "±": ("best_val_miou_std", 100, ".2f"),
-    "best epoch": ("best_epoch_median", 1, "g"),
-    "epochs": ("epochs", 1, "g"),
-    "last mIoU": ("final_val_miou_mean", 100, ".2f"),
-    "mIoU by batches": ("val_miou_batch_at_best_mean", 100, ".2f"),
-    "pixel accuracy": ("val_pixel_accuracy_at_best_mean", 100, ".2f"),
-    "training mIoU": ("train_miou_at_best_mean", 100, ".2f"),
-    "gap (points)": ("train_val_miou_gap_at_best_mean", 100, "+.2f"),
-    "epochs to 90 %": ("epochs_to_90_percent_of_best_median", 1, "g"),
-    "epochs to 95 %": ("epochs_to_95_percent_of_best_median", 1, "g"),
-    "mIoU points per million parameters": ("best_val_miou_per_million_parameters", 100, ".2f"),
-    "seconds an epoch": ("epoch_time_sec_median", 1, ".3g"),
-    "memory (MB)": ("peak_memory_mb_max", 1, ",.0f"),
-}
 NOTES = """\
-- mIoU: from one confusion matrix over all {images}validation images, void pixels ignored. A class in neither truth nor
+- mIoU: from one confusion matrix over all validation images, void pixels ignored. A class in neither truth nor
   prediction has no IoU and is left out of the mean.
-- mIoU by batches: mean over validation batches of the mIoU of each. It depends on the batch size; use it only to compare
+- miou batch: mean over validation batches of the mIoU of each. It depends on the batch size; use it only to compare
   with published numbers measured in this way.
-- Training mIoU: measured during the epoch, on augmented images. Gap: training minus validation mIoU at the best epoch.
-- Means over seeds ± standard deviation (n - 1). Median: best epoch, epochs to 90 % and 95 % of a run's own best, seconds.
-  Memory: maximum over epochs. A difference between experiments with one seed each may be chance;
-  `analysis/compare.py` gives intervals for differences, paired by seed."""
-NO_TEST = "- The data have no test part: the best epoch was chosen on the same images that the result is measured on."
+- train miou: measured during the epoch, on augmented images. Gap: training minus validation mIoU.
+- Means over seeds, std divides by n - 1. A difference between experiments with one seed each may be chance;
+  analysis/compare.py gives intervals for differences, paired by seed."""
+NO_TEST = "- The data have no test part: the best epoch was chosen on the images that the result is measured on."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +71,14 @@ class Options:
 
 
 def analyze_segmentation(runs: Sequence[Path], output: Path, dataset: str = "camvid") -> tuple[Path, ...]:
-    """Writes figures and tables of these run folders into the folder output; returns the files, learning_curves.png first.
+    """Writes figures and tables of these runs into the folder output; returns the files, learning_curves.png first.
 
     Ignores runs of other tasks; names and leaves out those that cannot be read. Raises UserError if none is left.
     """
     rows = segmentation_rows(read_runs(runs), dataset)
     paths: list[Path] = []
     for name, draw in FIGURES.items():
-        paths += save_figure(draw(rows), output / f"{name}.png")
+        paths += style.save_figure(draw(rows), output / f"{name}.png")
     return (*paths, *write_tables(rows, output))
 
 
@@ -193,12 +165,12 @@ def draw_learning(rows: Sequence[Row]) -> Figure:
     """Losses above, mIoU below; training left, validation right."""
     labels, title = labels_of(rows)
     curves = curves_of(labels, rows)
-    figure, (block,) = new_blocks([title], [5.2 + legend_inches([curve.text for curve in curves])])
+    figure, (block,) = style.new_blocks([title], [5.2 + style.legend_inches([curve.text for curve in curves])])
     axes = block.subplots(2, 2, sharex=True, sharey="row")
     draw_panels(axes.flat, PANELS, curves)
     for ax in axes[0]:
         ax.set_xlabel("")
-    add_legend(block, axes[0, 0], band_title(curves))
+    style.add_legend(block, axes[0, 0], band_title(curves))
     return figure
 
 
@@ -206,7 +178,7 @@ def draw_convergence(rows: Sequence[Row]) -> Figure:
     """Validation mIoU over epochs in percent of the run's own best: how fast each run converges."""
     labels, title = labels_of(rows)
     curves = [curve._replace(text=_with_epoch(curve)) for curve in curves_of(labels, rows)]
-    figure, (block,) = new_blocks([title], [3.8 + legend_inches([curve.text for curve in curves])])
+    figure, (block,) = style.new_blocks([title], [3.8 + style.legend_inches([curve.text for curve in curves])])
     ax = block.subplots()
     for share in (90, 95):
         ax.axhline(share, color="0.35", linestyle="--", linewidth=1)
@@ -214,16 +186,16 @@ def draw_convergence(rows: Sequence[Row]) -> Figure:
     for curve in curves:
         shares = [100 * run.epochs["val_miou"] / run.epochs["val_miou"][run.best_epoch] for run in curve.runs]
         draw_curve(ax, curve, pd.concat(shares, axis=1))
-    label_epochs(ax, "validation mIoU (% of the run's best)")
+    style.label_epochs(ax, "validation mIoU (% of the run's best)")
     ax.set_ylim(0, 103)
-    add_legend(block, ax, band_title(curves))
+    style.add_legend(block, ax, band_title(curves))
     return figure
 
 
 def _with_epoch(curve: Curve) -> str:
     so_far = "" if curve.runs[0].summary else " of the best so far"
     epoch = np.median([epochs_to(run, 0.90) for run in curve.runs])
-    return textwrap.fill(f"{curve.text}: 90 %{so_far} at epoch {epoch:g}", LEGEND)
+    return textwrap.fill(f"{curve.text}: 90 %{so_far} at epoch {epoch:g}", style.LEGEND)
 
 
 def draw_gaps(rows: Sequence[Row]) -> Figure:
@@ -233,18 +205,18 @@ def draw_gaps(rows: Sequence[Row]) -> Figure:
     across = 2 if len(curves) in (2, 4) else min(3, len(curves))
     titles = [textwrap.fill(curve.text, 102 // across) + f"\n{_gap_text(curve.runs)}" for curve in curves]
     down = math.ceil(len(curves) / across)
-    panel = {1: 3.0, 2: 2.4, 3: 1.9}[across] + LINE * max(len(each.splitlines()) for each in titles)  # inches
-    figure, (block,) = new_blocks([title], [down * panel + 2 * LINE])
+    panel = {1: 3.0, 2: 2.4, 3: 1.9}[across] + style.LINE * max(len(each.splitlines()) for each in titles)  # inches
+    figure, (block,) = style.new_blocks([title], [down * panel + 2 * style.LINE])
     axes = block.subplots(down, across, sharey=True, squeeze=False)
     for ax, curve, text in zip(axes.flat, curves, titles, strict=False):
         _draw_gap(ax, curve.runs)
-        label_epochs(ax, "mIoU (%)" if ax in axes[:, 0] else "")
+        style.label_epochs(ax, "mIoU (%)" if ax in axes[:, 0] else "")
         ax.set_title(text)
     axes[0, 0].set_ylim(bottom=0)
     for ax in axes.flat[len(curves) :]:
         ax.set_visible(False)
     seeds = ", mean over seeds" if any(len(curve.runs) > 1 for curve in curves) else ""
-    add_legend(block, axes[0, 0], f"gap: training minus validation at the best epoch{seeds}")
+    style.add_legend(block, axes[0, 0], f"gap: training minus validation at the best epoch{seeds}")
     return figure
 
 
@@ -256,12 +228,12 @@ def _gap_text(runs: Sequence[RunFiles]) -> str:
 
 def _draw_gap(ax: Axes, runs: Sequence[RunFiles]) -> None:
     train, val = (100 * by_seed(runs, column).mean(axis=1) for column in ("train_miou", "val_miou"))
-    style = "-" if runs[0].summary else "--"
+    line = "-" if runs[0].summary else "--"
     every = max(1, len(val) // 6)
     ax.fill_between(val.index, train, val, color="0.88", linewidth=0)
     for place, (name, mean) in enumerate({"validation": val, "training": train}.items()):
-        look = look_of(place) | dict(markersize=4, markevery=every, linewidth=1.5)
-        ax.plot(mean.index, mean, style, label=name, **look)
+        look = style.look_of(place) | dict(markersize=4, markevery=every, linewidth=1.5)
+        ax.plot(mean.index, mean, line, label=name, **look)
     best = np.median([run.best_epoch for run in runs])
     ax.axvline(best, color="0.35", linestyle=":", linewidth=1.2, label="best epoch (median)")
 
@@ -270,22 +242,22 @@ def draw_classes(rows: Sequence[Row]) -> Figure:
     """IoU of each class at the best epoch, a dot for each experiment with one standard deviation over seeds."""
     labels, title = labels_of(rows)
     counts = [seeds_text(len(row.counted)) + ("" if row.finished else ", not finished") for row in rows]
-    texts = [textwrap.fill(f"{label} ({count})", LEGEND) for label, count in zip(labels, counts, strict=True)]
+    texts = [textwrap.fill(f"{label} ({count})", style.LEGEND) for label, count in zip(labels, counts, strict=True)]
     seeds = [100 * class_iou(row) for row in rows]
     means = pd.DataFrame([each.mean() for each in seeds])  # (experiments, classes)
     order = means.mean().sort_values(ascending=False, na_position="last").index
     height = 0.9 + max(1.0, len(order) * max(0.24, 0.06 + 0.065 * len(rows)))
-    figure, (block,) = new_blocks([title], [height + legend_inches(texts)])
+    figure, (block,) = style.new_blocks([title], [height + style.legend_inches(texts)])
     ax = block.subplots()
     for place, (text, each) in enumerate(zip(texts, seeds, strict=True)):
         shift = (place + 0.5) / len(rows) - 0.5
-        look = look_of(place) | dict(linestyle="", elinewidth=1.2, markersize=5)
+        look = style.look_of(place) | dict(linestyle="", elinewidth=1.2, markersize=5)
         look |= {} if rows[place].finished else {"markerfacecolor": "white"}
         each = each.reindex(columns=order)
         ax.errorbar(each.mean(), np.arange(len(order)) + 0.8 * shift, xerr=each.std(), label=text, **look)
     _label_classes(ax, [name if means[name].notna().any() else f"{name}: absent" for name in order])
     several = any(len(each) > 1 for each in seeds)
-    add_legend(block, ax, "best epoch" + (", mean ± standard deviation over seeds" if several else ""))
+    style.add_legend(block, ax, "best epoch" + (", mean ± standard deviation over seeds" if several else ""))
     return figure
 
 
@@ -293,8 +265,8 @@ def _label_classes(ax: Axes, names: Sequence[str]) -> None:
     """The first class on top; stripes group the dots of a class."""
     for place in range(0, len(names), 2):
         ax.axhspan(place - 0.5, place + 0.5, color="0.95", linewidth=0, zorder=0)
-    style_axes(ax, "x")
-    ax.set_yticks(range(len(names)), [plain_text(name.replace("_", " ")) for name in names])
+    style.style_axes(ax, "x")
+    ax.set_yticks(range(len(names)), [style.plain_text(name.replace("_", " ")) for name in names])
     ax.tick_params(axis="y", length=0)
     ax.set(xlabel="validation IoU (%)", xlim=(-1, 101), ylim=(len(names) - 0.5, -0.5))
 
@@ -311,41 +283,26 @@ FIGURES = {
 
 
 def report_lines(rows: Sequence[Row]) -> list[str]:
-    """performance_comparison.md, in percent."""
-    lines = [[str(number), *_cells(row, comparison_line(row))] for number, row in enumerate(rows, 1)]
-    titles = ["", "experiment", "seeds", *COLUMNS, "hardware"]
-    iou = pd.DataFrame([100 * class_iou(row).mean() for row in rows])  # (experiments, classes)
-    classes = [[name, *(_shown(value, ".2f") for value in iou[name])] for name in iou]
-    images = {(run.config["data"].get("images") or {}).get("val") for row in rows for run in row.runs} - {None}
-    notes = NOTES.format(images=f"{images.pop():,} " if len(images) == 1 else "")
+    """performance_comparison.md: the lines of the CSV file side by side, in percent."""
+    numbers = list(map(str, range(1, len(rows) + 1)))
+    columns = pd.DataFrame(list(map(comparison_line, rows))).items()
+    table = [[name.replace("_", " "), *(_cell(name, value) for value in values)] for name, values in columns]
     return [
         f"# Segmentation on {rows[0].task[0]}",
         "",
-        "Validation, in percent where no unit is given; best experiment first.",
+        "Validation results, best experiment first; mIoU, IoU and accuracy in percent.",
         "",
-        *markdown_table(titles, lines, left=("experiment", "hardware")),
+        *markdown_table(["", *numbers], table, left=("",)),
         "",
-        "## IoU of each class at the best epoch (%)",
-        "",
-        *markdown_table(["class", *(line[0] for line in lines)], classes, left=("class",)),
-        "",
-        "## Notes",
-        "",
-        *notes.splitlines(),
-        *([] if any(len(row.test) for row in rows) else [NO_TEST]),
+        *NOTES.splitlines(),
+        *([] if any(len(row.test) for row in rows) else NO_TEST.splitlines()),
     ]
 
 
-def _cells(row: Row, line: dict) -> list[str]:
-    names = ", ".join(row.parts)
-    names += f" (and {len(row.unfinished)} not finished)" if row.finished and row.unfinished else ""
-    names += "" if row.finished else f" (not finished, epoch {line['epochs_done']} of {line['epochs']})"
-    numbers = [_shown(scale * line[key], form) for key, scale, form in COLUMNS.values()]
-    return [names, str(len(row.counted)), *numbers, line["hardware"]]
-
-
-def _shown(value: float, form: str) -> str:
-    return "–" if math.isnan(value) else f"{value:{form}}"  # noqa: RUF001
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, str) or value != value:  # NaN: no number
+        return value if isinstance(value, str) else ""
+    return f"{100 * value:.2f}" if "iou" in name or "accuracy" in name else f"{value:,.10g}"
 
 
 def main(options: Options) -> None:

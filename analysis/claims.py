@@ -55,8 +55,8 @@ SOURCES = {"spec_current": "the newer document", "spec_first": "the first docume
 
 NOTES = {  # texts for the columns not_comparable and remarks of published_results.csv
     "as_run": "The published code of v2 differs from the documents. Its steps end with LN(x + y), which makes it v1's "
-    "function with Xavier weights, and it warms up for 1000 steps. The documents put LN at the head of a step and x + y "
-    "at its end, and say 500 steps. The published number comes from the code. Hence two lines: *as documented* and "
+    "function with Xavier weights, and it warms up for 1000 steps. The documents put LN at the head of a step and x + "
+    "y at its end, and say 500 steps. The published number comes from the code. Hence two lines: *as documented* and "
     "*as the code ran*.",
     "warmup": "The published code of v3 warms up for 1000 steps; the documents say 500. Hence two lines.",
     "expected": "The document gives a tolerance of ± 0.2 points (CIFAR-10) or ± 0.5 (CIFAR-100), without a source. "
@@ -72,8 +72,8 @@ NOTES = {  # texts for the columns not_comparable and remarks of published_resul
     "here there are 11, and void never counts.",
     "configuration": "The published configuration is unknown: the code has 256 x 256 pixels, learning rate 5e-4 and "
     "batch size 8; the document has 384 x 384, 3e-4 and 4. Here it is the document's.",
-    "rotary": "The published BDH-UNet is a different model. Its rotary frequencies have the wrong sign of the exponent, "
-    "no factor 1 / (2 pi), and mismatched pairs, so its attention is not a function of relative position. Here it is.",
+    "rotary": "The published BDH-UNet is a different model. Its rotary frequencies have the wrong sign in the exponent "
+    "and no factor 1 / (2 pi), its pairs are mismatched, so its attention is not a function of relative position. Here it is.",
     "batches": "The published mIoU is the mean over batches of the mean IoU of the classes in a batch's masks. It is "
     "measured in the same way, at the best epoch by it. The standard mIoU (one confusion matrix over all validation "
     "images, at the best epoch by that) is in the column beside it.",
@@ -97,7 +97,7 @@ epochs must be the published ones. Names play no part, except that runs in a fol
 count."""
 HOW = f"""\
 Let m be the mean and s the standard deviation (n - 1) of n runs with different seeds. If runs are normally distributed,
-one more run falls into m ± t(n - 1, 0.975) s sqrt(1 + 1/n) with 95 % probability, and every published number is one run.
+one more run falls into m ± t(n - 1, 0.975) s sqrt(1 + 1/n) with 95 % probability. Every published number is one run.
 
 - Fewer than {MIN_SEEDS} seeds: *{TOO_FEW}*.
 - Published value inside the interval: *{REPRODUCED}*. At three seeds the interval is m ± 5.0 s, so this means

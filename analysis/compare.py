@@ -111,7 +111,7 @@ def _markdown(table: pd.DataFrame, default: Row) -> list[str]:
         "",
         *markdown_table(titles, lines, ("setting",)),
         "",
-        "Standard deviations over seeds (n - 1); differences are paired by seed; the interval is Student's t over seeds.",
+        "Standard deviations over seeds (n - 1); differences are paired by seed; interval: Student's t over seeds.",
     ]
 
 

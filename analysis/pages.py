@@ -28,7 +28,7 @@ NONE = "–"  # noqa: RUF001 (empty cell)
 
 
 def page_with(path: Path, name: str, lines: Sequence[str]) -> str:
-    """The page's text with these lines in the block called name. Raises UserError unless it has its markers once each."""
+    """The page's text with these lines in the block called name. Raises UserError if its markers are not there once."""
     begin, end = f"<!-- {name}: begin, made by analysis/claims.py -->", f"<!-- {name}: end -->"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     before, found, rest = text.partition(begin)

@@ -37,36 +37,23 @@ VERDICTS = (REPRODUCED, BELOW, ABOVE, TOO_FEW, NOT_COMPARABLE, NOT_RUN, *OTHER_K
 class Published:
     """A line of published_results.csv, as text."""
 
-    source: str
-    """document"""
-    kind: str
-    """measured, estimate or literature"""
-    experiment: str
-    """published name"""
+    source: str  # document
+    kind: str  # measured, estimate or literature
+    experiment: str  # published name
     dataset: str
     epochs: str
-    metric: str
-    """test_accuracy; best_val_miou, a mean over batches; miou if no script repeats the row"""
-    value: str
-    """percent; an estimate may be a range"""
+    metric: str  # test_accuracy; best_val_miou, a mean over batches; miou if no script repeats the row
+    value: str  # percent; an estimate may be a range
     unit: str
     params_published: str
-    note: str
-    """what else was published about it"""
-    script: str
-    """script that repeats it; empty if there is none"""
-    flags: str
-    """flags of the script, as documented"""
-    flags_as_run: str
-    """flags that repeat the published code, if it differs from its documentation"""
-    train_images: str
-    """number of training images"""
-    test_images: str
-    """number of test images; empty if the data have no test part"""
-    not_comparable: str
-    """keys of `analysis.claims.NOTES`: reasons why no run can be compared with it"""
-    remarks: str
-    """keys of `analysis.claims.NOTES`: other remarks"""
+    note: str  # what else was published about it
+    script: str  # script that repeats it; empty if there is none
+    flags: str  # flags of the script, as documented
+    flags_as_run: str  # flags that repeat the published code, if it differs from its documentation
+    train_images: str  # number of training images
+    test_images: str  # number of test images; empty if the data have no test part
+    not_comparable: str  # keys of claims.NOTES: reasons why no run can be compared with it
+    remarks: str  # keys of claims.NOTES: other remarks
 
     @property
     def ours(self) -> Metric:

@@ -53,7 +53,7 @@ class RunFiles:
 
     @property
     def metric(self) -> Metric:
-        """The metric of the first column val_<key> after val_loss. Raises ValueError if missing, KeyError if unknown."""
+        """Metric of the first column val_<key> after val_loss. Raises ValueError if missing, KeyError if unknown."""
         keys = [name.removeprefix("val_") for name in self.epochs if name.startswith("val_")]
         if "loss" not in keys[:-1]:
             raise ValueError("metrics.csv has no column val_<metric> after val_loss")

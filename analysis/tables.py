@@ -7,7 +7,7 @@ import pandas as pd
 from analysis.reading import Row
 from training.metrics import Metric
 
-NOTE = "Mean over seeds ± standard deviation (n - 1); best epoch and seconds: median. Tested with the best epoch's weights."
+NOTE = "Mean over seeds ± standard deviation (n - 1); median best epoch and seconds. Test: weights of the best epoch."
 
 
 def markdown_table(titles: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence[str] = ()) -> list[str]:

@@ -38,7 +38,7 @@ def draw_bars(
 ) -> None:
     """Horizontal bars of the mean over seeds with one standard deviation and a dot for each seed; the first on top.
 
-    labels: wrapped, on the left. seeds: (seeds,) each, in the unit of the axis, empty for no bar. numbers: on the right.
+    labels: wrapped, on the left. numbers: on the right. seeds: (seeds,) each, in the unit of the axis, empty: no bar.
     """
     thickness = 0.26 / _bar_pitch(labels)
     for place, (values, color) in enumerate(zip(seeds, colors, strict=True)):

@@ -14,18 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from analysis.plotting import style
 from analysis.plotting.bars import bar_inches, draw_bars, wrap_labels
 from analysis.plotting.curves import labels_of
-from analysis.plotting.style import (
-    LEGEND,
-    add_legend,
-    choose_scale,
-    legend_inches,
-    look_of,
-    new_blocks,
-    plain_text,
-    style_axes,
-)
 from analysis.reading import Row, Task, result_title, row_called
 
 MULTIPLIER = "mlp_internal_dim_multiplier"
@@ -103,7 +94,7 @@ def by_hardware(rows: Sequence[Row], finished: bool) -> dict[str, list[tuple[int
 
 def _on(title: str, hardware: str, groups: Iterable[str]) -> str:
     warning = "; not comparable with other hardware" if len(list(groups)) > 1 else ""
-    return f"{title}\non {plain_text(hardware)}{warning}"
+    return f"{title}\non {style.plain_text(hardware)}{warning}"
 
 
 def _time_unit(longest: float) -> tuple[float, str]:
@@ -112,21 +103,21 @@ def _time_unit(longest: float) -> tuple[float, str]:
 
 
 def _point(place: int, label: str, x: Sequence[float], row: Row) -> Point:
-    return Point(place, textwrap.fill(label, LEGEND), pd.Series(x), row.metric.scale * row.result)
+    return Point(place, textwrap.fill(label, style.LEGEND), pd.Series(x), row.metric.scale * row.result)
 
 
 def _draw_panels(panels: Sequence[Panel]) -> Figure | None:
     if not panels:
         return None
-    heights = [2.4 + legend_inches([point.label for point in panel.points]) for panel in panels]
-    figure, blocks = new_blocks([panel.title for panel in panels], heights)
+    heights = [2.4 + style.legend_inches([point.label for point in panel.points]) for panel in panels]
+    figure, blocks = style.new_blocks([panel.title for panel in panels], heights)
     for block, panel in zip(blocks, panels, strict=True):
         ax = block.subplots()
         _draw_points(ax, panel.points)
         ax.set(xlabel=panel.x_title, ylabel=panel.y_title)
         notes = ["vertical bar: one standard deviation over seeds"] * any(len(point.y) > 1 for point in panel.points)
         notes += ["horizontal bar: fastest to slowest seed"] * any(len(point.x) > 1 for point in panel.points)
-        add_legend(block, ax, "; ".join(notes))
+        style.add_legend(block, ax, "; ".join(notes))
     return figure
 
 
@@ -136,12 +127,12 @@ def _draw_points(ax: Axes, points: Sequence[Point]) -> None:
         x, y = point.x.median(), point.y.mean()
         xerr = [[x - point.x.min()], [point.x.max() - x]] if point.x.nunique() > 1 else None
         yerr = point.y.std() if len(point.y) > 1 else None
-        look = look_of(point.place) | dict(markersize=6.5, markeredgecolor="white", markeredgewidth=0.5)
+        look = style.look_of(point.place) | dict(markersize=6.5, markeredgecolor="white", markeredgewidth=0.5)
         look |= dict(linestyle="", elinewidth=1.1, capsize=2.5, capthick=1.1)
         ax.errorbar(x, y, yerr, xerr, label=point.label, **look)
-    choose_scale(ax, "x", [value for point in points for value in point.x])
+    style.choose_scale(ax, "x", [value for point in points for value in point.x])
     ax.margins(0.08)
-    style_axes(ax, "both")
+    style.style_axes(ax, "both")
 
 
 # ---------------------------------------------------------------------------- speed
@@ -151,12 +142,11 @@ class Speeds(NamedTuple):
     """Training speeds on one data set and hardware."""
 
     title: str
-    labels: list[str]
-    places: list[int]
-    seeds: list[pd.Series]
-    """for each experiment (seeds,) median samples a second"""
-    reference: int
-    """index of the experiment that the others are relative to"""
+    seeds: dict[str, pd.Series]
+    """label -> (seeds,) median samples a second; fastest first"""
+    colors: list[str]
+    reference: str
+    """label of the experiment that the others are relative to"""
 
 
 def draw_speed(tasks: Tasks, relative_to: str | None) -> Figure | None:
@@ -170,10 +160,15 @@ def draw_speed(tasks: Tasks, relative_to: str | None) -> Figure | None:
     panels = [speeds for rows in tasks.values() for speeds in speeds_of(rows, chosen)]
     if not panels:
         return None
-    labels = [wrap_labels(speeds.labels) for speeds in panels]
-    figure, blocks = new_blocks([speeds.title for speeds in panels], list(map(bar_inches, labels)))
+    labels = [wrap_labels(list(speeds.seeds)) for speeds in panels]
+    figure, blocks = style.new_blocks([speeds.title for speeds in panels], list(map(bar_inches, labels)))
     for block, speeds, texts in zip(blocks, panels, labels, strict=True):
-        _draw_speeds(block.subplots(), speeds, texts)
+        ax, base = block.subplots(), speeds.seeds[speeds.reference].mean()
+        means = [each.mean() for each in speeds.seeds.values()]
+        numbers = [f"{m / base:.2f} times\n{m:,.{0 if m >= 100 else 1}f} samples/s" for m in means]
+        title = textwrap.fill(f"training speed relative to {speeds.reference}", style.LEGEND)
+        draw_bars(ax, texts, [each / base for each in speeds.seeds.values()], numbers, speeds.colors, title)
+        ax.axvline(1, color="0.35", linestyle=":", linewidth=1)
     return figure
 
 
@@ -183,32 +178,15 @@ def speeds_of(rows: Sequence[Row], chosen: Row | None) -> list[Speeds]:
     groups = by_hardware(rows, finished=False)
     panels = []
     for hardware, members in groups.items():
-        members = [(place, row) for place, row in members if all(run.speed > 0 for run in row.runs)]  # NaN: not stored
-        seeds = [pd.Series([run.speed for run in row.runs]) for _, row in members]
-        reference = min(range(len(members)), key=lambda index: seeds[index].mean(), default=None)
-        if chosen is not None:
-            found = [index for index, (place, _) in enumerate(members) if rows[place] is chosen]
-            reference = found[0] if found else None
-        if len(members) > 1 and reference is not None:
-            places = [place for place, _ in members]
-            names = [labels[place] for place in places]
-            panels.append(Speeds(_on(title, hardware, groups), names, places, seeds, reference))
+        speeds = {n: pd.Series([run.speed for run in row.runs]) for n, row in members}
+        speeds = {n: each for n, each in speeds.items() if (each > 0).all()}  # NaN: not stored
+        order = sorted(speeds, key=lambda n: -speeds[n].mean())
+        references = [n for n in order if rows[n] is chosen] if chosen else order[-1:]
+        if len(order) > 1 and references:
+            seeds = {labels[n]: speeds[n] for n in order}
+            colors = [style.look_of(n)["color"] for n in order]
+            panels.append(Speeds(_on(title, hardware, groups), seeds, colors, labels[references[0]]))
     return panels
-
-
-def _draw_speeds(ax: Axes, speeds: Speeds, texts: Sequence[str]) -> None:
-    base = speeds.seeds[speeds.reference].mean()
-    order = sorted(range(len(texts)), key=lambda index: -speeds.seeds[index].mean())
-    ratios = [speeds.seeds[index] / base for index in order]
-    colors = [look_of(speeds.places[index])["color"] for index in order]
-    title = f"training speed relative to {speeds.labels[speeds.reference]}"
-    numbers = [f"{each.mean():.2f} times\n{_speed_text(base * each.mean())}" for each in ratios]
-    draw_bars(ax, [texts[index] for index in order], ratios, numbers, colors, textwrap.fill(title, LEGEND))
-    ax.axvline(1, color="0.35", linestyle=":", linewidth=1)
-
-
-def _speed_text(speed: float) -> str:
-    return f"{speed:,.{0 if speed >= 100 else 1}f} samples/s"
 
 
 # ---------------------------------------------------------------------------- the MLP multiplier
@@ -220,15 +198,15 @@ def draw_multipliers(tasks: Tasks) -> Figure | None:
     if not panels:
         return None
     labels, titles = zip(*(labels_of([_common(sweep) for sweep in sweeps]) for sweeps in panels), strict=True)
-    texts = [[textwrap.fill(label, LEGEND) for label in each] for each in labels]
-    figure, blocks = new_blocks(titles, [2.8 + legend_inches(each) for each in texts])
+    texts = [[textwrap.fill(label, style.LEGEND) for label in each] for each in labels]
+    figure, blocks = style.new_blocks(titles, [2.8 + style.legend_inches(each) for each in texts])
     for block, each, sweeps in zip(blocks, texts, panels, strict=True):
         axes = block.subplots(1, 2)
         for place, (text, sweep) in enumerate(zip(each, sweeps, strict=True)):
             _draw_sweep(axes, place, text, sweep)
         _style_sweep(axes, sweeps)
         seeds = any(len(row.result) > 1 for sweep in sweeps for row in sweep)
-        add_legend(block, axes[0], "mean over seeds, bar: one standard deviation" if seeds else None)
+        style.add_legend(block, axes[0], "mean over seeds, bar: one standard deviation" if seeds else None)
     return figure
 
 
@@ -266,7 +244,7 @@ def _common(sweep: Sequence[Row]) -> Row:
 
 def _draw_sweep(axes: Sequence[Axes], place: int, text: str, sweep: Sequence[Row]) -> None:
     results = [row.metric.scale * row.result for row in sweep]
-    look = look_of(place) | dict(linewidth=1.3, linestyle=("-", "--", ":", "-.")[place % 4])
+    look = style.look_of(place) | dict(linewidth=1.3, linestyle=("-", "--", ":", "-.")[place % 4])
     multipliers = [_multiplier(row) for row in sweep]
     means, deviations = ([getattr(values, name)() for values in results] for name in ("mean", "std"))
     axes[0].errorbar(multipliers, means, deviations, label=text, markersize=5, capsize=2.5, **look)
@@ -276,11 +254,11 @@ def _draw_sweep(axes: Sequence[Axes], place: int, text: str, sweep: Sequence[Row
 
 def _style_sweep(axes: Sequence[Axes], sweeps: Sequence[Sequence[Row]]) -> None:
     rows = [row for sweep in sweeps for row in sweep]
-    choose_scale(axes[1], "y", [row.runs[0].config["parameters"] for row in rows])
+    style.choose_scale(axes[1], "y", [row.runs[0].config["parameters"] for row in rows])
     for ax, name in zip(axes, (result_title(rows), "parameters (millions)"), strict=True):
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_locator(FixedLocator(sorted(set(map(_multiplier, rows)))))
         ax.xaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter("{x:g}")
         ax.set(xlabel="MLP multiplier (neurons of all heads / n_embd)", ylabel=name)
-        style_axes(ax, "y")
+        style.style_axes(ax, "y")
