@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -192,14 +191,6 @@ def training_flop(experiment: Experiment) -> float:
         model = experiment.model.build()
     images = experiment.train.epochs * training_images(experiment)
     return images * flop_per_image(model, experiment.model.img_size)
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the CPU has bf16 instructions, by Linux's /proc/cpuinfo; False if that cannot be read."""
-    try:
-        return not {"avx512_bf16", "amx_bf16"}.isdisjoint(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return False
 
 
 def measure_step(experiment: Experiment, seconds: float = 4.0) -> float:

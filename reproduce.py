@@ -32,14 +32,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from analysis.published import asked_of
 from analysis.reading import read_runs
-from plans import PLANS, Entry, Part, Plan, cpu_has_bf16, epoch_minutes, measure_step, training_flop
-from training.command_line import exit_with, run_script
+from plans import PLANS, Entry, Part, Plan, epoch_minutes, measure_step, training_flop
+from training.command_line import exit_with, experiment_of, flags_of, run_script
 from training.config import ROOT, RunOptions, UserError
-from training.device import describe_hardware, tune_cpu_allocator
+from training.device import describe_hardware, has_fast_bf16, tune_cpu_allocator
 from training.runs import Run
 from training.schedule import Job, run_jobs
+from training.stored import Damaged, read_metrics
 
 KEPT = ("config.json", "metrics.csv", "summary.json")  # summary.json last: it marks the copy as complete
 
@@ -94,19 +94,14 @@ class Planned:
 
     def is_kept(self) -> bool:
         """Whether its files are under results/. Raises UserError if a damaged or different run is there."""
-        if not (self.kept / "summary.json").exists():
-            return False
-        if not read_runs([self.kept]):
-            raise UserError(f"{self.kept} holds a damaged run: move it away")
-        if changes := Run(self.kept).differences(self.job.experiment):
-            raise UserError(f"{self.kept} holds a run of another configuration ({'; '.join(changes)}): move it away")
-        return True
+        return Run(self.kept).is_complete(self.job.experiment)
 
     def epochs_done(self) -> int:
         """Epochs of the run so far, 0 if it has not started or cannot be read."""
-        folder = self.job.experiment.folder
-        started = (folder / "config.json").exists() and (folder / "metrics.csv").exists()
-        return len(read_runs([folder])[0].epochs) if started and read_runs([folder]) else 0
+        try:
+            return len(read_metrics(self.job.experiment.folder))
+        except Damaged:
+            return 0
 
     def keep(self) -> None:
         """Copies the files from the run. Raises UserError if that fails."""
@@ -134,7 +129,7 @@ def precision_of(plan: Plan, options: Options) -> str | None:
     """Precision of all runs; None: as in each script and its flags."""
     if options.precision or not plan.on_cpu:
         return options.precision
-    return "bf16" if cpu_has_bf16() else "float32"
+    return "bf16" if has_fast_bf16(torch.device("cpu")) else "float32"
 
 
 def jobs_of(plan: Plan, entry: Entry, options: Options) -> Iterator[Job]:
@@ -142,20 +137,20 @@ def jobs_of(plan: Plan, entry: Entry, options: Options) -> Iterator[Job]:
     precision = precision_of(plan, options)
     common = [*(["--precision", precision] if precision else []), *["--compile"] * options.compile]
     flags = [*entry.flags.split(), *common]
-    asked = asked_of(entry.script, " ".join(flags))
+    asked = experiment_of(entry.script, " ".join(flags))
     device = "cpu" if plan.on_cpu and options.device == "auto" else options.device
     places = {"device": device, "runs_dir": options.runs_dir.resolve()}
     places |= {"data_dir": options.data_dir.resolve()} if options.data_dir else {}
     for seed in entry.seeds:
         changed, named = {"seed": seed}, {}
         if entry.goes_on_from:
-            source = asked_of(entry.goes_on_from, " ".join(common)).name
+            source = experiment_of(entry.goes_on_from, " ".join(common)).name
             changed["start_from"] = options.runs_dir.resolve() / source / f"seed{seed}" / "best.pt"
             named["name"] = asked.name  # otherwise the name would contain the path of the weights
         experiment = dataclasses.replace(
             asked, train=dataclasses.replace(asked.train, **changed), options=RunOptions(**places, **named)
         )
-        given = [f"--{key.replace('_', '-')}={value}" for key, value in (changed | places | named).items()]
+        given = flags_of(changed | places | named)
         yield Job(experiment, [sys.executable, str(ROOT / entry.script), *flags, *given])
 
 
@@ -243,7 +238,7 @@ def main(options: Options) -> None:
     if not planned:
         raise UserError(f"--only {options.only}: no experiment of this plan has that in its name, see --list")
     if plan.on_cpu:
-        has = "the CPU has bf16 instructions" if cpu_has_bf16() else "no bf16 instructions found"
+        has = "the CPU has bf16 instructions" if has_fast_bf16(torch.device("cpu")) else "no bf16 instructions found"
         print(f"precision {precision_of(plan, options)} ({'--precision' if options.precision else has})")
     if options.list:
         show(planned, estimate(planned, options) if plan.on_cpu else {})

@@ -2,23 +2,18 @@
 
 import csv
 import dataclasses
-import json
 import re
-import runpy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-import training
 from analysis.reading import SMALL, Row, RunFiles, find_runs, make_rows, read_runs
-from training.config import ROOT, Experiment, UserError, default_fields, parse_experiment
+from training.command_line import experiment_of
+from training.config import ROOT, Configuration, Experiment, UserError
 from training.metrics import METRICS, Metric
 
 PUBLISHED = ROOT / "analysis" / "published_results.csv"
@@ -157,7 +152,7 @@ def claims_of(runs: Iterable[RunFiles], published: Sequence[Published]) -> list[
     claims, runs = [], list(runs)
     for line in published:
         for setting, flags in line.settings:
-            asked = None if flags is None else asked_of(line.script, flags)
+            asked = None if flags is None else experiment_of(line.script, flags)
             counted = [_called(run, asked.name) for run in runs if asked and not mismatches(run, line, asked)]
             rows = sorted(make_rows(counted), key=lambda row: row.differs) or [None]
             claims += [Claim(line, setting, asked, row) for row in rows]
@@ -174,52 +169,32 @@ def not_counted(runs: Iterable[RunFiles], claims: Sequence[Claim]) -> dict[Path,
     return reasons
 
 
-@cache
-def asked_of(script: str, flags: str) -> Experiment:
-    """What a script of the repository trains with these flags: its call of launch is noted, not made.
-
-    So the configuration stands in the script alone.
-    """
-    with mock.patch.object(training, "launch") as launch:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    (name,), configs = launch.call_args
-    return parse_experiment(name, **configs, description=script, args=flags.split())
-
-
 def mismatches(run: RunFiles, published: Published, asked: Experiment) -> list[str]:
     """Why a finished run does not repeat a row in the setting asked: fields and facts that differ; empty if it does.
 
-    Facts are those of the published row, so that a script that was changed since makes no reproductions.
+    Facts are those of the published row, so that a run of a script that was changed since does not count.
     """
-    wanted = _decisive(_plain(asked.fields()), type(asked.model).__name__)
-    wanted |= {"data": published.dataset, "epochs": int(published.epochs), "epochs done": int(published.epochs)}
-    wanted |= {"training images": int(published.train_images), "test images": int(published.test_images or 0)}
-    defaults = {
-        "model": default_fields(asked.model),
-        "train": default_fields(asked.train),
-    }  # of fields younger than the run
-    stored = {part: defaults[part] | run.config["config"][part] for part in defaults}
     images = run.summary.get("images", {})
-    found = _decisive(stored, run.config["model_class"])
-    found |= {"data": run.config["data"]["name"], "epochs done": run.summary["epochs"]}
-    found |= {"training images": images.get("train"), "test images": images.get("test")}
-    differ = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
-    reasons = [f"{key} is {found.get(key)}, not {wanted.get(key)}" for key in differ]
+    facts = {  # name: (measured, published)
+        "data": (run.config["data"]["name"], published.dataset),
+        "epochs": (run.train["epochs"], int(published.epochs)),
+        "epochs done": (run.summary["epochs"], int(published.epochs)),
+        "training images": (images.get("train"), int(published.train_images)),
+        "test images": (images.get("test"), int(published.test_images or 0)),
+    }
+    wrong = [f"{name} is {ours}, not {theirs}" for name, (ours, theirs) in facts.items() if ours != theirs]
+    ours, theirs = (_any_start(each) for each in (asked.configuration, run.configuration))
     lacks = f"val_{published.ours.key}" not in run.epochs
-    return [*reasons, f"metrics.csv has no val_{published.ours.key}"] if lacks else reasons
+    return [*ours.differences(theirs, FREE), *wrong, *["metrics.csv has no val_" + published.ours.key] * lacks]
 
 
-def _decisive(fields: dict[str, dict], model_class: str) -> dict[str, Any]:
-    """The fields of model and training in which a run must not differ; names are unique over both."""
-    decisive = {"model_class": model_class} | fields["model"] | fields["train"]
-    if start := decisive.get("start_from"):  # RUN-seedK-best.pt, as config.name_of_file has it
-        decisive["start_from"] = re.sub(rf"\+({'|'.join(FREE)})=[^+-]*|-seed\d+", "", start)
-    return {key: value for key, value in decisive.items() if key not in FREE}
-
-
-def _plain(values: dict) -> dict:
-    """As config.json gives them back: tuples are lists."""
-    return json.loads(json.dumps(values))
+def _any_start(configuration: Configuration) -> Configuration:
+    """The file that a training starts from without seed and FREE fields: RUN+precision=bf16-seed1-best.pt."""
+    start = configuration.train.get("start_from")
+    if not start:
+        return configuration
+    start = re.sub(rf"\+({'|'.join(FREE)})=[^+-]*|-seed\d+", "", start)
+    return dataclasses.replace(configuration, train=configuration.train | {"start_from": start})
 
 
 def _called(run: RunFiles, name: str) -> RunFiles:

@@ -1,22 +1,22 @@
 """Reads run folders and groups their runs into rows: used by every script that makes tables or figures of runs."""
 
-import io
 import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from training.config import UserError
+from training.config import Configuration, UserError
 from training.metrics import METRICS, Metric
+from training.stored import Damaged, configuration_of, first_line, read_config, read_metrics, read_summary
 
 Task = tuple[str, str]  # data set and key of the metric; results of one task can be compared
 SMALL = "small_cpu"  # folders of reduced-size runs have names that end in this
-DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # raised by damaged files
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,16 @@ class RunFiles:
     summary: dict | None
     """summary.json; None if the run is not finished"""
 
+    @cached_property
+    def configuration(self) -> Configuration:
+        """Fields younger than the run have their defaults."""
+        return configuration_of(self.config)
+
     @property
     def fields(self) -> dict:
-        """All fields that decide the result, but the seed; names are unique over model and training.
-
-        What is None is left out: runs of earlier versions may lack it.
-        """
-        model_class = {"model_class": self.config["model_class"]}
-        data = {"data": self.config["data"]["name"]}
-        fields = model_class | data | self.config["config"]["model"] | self.train
-        return {key: value for key, value in fields.items() if value is not None and key != "seed"}
+        """All fields that decide the result but the seed, and the data set's name: equal if runs may be averaged."""
+        fields = self.configuration.flat() | {"data": self.config["data"]["name"]}
+        return {key: value for key, value in fields.items() if key != "seed"}
 
     @property
     def train(self) -> dict:
@@ -171,28 +171,24 @@ def read_runs(folders: Iterable[Path]) -> list[RunFiles]:
     for folder in folders:
         try:
             runs.append(read_run(folder))
-        except DAMAGED as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"warning: {folder} is left out, it cannot be read ({reason})", file=sys.stderr)
+        except Damaged as error:
+            print(f"warning: {folder} is left out: {error}", file=sys.stderr)
     return runs
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Reads and checks one run. Raises one of DAMAGED."""
-    text = (folder / "metrics.csv").read_text()
-    whole = text[: text.rfind("\n") + 1]  # a last line without its end: the process was stopped while it wrote it
-    epochs = pd.read_csv(io.StringIO(whole))
-    config = json.loads((folder / "config.json").read_text())
-    summary = folder / "summary.json"
-    summary = json.loads(summary.read_text()) if summary.exists() else None
-    run = RunFiles(folder, config, epochs.set_index("epoch"), summary)
-    numbers = run.epochs[["train_loss", "val_loss", f"val_{run.metric.key}", "epoch_time_sec"]].to_numpy(float)
-    if not len(numbers) or not np.isfinite(numbers).all():
-        raise ValueError("metrics.csv has no epoch, or one without its numbers")
-    last = run.summary["epochs"] if run.summary else len(numbers)
-    if run.epochs.index.tolist() != list(range(1, last + 1)):
-        raise ValueError(f"the epochs in metrics.csv do not count from 1 to {last}")
-    Row(run.config["experiment"], (), (run,)).record()  # raises where something the tables need is missing
+    """Reads and checks one run. Raises Damaged."""
+    run = RunFiles(folder, read_config(folder), read_metrics(folder), read_summary(folder))
+    path = folder / "metrics.csv"
+    try:
+        numbers = run.epochs[f"val_{run.metric.key}"].to_numpy(float)
+    except (ValueError, KeyError) as error:
+        raise Damaged(f"{path} is damaged ({first_line(error)}): add --resume to the run's command") from None
+    done = run.summary["epochs"] if run.summary else len(numbers)
+    if not np.isfinite(numbers).all() or len(numbers) != done:
+        raise Damaged(f"{path} has {len(numbers)} epochs, summary.json {done}, or a metric is missing: train it again")
+    if run.summary and run.summary["best"]["epoch"] not in run.epochs.index:
+        raise Damaged(f"{folder / 'summary.json'} names a best epoch that metrics.csv does not have: train it again")
     return run
 
 
