@@ -54,11 +54,14 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Holds the run for this process. Raises UserError if another process trains it.
 
-        The lock is the operating system's, so that it ends with the process, whatever ends that. The folder is made if
-        needed, and removed again if nothing else came into it.
+        The lock is the operating system's, so that it ends with the process, whatever ends that. Folders are made if
+        needed, and removed again if nothing else came into them.
         """
-        path = self.folder / LOCK
+        path, name = self.folder / LOCK, self.folder.parent.name
+        if len(name.encode()) > LONGEST_NAME:
+            raise UserError(f"{name} is too long for a folder name: give a shorter one with --name")
         try:
+            missing = [each for each in self.folder.parents if not each.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(path, timeout=0)
             lock.acquire()
@@ -80,7 +83,8 @@ class Run:
             with contextlib.suppress(OSError):
                 if [each.name for each in self.folder.iterdir()] == [LOCK]:
                     path.unlink()
-                    self.folder.rmdir()
+                    for each in (self.folder, *missing):
+                        each.rmdir()
             lock.release()
 
     def holder(self) -> str:
@@ -110,8 +114,6 @@ class Run:
         the run to resume has another configuration.
         """
         options = experiment.options
-        if len(experiment.name.encode()) > LONGEST_NAME:
-            raise UserError(f"{experiment.name} is too long for a folder name: give a shorter one with --name")
         there = [name for name in FILES if (self.folder / name).exists()]
         if not options.resume:
             if there and not options.overwrite:
