@@ -17,6 +17,7 @@ import csv
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import time
@@ -229,11 +230,17 @@ class Run:
         }
         if split is None:
             del new["split.npz"]
-        for name, write in new.items():
-            self._write_partial(name, write)
+        try:
+            for name, write in new.items():
+                self._write_partial(name, write)
+        except BaseException:
+            for name in new:
+                with contextlib.suppress(OSError):
+                    (self.folder / f"{name}.partial").unlink()
+            raise
         events = self.folder.glob("events.out.tfevents*")
         for old in (*(self.folder / name for name in FILES), *events, *self.kept_weights().values()):
-            old.unlink(missing_ok=True)
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)  # a folder: a damaged run
         for name in new:
             self._finish_partial(name)
 
