@@ -244,9 +244,9 @@ def test_a_run_has_its_files_and_columns(finished):
         assert (state["epoch"], state["step"], state["run_id"]) == (epoch, 6 * epoch, config["run_id"])
         assert state["config"] == fields and set(state["model"]) == set(trial.model.build().state_dict())
         assert state["optimizer"]["state"][0]["step"] == 6 * epoch
-        assert [{key: str(value) for key, value in row.items()} for row in state["history"]] == read_rows(
-            trial.folder
-        )[:epoch]
+        assert [{key: str(value) for key, value in row.items()} for row in state["history"]] == read_rows(trial.folder)[
+            :epoch
+        ]
 
 
 def test_losses_and_accuracies_are_means_over_images(finished):
