@@ -90,7 +90,7 @@ def call_script(monkeypatch, tmp_path):
 
     def call(script, *args):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, args)])
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as end:

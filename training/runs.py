@@ -17,6 +17,7 @@ import csv
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import time
@@ -54,11 +55,14 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Holds the run for this process. Raises UserError if another process trains it.
 
-        The lock is the operating system's, so that it ends with the process, whatever ends that. The folder is made if
-        needed, and removed again if nothing else came into it.
+        The lock is the operating system's, so that it ends with the process, whatever ends that. Folders are made if
+        needed, and removed again if nothing else came into them.
         """
-        path = self.folder / LOCK
+        path, name = self.folder / LOCK, self.folder.parent.name
+        if len(name.encode()) > LONGEST_NAME:
+            raise UserError(f"{name} is too long for a folder name: give a shorter one with --name")
         try:
+            missing = [each for each in self.folder.parents if not each.exists()]
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = filelock.FileLock(path, timeout=0)
             lock.acquire()
@@ -80,8 +84,8 @@ class Run:
             with contextlib.suppress(OSError):
                 if [each.name for each in self.folder.iterdir()] == [LOCK]:
                     path.unlink()
-                    self.folder.rmdir()
-                    self.folder.parent.rmdir()  # fails, and stays, if it holds other seeds
+                    for each in (self.folder, *missing):
+                        each.rmdir()
             lock.release()
 
     def holder(self) -> str:
@@ -111,8 +115,6 @@ class Run:
         the run to resume has another configuration.
         """
         options = experiment.options
-        if len(experiment.name.encode()) > LONGEST_NAME:
-            raise UserError(f"{experiment.name} is too long for a folder name: give a shorter one with --name")
         there = [name for name in FILES if (self.folder / name).exists()]
         if not options.resume:
             if there and not options.overwrite:
@@ -228,12 +230,18 @@ class Run:
         }
         if split is None:
             del new["split.npz"]
-        for name, write in new.items():
-            self._write_partial(name, write)
+        try:
+            for name, write in new.items():
+                self._write_partial(name, write)
+        except BaseException:
+            for name in new:
+                with contextlib.suppress(OSError):
+                    (self.folder / f"{name}.partial").unlink()
+            raise
         events = self.folder.glob("events.out.tfevents*")
         for old in (*(self.folder / name for name in FILES), *events, *self.kept_weights().values()):
             try:
-                old.unlink(missing_ok=True)
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)  # a folder: a damaged run
             except OSError as error:
                 raise _disk_error(old, error) from None
         for name in new:
