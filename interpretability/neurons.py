@@ -40,8 +40,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from analysis.plots import TITLE
-from analysis.plotting.style import COLORS, PAGE, new_figure, save_figure, style_axes
+from analysis.plotting.style import COLORS, PAGE, TITLE, new_figure, save_figure, style_axes
 from interpretability.common.activity import (
     GELU_NOTE,
     batches_of_patches,

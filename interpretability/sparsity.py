@@ -30,8 +30,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor, nn
 
-from analysis.plots import label_epochs, new_blocks
-from analysis.plotting.style import COLORS, MARKERS, SEQUENTIAL, save_figure, style_axes
+from analysis.plotting.style import COLORS, MARKERS, SEQUENTIAL, label_epochs, new_blocks, save_figure, style_axes
 from interpretability.common.activity import (
     GELU_NOTE,
     NO_CLASS,

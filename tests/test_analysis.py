@@ -8,7 +8,7 @@ import pytest
 
 from training import UserError
 from analysis.analyze import analyze, draw_curves, draw_final, read_tasks, write_tables
-from analysis.plots import labels_of
+from analysis.plotting.style import labels_of
 from analysis.reading import find_runs, make_rows, read_runs
 from tests.pictures import check_picture
 from training.config import ROOT

@@ -12,8 +12,7 @@ from scipy.optimize import minimize
 from training import UserError
 from analysis.analyze import analyze
 from analysis.costs import draw_multipliers, draw_parameters, draw_speed, draw_time, sweeps_of
-from analysis.plots import choose_scale, spread_out
-from analysis.plotting.style import COLORS
+from analysis.plotting.style import COLORS, choose_scale, spread_out
 from analysis.reading import find_runs, make_rows, read_runs
 from tests.pictures import check_picture, share_of_color
 

@@ -7,8 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plots import new_blocks
-from analysis.plotting.style import outline
+from analysis.plotting.style import new_blocks, outline
 from models.vision_bdh import Grid
 
 COLUMNS = 8
