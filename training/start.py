@@ -91,7 +91,7 @@ def take_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Any]:
     grids = f" (positions interpolated from {_by(source.grid)} patches)" if other_grid else ""
     print(
         f"encoder from {path}: {', '.join(sorted(taken))} taken{grids}; "
-        f"{', '.join(left) or 'nothing'} and the rest of the model are drawn"
+        f"drawn: {', '.join([*left, 'the rest of the model'])}"
     )
     _say_differences(flags)
     return {"file": name_of_file(path), "taken": sorted(taken), "drawn": left}

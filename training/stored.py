@@ -218,9 +218,14 @@ def load_weights(path: Path, remedy: str = "name a best.pt, last.pt or .safetens
             raise Damaged(f"{path} cannot be read as safetensors ({first_line(error)}): {remedy}") from None
     else:
         weights = load_checkpoint(path, remedy)["model"]
+    return _unwrapped(weights)
+
+
+def _unwrapped(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the prefixes of DistributedDataParallel and torch.compile, in whichever order they were applied."""
     for prefix in ("module.", "_orig_mod."):
         if weights and all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+            return _unwrapped({name.removeprefix(prefix): value for name, value in weights.items()})
     return weights
 
 

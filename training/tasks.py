@@ -59,10 +59,10 @@ class Task(Protocol):
     """whether the progress bar computes the ratios during training; False if they are costly"""
 
     def open(self, experiment: Experiment) -> Source:
-        """Finds the data. Raises UserError if they are missing or the model does not fit them."""
+        """Finds the data. Raises UserError if they are missing."""
 
     def load(self, source: Any, split: Split | None, experiment: Experiment, device: torch.device) -> Batches:
-        """split: the resumed run's, None to draw one. Raises UserError if data are damaged."""
+        """split: the resumed run's, None to draw one. Raises UserError if data are damaged or do not fit the model."""
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Any:
         """Outputs in validation and test."""
@@ -100,11 +100,10 @@ class Classification(OneForward):
 
     def open(self, experiment: Experiment) -> DataSet:
         model = experiment.model
-        dataset = load_dataset(self.train.dataset, experiment.options.data_dir, model.img_size, model.in_channels)
-        _check_fit(model, dataset)
-        return dataset
+        return load_dataset(self.train.dataset, experiment.options.data_dir, model.img_size, model.in_channels)
 
     def load(self, source: DataSet, split: Split | None, experiment: Experiment, device: torch.device) -> ImageBatches:
+        _check_fit(experiment.model, source)
         train, options = self.train, experiment.options
         split = split or split_train(source.train_labels, train.val_fraction, train.train_limit, train.seed)
         eval_batch_size = options.eval_batch_size or EVAL_BATCH_SIZE
