@@ -72,9 +72,9 @@ NOTES = {  # texts for the columns not_comparable and remarks of published_resul
     "here there are 11, and void never counts.",
     "configuration": "The published configuration is unknown: the code has 256 x 256 pixels, learning rate 5e-4 and "
     "batch size 8; the document has 384 x 384, 3e-4 and 4. Here it is the document's.",
-    "rotary": "The published BDH-UNet is a different model. Its rotary frequencies have the wrong sign in the exponent "
-    "and no factor 1 / (2 pi), and its pairs are mismatched, so its attention is not a function of relative position; "
-    "here it is.",
+    "rotary": "The published BDH-UNet is a different model: in its rotary embedding the exponent has the wrong sign, "
+    "the factor 1 / (2 pi) is missing and the pairs are mismatched, so its attention is not a function of relative "
+    "position. Here it is.",
     "batches": "The published mIoU is the mean over batches of the mean IoU of the classes in a batch's masks. It is "
     "measured in the same way, at the best epoch by it. The standard mIoU (one confusion matrix over all validation "
     "images, at the best epoch by that) is in the column beside it.",

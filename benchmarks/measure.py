@@ -58,7 +58,8 @@ def machine_of(device: torch.device) -> tuple[str, str]:
     about = describe_hardware(device)
     words = f"{about['name']}, PyTorch {torch.__version__}"
     if "threads" in about:
-        return f"{device.type}_{about['threads']}threads", f"{about['threads']} threads of {words}"
+        n = about["threads"]
+        return f"{device.type}_{n}threads", f"{n} thread{'s' * (n != 1)} of {words}"
     return "_".join(about["name"].lower().split()), words
 
 
