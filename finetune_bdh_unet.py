@@ -10,38 +10,40 @@ published work, with the encoder of any Vision-BDH of the same width, heads and 
         --mlp-internal-dim-multiplier 32 --epochs 80 --learning-rate 3e-4
 """
 
+from training import Experiment, SegmentationConfig, launch
 from models.bdh_unet import bdh_unet_config
-from training import SegmentationConfig, launch
 from training.config import ROOT
 
+EXPERIMENT = Experiment(
+    "bdh_unet_finetune",
+    model=bdh_unet_config(  # residual="pre", attention="raw", init="xavier"
+        img_size=384,
+        patch_size=8,  # 48 x 48 = 2,304 tokens an image
+        n_layer=6,
+        n_embd=256,
+        n_head=4,
+        mlp_internal_dim_multiplier=16,  # 1,024 neurons a head
+        dropout=0.1,
+        skips=False,
+        num_classes=11,
+        encoder=None,
+    ),
+    train=SegmentationConfig(
+        dataset="camvid",
+        start_from=ROOT / "runs" / "bdh_unet" / "seed0" / "best.pt",
+        epochs=10,
+        batch_size=4,
+        learning_rate=3e-5,
+        weight_decay=0.01,
+        warmup_steps=0,
+        max_grad_norm=1.0,
+        dice_weight=0.5,
+        horizontal_flip=0.5,
+        brightness_contrast=0.5,
+        shift_scale_rotate=0.3,
+        precision="tf32",
+    ),
+)
+
 if __name__ == "__main__":
-    launch(
-        "bdh_unet_finetune",
-        model=bdh_unet_config(  # residual="pre", attention="raw", init="xavier"
-            img_size=384,
-            patch_size=8,  # 48 x 48 = 2,304 tokens an image
-            n_layer=6,
-            n_embd=256,
-            n_head=4,
-            mlp_internal_dim_multiplier=16,  # 1,024 neurons a head
-            dropout=0.1,
-            skips=False,
-            num_classes=11,
-            encoder=None,
-        ),
-        train=SegmentationConfig(
-            dataset="camvid",
-            start_from=ROOT / "runs" / "bdh_unet" / "seed0" / "best.pt",
-            epochs=10,
-            batch_size=4,
-            learning_rate=3e-5,
-            weight_decay=0.01,
-            warmup_steps=0,
-            max_grad_norm=1.0,
-            dice_weight=0.5,
-            horizontal_flip=0.5,
-            brightness_contrast=0.5,
-            shift_scale_rotate=0.3,
-            precision="tf32",
-        ),
-    )
+    launch(EXPERIMENT)

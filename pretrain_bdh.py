@@ -9,35 +9,37 @@ DIR/train/ANY/ and DIR/test/ANY/, or in DIR/ANY/.
     python finetune_bdh_unet.py --encoder runs/bdh_masked/seed0/best.pt --epochs 80 --learning-rate 3e-4
 """
 
+from training import Experiment, PretrainingConfig, launch
 from models.masked_bdh import MaskedBDHConfig
-from training import PretrainingConfig, launch
+
+EXPERIMENT = Experiment(
+    "bdh_masked",
+    model=MaskedBDHConfig(
+        img_size=32,
+        patch_size=8,  # 16 tokens an image
+        n_layer=6,
+        n_embd=256,
+        n_head=4,
+        mlp_internal_dim_multiplier=16,  # 1,024 neurons a head
+        dropout=0.1,
+        residual="pre",
+        init="xavier",
+        mask_ratio=0.6,
+    ),
+    train=PretrainingConfig(
+        dataset="cifar10",
+        epochs=100,
+        batch_size=128,
+        learning_rate=3e-4,
+        weight_decay=0.05,
+        warmup_steps=500,
+        max_grad_norm=1.0,
+        val_fraction=0.1,
+        crop_scale_min=0.6,
+        horizontal_flip=True,
+        precision="tf32",
+    ),
+)
 
 if __name__ == "__main__":
-    launch(
-        "bdh_masked",
-        model=MaskedBDHConfig(
-            img_size=32,
-            patch_size=8,  # 16 tokens an image
-            n_layer=6,
-            n_embd=256,
-            n_head=4,
-            mlp_internal_dim_multiplier=16,  # 1,024 neurons a head
-            dropout=0.1,
-            residual="pre",
-            init="xavier",
-            mask_ratio=0.6,
-        ),
-        train=PretrainingConfig(
-            dataset="cifar10",
-            epochs=100,
-            batch_size=128,
-            learning_rate=3e-4,
-            weight_decay=0.05,
-            warmup_steps=500,
-            max_grad_norm=1.0,
-            val_fraction=0.1,
-            crop_scale_min=0.6,
-            horizontal_flip=True,
-            precision="tf32",
-        ),
-    )
+    launch(EXPERIMENT)

@@ -16,33 +16,35 @@ The authors' own size (25.3 million parameters) is for a GPU; the small batch of
 
 import torch
 
+from training import Experiment, TextConfig, launch
 from models.bdh import BDHConfig
-from training import TextConfig, launch
 from training.runs import load_model
 
+EXPERIMENT = Experiment(
+    "bdh_text",
+    model=BDHConfig(
+        n_layer=4,
+        n_embd=128,
+        n_head=4,
+        mlp_internal_dim_multiplier=16,  # 512 neurons a head
+        dropout=0.1,
+        vocab_size=256,  # bytes
+    ),
+    train=TextConfig(
+        text=None,  # pydoc_data.topics
+        context=128,
+        epochs=3,
+        batch_size=8,  # 1,024 bytes a step, about 290 steps an epoch
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        warmup_steps=100,
+        val_fraction=0.1,
+        test_fraction=0.1,
+    ),
+)
+
 if __name__ == "__main__":
-    run = launch(
-        "bdh_text",
-        model=BDHConfig(
-            n_layer=4,
-            n_embd=128,
-            n_head=4,
-            mlp_internal_dim_multiplier=16,  # 512 neurons a head
-            dropout=0.1,
-            vocab_size=256,  # bytes
-        ),
-        train=TextConfig(
-            text=None,  # pydoc_data.topics
-            context=128,
-            epochs=3,
-            batch_size=8,  # 1,024 bytes a step, about 290 steps an epoch
-            learning_rate=1e-3,
-            weight_decay=0.1,
-            warmup_steps=100,
-            val_fraction=0.1,
-            test_fraction=0.1,
-        ),
-    )
+    run = launch(EXPERIMENT)
     model, config = load_model(run)
     device = config["hardware"]["device"]  # where it was trained
     torch.manual_seed(0)

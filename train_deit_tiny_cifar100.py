@@ -10,27 +10,29 @@ epochs (one seed, 40,000 images); for fitted there is none. Cost: 0.05 GFLOP an 
     python train_deit_tiny_cifar100.py --setting fitted
 """
 
-from models.baselines import deit_tiny_config
-from training import ClassificationConfig, launch
+from training import ClassificationConfig, Experiment, launch
+from models.baselines import DeiTTinyConfig
+
+EXPERIMENT = Experiment(
+    "deit_tiny_cifar100",
+    model=DeiTTinyConfig(
+        setting="published",  # 4 tokens an image; fitted: 64
+        num_classes=100,
+    ),
+    train=ClassificationConfig(
+        dataset="cifar100",
+        epochs=50,
+        batch_size=32,
+        learning_rate=1e-4,
+        weight_decay=0.05,
+        warmup_steps=500,
+        max_grad_norm=1.0,
+        val_fraction=0.2,
+        crop_scale_min=0.8,
+        horizontal_flip=True,
+        precision="tf32",
+    ),
+)
 
 if __name__ == "__main__":
-    launch(
-        "deit_tiny_cifar100",
-        model=deit_tiny_config(
-            setting="published",  # 4 tokens an image; fitted: 64
-            num_classes=100,
-        ),
-        train=ClassificationConfig(
-            dataset="cifar100",
-            epochs=50,
-            batch_size=32,
-            learning_rate=1e-4,
-            weight_decay=0.05,
-            warmup_steps=500,
-            max_grad_norm=1.0,
-            val_fraction=0.2,
-            crop_scale_min=0.8,
-            horizontal_flip=True,
-            precision="tf32",
-        ),
-    )
+    launch(EXPERIMENT)

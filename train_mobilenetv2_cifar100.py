@@ -10,28 +10,30 @@ forward, fitted 0.18; v2 takes 3.1.
     python train_mobilenetv2_cifar100.py --setting fitted
 """
 
-from models.baselines import mobilenetv2_config
-from training import ClassificationConfig, launch
+from training import ClassificationConfig, Experiment, launch
+from models.baselines import MobileNetV2Config
+
+EXPERIMENT = Experiment(
+    "mobilenetv2_cifar100",
+    model=MobileNetV2Config(
+        setting="published",  # 1 x 1 before pooling; fitted: 4 x 4
+        dropout=0.2,
+        num_classes=100,
+    ),
+    train=ClassificationConfig(
+        dataset="cifar100",
+        epochs=50,
+        batch_size=32,
+        learning_rate=1e-4,
+        weight_decay=0.05,
+        warmup_steps=500,
+        max_grad_norm=1.0,
+        val_fraction=0.2,
+        crop_scale_min=0.8,
+        horizontal_flip=True,
+        precision="tf32",
+    ),
+)
 
 if __name__ == "__main__":
-    launch(
-        "mobilenetv2_cifar100",
-        model=mobilenetv2_config(
-            setting="published",  # 1 x 1 before pooling; fitted: 4 x 4
-            dropout=0.2,
-            num_classes=100,
-        ),
-        train=ClassificationConfig(
-            dataset="cifar100",
-            epochs=50,
-            batch_size=32,
-            learning_rate=1e-4,
-            weight_decay=0.05,
-            warmup_steps=500,
-            max_grad_norm=1.0,
-            val_fraction=0.2,
-            crop_scale_min=0.8,
-            horizontal_flip=True,
-            precision="tf32",
-        ),
-    )
+    launch(EXPERIMENT)

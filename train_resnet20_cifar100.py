@@ -7,24 +7,26 @@ after 50 epochs (one seed, 40,000 images). Cost: 0.08 GFLOP an image forward; v2
     python train_resnet20_cifar100.py --epochs 5 --learning-rate 1e-3
 """
 
-from models.baselines import resnet20_config
-from training import ClassificationConfig, launch
+from training import ClassificationConfig, Experiment, launch
+from models.baselines import ResNet20Config
+
+EXPERIMENT = Experiment(
+    "resnet20_cifar100",
+    model=ResNet20Config(num_classes=100),
+    train=ClassificationConfig(
+        dataset="cifar100",
+        epochs=50,
+        batch_size=32,
+        learning_rate=1e-4,
+        weight_decay=0.05,
+        warmup_steps=500,
+        max_grad_norm=1.0,
+        val_fraction=0.2,
+        crop_scale_min=0.8,
+        horizontal_flip=True,
+        precision="tf32",
+    ),
+)
 
 if __name__ == "__main__":
-    launch(
-        "resnet20_cifar100",
-        model=resnet20_config(num_classes=100),
-        train=ClassificationConfig(
-            dataset="cifar100",
-            epochs=50,
-            batch_size=32,
-            learning_rate=1e-4,
-            weight_decay=0.05,
-            warmup_steps=500,
-            max_grad_norm=1.0,
-            val_fraction=0.2,
-            crop_scale_min=0.8,
-            horizontal_flip=True,
-            precision="tf32",
-        ),
-    )
+    launch(EXPERIMENT)

@@ -7,29 +7,32 @@ validation mIoU at epoch 38 of 40 (one seed, mean over batches). From scratch, a
     python train_resnet50_unet.py --encoder-weights none --epochs 80
 """
 
-from models.baselines import resnet50_unet_config
-from training import SegmentationConfig, launch
+from training import Experiment, SegmentationConfig, launch
+from models.baselines import ResNetUNetConfig
+
+EXPERIMENT = Experiment(
+    "resnet50_unet",
+    model=ResNetUNetConfig(
+        depth=50,
+        img_size=384,
+        encoder_weights="imagenet",
+        num_classes=11,
+    ),
+    train=SegmentationConfig(
+        dataset="camvid",
+        epochs=40,
+        batch_size=4,
+        learning_rate=3e-4,
+        weight_decay=0.01,
+        warmup_steps=0,
+        max_grad_norm=1.0,
+        dice_weight=0.5,
+        horizontal_flip=0.5,
+        brightness_contrast=0.5,
+        shift_scale_rotate=0.3,
+        precision="tf32",
+    ),
+)
 
 if __name__ == "__main__":
-    launch(
-        "resnet50_unet",
-        model=resnet50_unet_config(
-            img_size=384,
-            encoder_weights="imagenet",
-            num_classes=11,
-        ),
-        train=SegmentationConfig(
-            dataset="camvid",
-            epochs=40,
-            batch_size=4,
-            learning_rate=3e-4,
-            weight_decay=0.01,
-            warmup_steps=0,
-            max_grad_norm=1.0,
-            dice_weight=0.5,
-            horizontal_flip=0.5,
-            brightness_contrast=0.5,
-            shift_scale_rotate=0.3,
-            precision="tf32",
-        ),
-    )
+    launch(EXPERIMENT)

@@ -8,32 +8,34 @@ An epoch should cost what v2's does, about 50 s on an RTX 4060.
     python train_v2_softmax_cifar10.py --epochs 5 --qk separate
 """
 
+from training import ClassificationConfig, Experiment, launch
 from models.vision_bdh import v2_softmax_config
-from training import ClassificationConfig, launch
+
+EXPERIMENT = Experiment(
+    "v2_softmax_cifar10",
+    model=v2_softmax_config(  # residual="pre", attention="softmax", init="xavier"
+        patch_size=4,  # 64 tokens an image
+        n_layer=6,
+        n_embd=192,
+        n_head=6,
+        mlp_internal_dim_multiplier=32,  # 1,024 neurons a head
+        dropout=0.1,
+        num_classes=10,
+    ),
+    train=ClassificationConfig(
+        dataset="cifar10",
+        epochs=50,
+        batch_size=32,
+        learning_rate=1e-4,
+        weight_decay=0.05,
+        warmup_steps=500,
+        max_grad_norm=1.0,
+        val_fraction=0.2,
+        crop_scale_min=0.8,
+        horizontal_flip=True,
+        precision="tf32",
+    ),
+)
 
 if __name__ == "__main__":
-    launch(
-        "v2_softmax_cifar10",
-        model=v2_softmax_config(  # residual="pre", attention="softmax", init="xavier"
-            patch_size=4,  # 64 tokens an image
-            n_layer=6,
-            n_embd=192,
-            n_head=6,
-            mlp_internal_dim_multiplier=32,  # 1,024 neurons a head
-            dropout=0.1,
-            num_classes=10,
-        ),
-        train=ClassificationConfig(
-            dataset="cifar10",
-            epochs=50,
-            batch_size=32,
-            learning_rate=1e-4,
-            weight_decay=0.05,
-            warmup_steps=500,
-            max_grad_norm=1.0,
-            val_fraction=0.2,
-            crop_scale_min=0.8,
-            horizontal_flip=True,
-            precision="tf32",
-        ),
-    )
+    launch(EXPERIMENT)

@@ -7,32 +7,34 @@ seed, 40,000 images). An epoch costs what it does on CIFAR-10: about 45 s on an 
     python train_vit_tiny_cifar100.py --epochs 5 --dropout 0.1
 """
 
-from models.baselines import vit_tiny_config
-from training import ClassificationConfig, launch
+from training import ClassificationConfig, Experiment, launch
+from models.baselines import ViTConfig
+
+EXPERIMENT = Experiment(
+    "vit_tiny_cifar100",
+    model=ViTConfig(
+        patch_size=4,  # 64 tokens an image
+        n_layer=12,
+        n_embd=192,
+        n_head=3,
+        mlp_dim=768,
+        dropout=0.0,
+        num_classes=100,
+    ),
+    train=ClassificationConfig(
+        dataset="cifar100",
+        epochs=50,
+        batch_size=32,
+        learning_rate=1e-4,
+        weight_decay=0.05,
+        warmup_steps=500,
+        max_grad_norm=1.0,
+        val_fraction=0.2,
+        crop_scale_min=0.8,
+        horizontal_flip=True,
+        precision="tf32",
+    ),
+)
 
 if __name__ == "__main__":
-    launch(
-        "vit_tiny_cifar100",
-        model=vit_tiny_config(
-            patch_size=4,  # 64 tokens an image
-            n_layer=12,
-            n_embd=192,
-            n_head=3,
-            mlp_dim=768,
-            dropout=0.0,
-            num_classes=100,
-        ),
-        train=ClassificationConfig(
-            dataset="cifar100",
-            epochs=50,
-            batch_size=32,
-            learning_rate=1e-4,
-            weight_decay=0.05,
-            warmup_steps=500,
-            max_grad_norm=1.0,
-            val_fraction=0.2,
-            crop_scale_min=0.8,
-            horizontal_flip=True,
-            precision="tf32",
-        ),
-    )
+    launch(EXPERIMENT)

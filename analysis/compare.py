@@ -1,8 +1,9 @@
-"""What a change is worth: each experiment against one default, paired by seed.
+"""Differences of experiments to one default experiment, paired by seed.
 
-The difference is the mean over the seeds that both have, with a 95 % confidence interval from Student's t of the paired
-differences. Runs of one seed share their split, and so the luck of it, which the pairing takes out. Of data without a
-test part, the best validation result counts. Writes a table in Markdown (in percent) and CSV (in fractions).
+The difference is the mean over the seeds that both have, with a 95 % confidence interval: Student's t of the paired
+differences. Runs with the same seed share their validation split, so pairing removes that part of the variance. If the
+data have no test part, best validation results are compared. Writes a table as Markdown (in percent) and CSV (as
+fractions).
 
     python analysis/compare.py --default v2_cifar10
     python analysis/compare.py --runs-dir results/ablation_small_cpu --default ablation --output results/ablation
@@ -21,29 +22,29 @@ from scipy import stats
 
 from analysis.reading import Row, find_runs, make_rows, read_runs, result_title, row_called
 from analysis.tables import markdown_table
+from training.command_line import run_script
 from training.config import ROOT
-from training.script import run_script
 
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Which runs are compared with what."""
+    """What to compare."""
 
     default: str
-    """experiment that the others are compared with"""
+    """full name of the experiment that the others are compared with"""
     runs_dir: Path = ROOT / "runs"
     """folder with runs, at any depth"""
     output: Path = ROOT / "analysis_results" / "comparison"
-    """file of the table, without .md and .csv"""
+    """output files without suffix: .md and .csv are added"""
 
 
 def compare(runs: Sequence[Path], default: str, output: Path) -> pd.DataFrame:
-    """Compares the finished runs in these folders; shows and writes the table, and returns it with metrics as stored.
+    """Compares the finished runs in these folders; prints, writes and returns the table, with metrics as stored.
 
-    default: name of the experiment to compare with. output: the files are this with .md and .csv. Raises UserError
-    where the default has no finished run.
+    default: experiment to compare with. output: path of the files without .md and .csv. Raises UserError if the default
+    has no finished run.
     """
     rows = [row for row in make_rows(read_runs(runs)) if row.finished]
     chosen = row_called(default, rows, "--default", "finished run")
@@ -51,7 +52,7 @@ def compare(runs: Sequence[Path], default: str, output: Path) -> pd.DataFrame:
     output.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(output.with_name(f"{output.name}.csv"), index=False)
     markdown = "\n".join(_markdown(table, chosen))
-    output.with_name(f"{output.name}.md").write_text(markdown + "\n")
+    output.with_name(f"{output.name}.md").write_text(markdown + "\n", encoding="utf-8")
     print(f"{markdown}\n\n{output}.md\n{output}.csv")
     return table
 
@@ -59,7 +60,7 @@ def compare(runs: Sequence[Path], default: str, output: Path) -> pd.DataFrame:
 def difference_interval(values: Sequence[float], defaults: Sequence[float]) -> tuple[float, float, float]:
     """Mean of the paired differences and the ends of its confidence interval; NaN ends for a single pair.
 
-    values, defaults: (seeds,), of the same seeds in the same order.
+    values, defaults: (seeds,) of the same seeds in the same order.
     """
     differences = np.subtract(values, defaults)
     mean, n = differences.mean(), len(differences)
@@ -90,41 +91,32 @@ def _line(row: Row, default: Row) -> dict:
 
 
 def _markdown(table: pd.DataFrame, default: Row) -> list[str]:
-    name, metric = default.experiment, default.metric
-    data = default.task[0]
-
     def number(value: float, sign: str = "") -> str:
-        return "" if np.isnan(value) else metric.number(value, sign)
+        return "" if np.isnan(value) else default.metric.number(value, sign)
 
     titles = ["setting", "parameters", "seeds", result_title([default]), "standard deviation", "difference"]
     titles.append("95 % interval")
     lines = []
     for line in table.to_dict("records"):
-        is_default = line["experiment"] == name and not line["pairs"]
-        setting = "default" if is_default else _changes(line["experiment"], name)
-        interval = f"{number(line['difference_low'], '+')} to {number(line['difference_high'], '+')}"
-        cells = [
-            f"{setting} ({line['differs_in']})" if line["differs_in"] else setting,
-            f"{line['parameters']:,}",
-            str(line["seeds"]),
-            number(line["mean"]),
-            number(line["std"]),
-            number(line["difference"], "+"),
-            "" if np.isnan(line["difference_low"]) else interval,
-        ]
-        lines.append(cells)
-    heading = ["# What each change is worth", "", f"Default: `{name}`, on {data}.", ""]
-    pairs = "differences are paired by seed; the interval is Student's t over seeds"
+        is_default = line["experiment"] == default.experiment and not line["pairs"]
+        setting = "default" if is_default else _changes(line["experiment"], default.experiment)
+        interval = [number(line[end], "+") for end in ("difference_low", "difference_high")]
+        cells = [setting + (f" ({line['differs_in']})" if line["differs_in"] else "")]
+        cells += [f"{line['parameters']:,}", str(line["seeds"]), number(line["mean"]), number(line["std"])]
+        lines.append([*cells, number(line["difference"], "+"), " to ".join(filter(None, interval))])
     return [
-        *heading,
+        "# What each change is worth",
+        "",
+        f"Default: `{default.experiment}`, on {default.task[0]}.",
+        "",
         *markdown_table(titles, lines, ("setting",)),
         "",
-        f"Standard deviations over seeds (n - 1); {pairs}.",
+        "Standard deviations over seeds (n - 1); differences are paired by seed; interval: Student's t over seeds.",
     ]
 
 
 def _changes(experiment: str, default: str) -> str:
-    """What the name says beyond the default's."""
+    """The parts of the name that the default's does not have."""
     shared = default.split("+")
     return ", ".join(part for part in experiment.split("+") if part not in shared) or experiment
 

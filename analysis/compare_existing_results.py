@@ -1,95 +1,72 @@
-"""Any runs and folders of results side by side: one table and one figure.
+"""Results of any runs and folders side by side: one table and one figure.
 
-Takes runs, experiments' folders, or folders that hold them at any depth. Seeds of one experiment are averaged within a
-given folder, never across two: where an experiment is in several, each has its own line with the folder's name and
-what their configurations differ in. A run that lies in several of the given folders counts for the first. Data sets
-are kept apart. Writes a table in Markdown (in percent) and CSV (in fractions), and a figure as PNG and SVG.
-
-analyze.py draws everything about the runs of one folder; compare.py says what a change is worth, by differences to a
-default that are paired by seed. Neither looks at where a run lies; this puts the runs of two places beside each other,
-such as one's own and another's.
+Takes runs, folders of experiments, or any folders that hold runs. Seeds are averaged within a folder, never across
+folders; a run in several of the folders counts for the first. Data sets are kept apart. Use it to compare your runs
+with those of others; analysis/analyze.py draws more about one folder, analysis/compare.py tests differences by seed.
 
     python analysis/compare_existing_results.py runs results/ablation_small_cpu
     python analysis/compare_existing_results.py runs/v2_cifar10 runs/v1_cifar10/seed0 --output plots/v1_and_v2
 """
 
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import pandas as pd
 import tyro
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
-from analysis.figures import COLORS, save_figure
-from analysis.plots import BAR_LABEL, LINE, bar_inches, draw_results, labels_of, legend_shape, look_of, new_blocks
-from analysis.reading import Row, data_title, find_runs, make_rows, read_runs
-from analysis.tables import NOTE, results_table
+from analysis.analyze import by_task, draw_final, write_tables
+from analysis.plotting.style import save_figure
+from analysis.reading import Row, find_runs, make_rows, read_runs
+from training.command_line import run_script
 from training.config import ROOT, UserError
-from training.script import run_script
-
-Line = tuple[str, Row]  # the name of the given folder that the row is from, and the row
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is compared, and where the table and the figure go."""
+    """What to compare, and the output files."""
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
     """runs, or folders that hold runs at any depth"""
     output: Path = ROOT / "analysis_results" / "existing_results"
-    """the files are this with .md, .csv, .png and .svg"""
+    """output files without suffix: .md, .csv, .png and .svg are added"""
 
 
 def compare_results(paths: Sequence[Path], output: Path) -> tuple[Path, ...]:
     """Compares the runs in these folders; returns the files: Markdown, CSV, PNG, SVG.
 
-    Raises UserError for a path that holds no run, or where none can be read; warns of single ones that cannot.
+    Runs that cannot be read are named and left out. Raises UserError for a path that holds no run, or if none can be
+    read.
     """
     if not output.name:
-        raise UserError(f"--output {output} is a folder: name the files in it, without .md")
-    lines = read_lines(paths)
-    tables = {task: list(members) for task, members in groupby(lines, key=lambda line: line[1].task)}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    markdown, csv, picture = (output.with_name(f"{output.name}{suffix}") for suffix in (".md", ".csv", ".png"))
-    text = ["# Results side by side", ""]
-    for members in tables.values():
-        folders, rows = zip(*members, strict=True)
-        text += [f"## {data_title(rows)}", "", *results_table(rows, folders), ""]
-    markdown.write_text("\n".join([*text, NOTE]) + "\n")
-    pd.DataFrame([{"folder": folder} | row.record() for folder, row in lines]).to_csv(csv, index=False)
-    return (markdown, csv, *save_figure(draw(list(tables.values())), picture))
+        raise UserError(f"--output {output} is a folder: add a file name without suffix")
+    tasks = by_task(read_rows(paths))
+    tables = write_tables(tasks, output, "Results side by side")
+    return (*tables, *save_figure(draw_final(tasks), output.with_name(f"{output.name}.png")))
 
 
-def read_lines(paths: Sequence[Path]) -> list[Line]:
-    """What the runs in these folders come to; by data set, best experiment first, its folders one below the other."""
+def read_rows(paths: Sequence[Path]) -> list[Row]:
+    """Rows with the name of their folder; by data set, best experiment first, its folders below each other."""
     if not paths:
-        raise UserError("there is nothing to compare: name folders with runs, such as runs or results")
+        raise UserError("nothing to compare: name folders with runs, such as runs or results")
     names = short_names(paths)
-    origin: dict[Path, str] = {}  # name of the given folder, by folder of a run
+    origin: dict[Path, str] = {}  # folder of a run -> name of the given folder
     for path in paths:
         found = find_runs(path)
         if not found:
-            problem = "holds no run: name a folder that holds config.json and metrics.csv, at any depth"
+            problem = "holds no run: name a folder with config.json and metrics.csv, at any depth"
             raise UserError(f"{path} {problem if path.is_dir() else 'is no folder'}")
         for run in found:
             origin.setdefault(run.resolve(), names[path])
     rows = make_rows(read_runs(origin), folder_of=lambda run: origin[run.folder])
-    if not rows:
-        raise UserError("no run in these folders can be read")
     order = [(row.task, row.experiment) for row in rows]
-    rows.sort(key=lambda row: order.index((row.task, row.experiment)))
-    return [(origin[row.runs[0].folder], row) for row in rows]
+    return sorted(rows, key=lambda row: order.index((row.task, row.experiment)))
 
 
 def short_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """The shortest end of each path that no other has; the whole path where there is none."""
+    """For each path its shortest end that no other path has, or the whole path."""
     parts = {path: path.resolve().parts for path in paths}
     names = {}
     for path, own in parts.items():
@@ -99,28 +76,9 @@ def short_names(paths: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def draw(tables: Sequence[Sequence[Line]]) -> Figure:
-    """One block a data set: bars of the results, the numbers beside; colours tell folders where there are several."""
-    folders = list(dict.fromkeys(folder for lines in tables for folder, _ in lines))
-    names, titles = zip(*(labels_of([row for _, row in lines]) for lines in tables), strict=True)
-    labels = [[textwrap.fill(name, BAR_LABEL) for name in each] for each in names]
-    columns, legend_lines = legend_shape(folders)
-    inches = list(map(bar_inches, labels))
-    if len(folders) > 1:
-        inches[-1] += LINE * (legend_lines + 1.5)
-    figure, blocks = new_blocks(titles, inches)
-    for block, texts, lines in zip(blocks, labels, tables, strict=True):
-        places = [folders.index(folder) if len(folders) > 1 else place for place, (folder, _) in enumerate(lines)]
-        draw_results(block.subplots(), [row for _, row in lines], texts, [look_of(n)["color"] for n in places])
-    if len(folders) > 1:
-        handles = [Patch(color=COLORS[n % len(COLORS)], label=folder) for n, folder in enumerate(folders)]
-        blocks[-1].legend(handles=handles, loc="outside lower center", title="folder", frameon=False, ncols=columns)
-    return figure
-
-
 def main(options: Options) -> None:
     files = compare_results(options.paths, options.output)
-    print(files[0].read_text(), *files, sep="\n")
+    print(files[0].read_text(encoding="utf-8"), *files, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,81 +1,63 @@
-"""The published rows, the runs that repeat them, and a verdict on each, for claims.py and update_readme.py."""
+"""The published results, the runs that count for each, and a verdict."""
 
 import csv
 import dataclasses
-import json
 import re
-import runpy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-import training
 from analysis.reading import SMALL, Row, RunFiles, find_runs, make_rows, read_runs
-from training.config import ROOT, Experiment, UserError, default_fields, parse_experiment
+from training.command_line import experiment_of
+from training.config import ROOT, Configuration, Experiment, UserError
 from training.metrics import METRICS, Metric
 
 PUBLISHED = ROOT / "analysis" / "published_results.csv"
 CONFIDENCE = 0.95
 MIN_SEEDS = 3
-FREE = {"seed", "precision", "compile"}  # fields in which runs of one experiment may differ: chance, and how to compute
+FREE = {"seed", "precision", "compile"}  # fields in which a run may differ from the published configuration
 
 REPRODUCED = "reproduced"
 BELOW, ABOVE = "measured below the published value", "measured above the published value"
-TOO_FEW, NOT_COMPARABLE, NOT_YET_RUN = "too few seeds", "not comparable", "not yet run"
-OTHER_KINDS = ("estimate", "literature")  # rows that the published work did not measure: the kind, and no verdict
-VERDICTS = (REPRODUCED, BELOW, ABOVE, TOO_FEW, NOT_COMPARABLE, NOT_YET_RUN, *OTHER_KINDS)
+TOO_FEW, NOT_COMPARABLE, NOT_RUN = "too few seeds", "not comparable", "not run yet"
+OTHER_KINDS = ("estimate", "literature")  # rows that the published work did not measure; shown in place of a verdict
+VERDICTS = (REPRODUCED, BELOW, ABOVE, TOO_FEW, NOT_COMPARABLE, NOT_RUN, *OTHER_KINDS)
 
 
 @dataclass(frozen=True)
 class Published:
-    """A line of published_results.csv, its cells as they stand there."""
+    """A line of published_results.csv, as text."""
 
-    source: str
-    """document that it is from"""
-    kind: str
-    """measured, or one of OTHER_KINDS"""
-    experiment: str
-    """its published name"""
+    source: str  # document
+    kind: str  # measured, estimate or literature
+    experiment: str  # published name
     dataset: str
     epochs: str
-    metric: str
-    """test_accuracy; best_val_miou, the mean over batches; miou where no script repeats it"""
-    value: str
-    """in percent; of an estimate perhaps a range"""
+    metric: str  # test_accuracy; best_val_miou, a mean over batches; miou if no script repeats the row
+    value: str  # percent; an estimate may be a range
     unit: str
     params_published: str
-    note: str
-    """what else was published of it"""
-    script: str
-    """that repeats it; empty where none does"""
-    flags: str
-    """that the script takes for it"""
-    flags_as_run: str
-    """those that repeat the published code, where it did something else than documented"""
-    train_images: str
-    """number that it was trained on"""
-    test_images: str
-    """number that it was tested on; empty where the data have no test part"""
-    not_comparable: str
-    """names of the reasons, if there are any, for which no run can be set against it"""
-    remarks: str
-    """names of what else there is to say of it"""
+    note: str  # what else was published about it
+    script: str  # script that repeats it; empty if there is none
+    flags: str  # flags of the script, as documented
+    flags_as_run: str  # flags that repeat the published code, if it differs from its documentation
+    train_images: str  # number of training images
+    test_images: str  # number of test images; empty if the data have no test part
+    not_comparable: str  # keys of claims.NOTES: reasons why no run can be compared with it
+    remarks: str  # keys of claims.NOTES: other remarks
 
     @property
     def ours(self) -> Metric:
-        """The metric of runs here that it is compared with."""
+        """Our metric that corresponds to the published one."""
         return METRICS["accuracy" if self.metric == "test_accuracy" else "miou_batch"]
 
     @property
     def settings(self) -> list[tuple[str, str | None]]:
-        """Ways to repeat it: what to call each, and its flags; None where no script repeats it."""
+        """Ways to repeat it: name and flags of each; flags are None if no script repeats it."""
         if not self.script:
             return [("", None)]
         if not self.flags_as_run:
@@ -85,19 +67,19 @@ class Published:
 
 @dataclass(frozen=True)
 class Claim:
-    """A published row in one of its settings, beside runs of one configuration that repeat it."""
+    """A published row in one setting, with the runs of one configuration that repeat it."""
 
     published: Published
     setting: str
-    """as documented, or as the code ran; empty where the two are one"""
+    """as documented, or as the code ran; empty if they are the same"""
     asked: Experiment | None
-    """what a run has to be; None where no script repeats the row"""
+    """the experiment that repeats it; None if no script does"""
     row: Row | None
-    """those that are; None where there are none"""
+    """its runs; None if there are none"""
 
     @property
     def experiment(self) -> str:
-        """Its name here, and what tells the configuration from others of that name."""
+        """The experiment's name here, with the fields that distinguish its configuration."""
         if self.asked is None:
             return "none"
         differs = f" ({', '.join(self.row.differs)})" if self.row and self.row.differs else ""
@@ -105,7 +87,7 @@ class Claim:
 
     @property
     def values(self) -> pd.Series:
-        """(seeds,) what stands beside the published value, as stored."""
+        """(seeds,) measured values of the published metric, as stored."""
         if self.row is None:
             return pd.Series(dtype=float)
         if self.published.metric == "test_accuracy":
@@ -114,7 +96,7 @@ class Claim:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """That of `prediction_interval`, where the verdict rests on it."""
+        """The prediction interval that decides the verdict; None if there is no such verdict."""
         decides = self.published.kind == "measured" and not self.published.not_comparable
         return prediction_interval(self.values) if decides and len(self.values) >= MIN_SEEDS else None
 
@@ -126,14 +108,14 @@ class Claim:
         if self.published.not_comparable:
             return NOT_COMPARABLE
         if not self.interval:
-            return TOO_FEW if len(self.values) else NOT_YET_RUN
+            return TOO_FEW if len(self.values) else NOT_RUN
         low, high = self.interval
         value = float(self.published.value) / self.published.ours.scale
         return BELOW if value > high else ABOVE if value < low else REPRODUCED
 
 
 def prediction_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Where one further run falls with 95 % probability, if runs are normal draws. values: (n,), n at least 2.
+    """Where one more run falls with 95 % probability if runs are normally distributed. values: (n,), n at least 2.
 
     mean ± t(n - 1, 0.975) s sqrt(1 + 1 / n), s with n - 1: Hahn and Meeker, Statistical Intervals (1991).
     """
@@ -151,26 +133,26 @@ def read_published(path: Path = PUBLISHED) -> list[Published]:
 
 
 def read_results(results: Path) -> list[RunFiles]:
-    """All finished runs below this folder. Raises UserError where it is none."""
+    """All finished runs in this folder, at any depth. Raises UserError if there is no such folder."""
     if not results.is_dir():
         raise UserError(f"{results} is no folder: name the one that holds the runs with --results-dir")
     return [run for run in read_runs(find_runs(results)) if run.summary is not None]
 
 
 def is_small(run: RunFiles, results: Path) -> bool:
-    """Whether it lies in a folder of runs of reduced size."""
+    """Whether it lies in a folder of reduced-size runs."""
     return any(part.endswith(SMALL) for part in (results.resolve().name, *run.folder.relative_to(results).parts))
 
 
 def claims_of(runs: Iterable[RunFiles], published: Sequence[Published]) -> list[Claim]:
-    """Every published row in each of its settings; a claim for each configuration that runs repeat it with.
+    """For every published row and setting a claim for each configuration of the runs that repeat it, at least one.
 
-    runs: finished, and not small.
+    runs: finished runs at full size.
     """
     claims, runs = [], list(runs)
     for line in published:
         for setting, flags in line.settings:
-            asked = None if flags is None else asked_of(line.script, flags)
+            asked = None if flags is None else experiment_of(line.script, flags)
             counted = [_called(run, asked.name) for run in runs if asked and not mismatches(run, line, asked)]
             rows = sorted(make_rows(counted), key=lambda row: row.differs) or [None]
             claims += [Claim(line, setting, asked, row) for row in rows]
@@ -178,7 +160,7 @@ def claims_of(runs: Iterable[RunFiles], published: Sequence[Published]) -> list[
 
 
 def not_counted(runs: Iterable[RunFiles], claims: Sequence[Claim]) -> dict[Path, list[str]]:
-    """Runs that bear the name of a row's experiment and do not repeat it: folder and reasons."""
+    """Runs that have the name of a published row's experiment but do not repeat it: folder -> reasons."""
     reasons = {}
     for run in runs:
         alike = [claim for claim in claims if claim.asked and claim.asked.name == run.config["experiment"]]
@@ -187,54 +169,34 @@ def not_counted(runs: Iterable[RunFiles], claims: Sequence[Claim]) -> dict[Path,
     return reasons
 
 
-@cache
-def asked_of(script: str, flags: str) -> Experiment:
-    """What a script of the repository trains with these flags: its call of launch is noted, not made.
-
-    So the configuration stands in the script alone.
-    """
-    with mock.patch.object(training, "launch") as launch:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    (name,), configs = launch.call_args
-    return parse_experiment(name, **configs, description=script, args=flags.split())
-
-
 def mismatches(run: RunFiles, published: Published, asked: Experiment) -> list[str]:
     """Why a finished run does not repeat a row in the setting asked: fields and facts that differ; empty if it does.
 
-    Facts are those of the published row, so that a script that was changed since makes no reproductions.
+    Facts are those of the published row, so that a run of a script that was changed since does not count.
     """
-    wanted = _decisive(_plain(asked.fields()), type(asked.model).__name__)
-    wanted |= {"data": published.dataset, "epochs": int(published.epochs), "epochs done": int(published.epochs)}
-    wanted |= {"training images": int(published.train_images), "test images": int(published.test_images or 0)}
-    defaults = {
-        "model": default_fields(asked.model),
-        "train": default_fields(asked.train),
-    }  # of fields younger than the run
-    stored = {part: defaults[part] | run.config["config"][part] for part in defaults}
     images = run.summary.get("images", {})
-    found = _decisive(stored, run.config["model_class"])
-    found |= {"data": run.config["data"]["name"], "epochs done": run.summary["epochs"]}
-    found |= {"training images": images.get("train"), "test images": images.get("test")}
-    differ = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
-    reasons = [f"{key} is {found.get(key)}, not {wanted.get(key)}" for key in differ]
+    facts = {  # name: (measured, published)
+        "data": (run.config["data"]["name"], published.dataset),
+        "epochs": (run.train["epochs"], int(published.epochs)),
+        "epochs done": (run.summary["epochs"], int(published.epochs)),
+        "training images": (images.get("train"), int(published.train_images)),
+        "test images": (images.get("test"), int(published.test_images or 0)),
+    }
+    wrong = [f"{name} is {ours}, not {theirs}" for name, (ours, theirs) in facts.items() if ours != theirs]
+    ours, theirs = (_any_start(each) for each in (asked.configuration, run.configuration))
     lacks = f"val_{published.ours.key}" not in run.epochs
-    return [*reasons, f"metrics.csv has no val_{published.ours.key}"] if lacks else reasons
+    return [*ours.differences(theirs, FREE), *wrong, *["metrics.csv has no val_" + published.ours.key] * lacks]
 
 
-def _decisive(fields: dict[str, dict], model_class: str) -> dict[str, Any]:
-    """The fields of model and training in which a run must not differ; names are unique over both."""
-    decisive = {"model_class": model_class} | fields["model"] | fields["train"]
-    if start := decisive.get("start_from"):  # RUN-seedK-best.pt, as config.name_of_file has it
-        decisive["start_from"] = re.sub(rf"\+({'|'.join(FREE)})=[^+-]*|-seed\d+", "", start)
-    return {key: value for key, value in decisive.items() if key not in FREE}
-
-
-def _plain(values: dict) -> dict:
-    """As config.json gives them back: tuples are lists."""
-    return json.loads(json.dumps(values))
+def _any_start(configuration: Configuration) -> Configuration:
+    """The file that a training starts from without seed and FREE fields: RUN+precision=bf16-seed1-best.pt."""
+    start = configuration.train.get("start_from")
+    if not start:
+        return configuration
+    start = re.sub(rf"\+({'|'.join(FREE)})=[^+-]*|-seed\d+", "", start)
+    return dataclasses.replace(configuration, train=configuration.train | {"start_from": start})
 
 
 def _called(run: RunFiles, name: str) -> RunFiles:
-    """The run under that name: what it is, not what it is called, decides which runs are averaged."""
+    """The run under another name: configurations, not names, decide which runs are averaged."""
     return dataclasses.replace(run, config=run.config | {"experiment": name})

@@ -1,27 +1,27 @@
-"""What runs left on disk, read back and grouped: for every script that makes tables or plots of them."""
+"""Reads run folders and groups their runs into rows: used by every script that makes tables or figures of runs."""
 
-import io
 import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from training.config import UserError
+from training.config import Configuration, UserError
 from training.metrics import METRICS, Metric
+from training.stored import Damaged, configuration_of, first_line, read_config, read_metrics, read_summary
 
-Task = tuple[str, str]  # name of the data and key of the metric: results of one task can be compared
-SMALL = "small_cpu"  # end of the names of folders with runs of reduced size
-DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading a damaged file can raise
+Task = tuple[str, str]  # data set and key of the metric; results of one task can be compared
+SMALL = "small_cpu"  # folders of reduced-size runs have names that end in this
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What the files of one run say."""
+    """The contents of one run's files."""
 
     folder: Path
     config: dict
@@ -29,18 +29,18 @@ class RunFiles:
     epochs: pd.DataFrame
     """metrics.csv, indexed by epoch, from 1"""
     summary: dict | None
-    """summary.json, None where the run is not finished"""
+    """summary.json; None if the run is not finished"""
+
+    @cached_property
+    def configuration(self) -> Configuration:
+        """Fields younger than the run have their defaults."""
+        return configuration_of(self.config)
 
     @property
     def fields(self) -> dict:
-        """All fields that decide the result, but the seed; names are unique over model and training.
-
-        What is None is left out: runs of earlier versions may lack it.
-        """
-        model_class = {"model_class": self.config["model_class"]}
-        data = {"data": self.config["data"]["name"]}
-        fields = model_class | data | self.config["config"]["model"] | self.train
-        return {key: value for key, value in fields.items() if value is not None and key != "seed"}
+        """All fields that decide the result but the seed, and the data set's name: equal if runs may be averaged."""
+        fields = self.configuration.flat() | {"data": self.config["data"]["name"]}
+        return {key: value for key, value in fields.items() if key != "seed"}
 
     @property
     def train(self) -> dict:
@@ -48,12 +48,12 @@ class RunFiles:
 
     @property
     def is_small(self) -> bool:
-        """Whether it lies in a folder of runs of reduced size: <SMALL>/<experiment>/seed<k>."""
+        """Whether it lies in a folder of reduced-size runs: <...SMALL>/<experiment>/seed<k>."""
         return self.folder.resolve().parents[1].name.endswith(SMALL)
 
     @property
     def metric(self) -> Metric:
-        """That of the first column val_<key> after val_loss. Raises ValueError without one, KeyError if unknown."""
+        """Metric of the first column val_<key> after val_loss. Raises ValueError if missing, KeyError if unknown."""
         keys = [name.removeprefix("val_") for name in self.epochs if name.startswith("val_")]
         if "loss" not in keys[:-1]:
             raise ValueError("metrics.csv has no column val_<metric> after val_loss")
@@ -61,7 +61,7 @@ class RunFiles:
 
     @property
     def best_epoch(self) -> int:
-        """The epoch whose weights were tested; before the end, the one that would be: best metric, then lowest loss."""
+        """The epoch whose weights were tested; of an unfinished run the best so far: best metric, then lowest loss."""
         if self.summary is not None:
             return self.summary["best"]["epoch"]
         columns, ascending = [f"val_{self.metric.key}", "val_loss"], [not self.metric.higher_is_better, True]
@@ -70,30 +70,31 @@ class RunFiles:
 
     @property
     def seconds(self) -> float:
-        """What all epochs took, validation included; the test is not in it."""
+        """Seconds of all epochs, with validation, without the test."""
         return self.epochs["epoch_time_sec"].sum()
 
     @property
     def speed(self) -> float:
-        """Median over epochs of the training samples a second, validation not counted; NaN where none are stored."""
+        """Median over epochs of training samples a second, without validation; NaN if not stored."""
         return self.epochs["images_per_sec"].median() if "images_per_sec" in self.epochs else math.nan
 
     @property
     def hardware(self) -> str:
         about = self.config["hardware"]
-        return about["name"] + (f", {about['threads']} threads" if "threads" in about else "")
+        threads = about.get("threads")
+        return about["name"] + (f", {threads} thread{'s' * (threads != 1)}" if threads else "")
 
 
 @dataclass(frozen=True)
 class Row:
-    """Runs that are averaged: one experiment, one configuration, several seeds."""
+    """Runs that are averaged: one experiment and configuration, several seeds."""
 
     experiment: str
     differs: tuple[str, ...]
-    """fields that tell it from other configurations of the same experiment name, as "n_layer=12"; mostly none"""
+    """fields that distinguish it from other configurations of the same name, as "n_layer=12"; usually none"""
     runs: tuple[RunFiles, ...]
     folder: str = ""
-    """which of several folders the runs are from, where runs of the same experiment are from others, too"""
+    """name of the folder that the runs are from, if the caller distinguishes folders"""
 
     @property
     def finished(self) -> list[RunFiles]:
@@ -105,7 +106,7 @@ class Row:
 
     @property
     def counted(self) -> list[RunFiles]:
-        """Those that averages are taken over: the finished ones, or all where none is."""
+        """The runs that are averaged: the finished ones, or all if none is finished."""
         return self.finished or self.unfinished
 
     @property
@@ -118,13 +119,13 @@ class Row:
 
     @property
     def test(self) -> pd.Series:
-        """Test metric as stored, by seed, empty where there is none; its std() has n - 1, NaN for one seed."""
-        tests = {run.train["seed"]: run.summary["test"] for run in self.finished}  # None for data without a test part
+        """Test metric as stored, by seed; empty without a test part. Its std() divides by n - 1: NaN for one seed."""
+        tests = {run.train["seed"]: run.summary["test"] for run in self.finished}  # None without a test part
         return pd.Series({seed: test[self.metric.key] for seed, test in tests.items() if test is not None}, dtype=float)
 
     @property
     def result(self) -> pd.Series:
-        """Test as stored, by seed, or the metric of the best validation where the data have no test part."""
+        """Test metric as stored, by seed, or the best validation metric if the data have no test part."""
         if len(self.test):
             return self.test
         key = f"val_{self.metric.key}"
@@ -132,11 +133,11 @@ class Row:
 
     @property
     def parts(self) -> list[str]:
-        """The experiment's name, its changed fields, what it differs in, its folder where that is said."""
-        return [*self.experiment.split("+"), *self.differs, *([f"in {self.folder}"] if self.folder else [])]
+        """The experiment's name, its changed fields, and the fields in `differs`."""
+        return [*self.experiment.split("+"), *self.differs]
 
     def record(self) -> dict:
-        """One line of results.csv; metrics as stored: those in percent as fractions."""
+        """One line of results.csv; metrics as stored (percentages as fractions)."""
         runs, metric = self.counted, self.metric.key
         best = [run.epochs.loc[run.best_epoch, f"val_{metric}"] for run in runs]
         return {
@@ -160,45 +161,41 @@ class Row:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """Folders at any depth below root, or root itself, with the files of a run that has begun."""
+    """Folders at any depth in root, or root itself, that hold config.json and metrics.csv."""
     return sorted(path.parent for path in root.rglob("config.json") if (path.parent / "metrics.csv").is_file())
 
 
 def read_runs(folders: Iterable[Path]) -> list[RunFiles]:
-    """The runs that can be read; one line on stderr for each that cannot."""
+    """The runs that can be read; a warning on stderr names each one that cannot and is left out."""
     runs = []
     for folder in folders:
         try:
             runs.append(read_run(folder))
-        except DAMAGED as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            print(f"warning: {folder} is left out, it cannot be read ({reason})", file=sys.stderr)
+        except Damaged as error:
+            print(f"warning: {folder} is left out: {error}", file=sys.stderr)
     return runs
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Reads and checks one run. Raises one of DAMAGED."""
-    text = (folder / "metrics.csv").read_text()
-    whole = text[: text.rfind("\n") + 1]  # a last line without its end: the process was stopped while it wrote it
-    epochs = pd.read_csv(io.StringIO(whole))
-    config = json.loads((folder / "config.json").read_text())
-    summary = folder / "summary.json"
-    summary = json.loads(summary.read_text()) if summary.exists() else None
-    run = RunFiles(folder, config, epochs.set_index("epoch"), summary)
-    numbers = run.epochs[["train_loss", "val_loss", f"val_{run.metric.key}", "epoch_time_sec"]].to_numpy(float)
-    if not len(numbers) or not np.isfinite(numbers).all():
-        raise ValueError("metrics.csv has no epoch, or one without its numbers")
-    last = run.summary["epochs"] if run.summary else len(numbers)
-    if run.epochs.index.tolist() != list(range(1, last + 1)):
-        raise ValueError(f"the epochs in metrics.csv do not count from 1 to {last}")
-    Row(run.config["experiment"], (), (run,)).record()  # raises where something the tables need is missing
+    """Reads and checks one run. Raises Damaged."""
+    run = RunFiles(folder, read_config(folder), read_metrics(folder), read_summary(folder))
+    path = folder / "metrics.csv"
+    try:
+        numbers = run.epochs[f"val_{run.metric.key}"].to_numpy(float)
+    except (ValueError, KeyError) as error:
+        raise Damaged(f"{path} is damaged ({first_line(error)}): add --resume to the run's command") from None
+    done = run.summary["epochs"] if run.summary else len(numbers)
+    if not np.isfinite(numbers).all() or len(numbers) != done:
+        raise Damaged(f"{path} has {len(numbers)} epochs, summary.json {done}, or a metric is missing: train it again")
+    if run.summary and run.summary["best"]["epoch"] not in run.epochs.index:
+        raise Damaged(f"{folder / 'summary.json'} names a best epoch that metrics.csv does not have: train it again")
     return run
 
 
 def make_rows(runs: Iterable[RunFiles], folder_of: Callable[[RunFiles], str] = lambda run: "") -> list[Row]:
-    """Groups runs by experiment and configuration; sorted by data set, then test metric, best first.
+    """Groups runs by experiment and configuration; sorted by data set, then result, best first.
 
-    folder_of: which of several folders a run is from; runs from different ones are not averaged.
+    folder_of: name of the folder that a run is from; runs from different folders are not averaged.
     """
     configurations: dict[str, dict[tuple[str, str], list[RunFiles]]] = {}
     for run in runs:
@@ -208,34 +205,33 @@ def make_rows(runs: Iterable[RunFiles], folder_of: Callable[[RunFiles], str] = l
     for experiment, groups in configurations.items():
         variants = [group[0].fields for group in groups.values()]
         varied = sorted(key for key in set().union(*variants) if len({str(each.get(key)) for each in variants}) > 1)
-        in_several = len({folder for folder, _ in groups}) > 1
         for ((folder, _), group), fields in zip(groups.items(), variants, strict=True):
             differs = tuple(f"{key}={fields.get(key)}" for key in varied)
-            rows.append(Row(experiment, differs, _one_run_a_seed(group), folder if in_several else ""))
-    return sorted(rows, key=lambda row: (row.task, _badness(row), row.parts))
+            rows.append(Row(experiment, differs, _one_run_a_seed(group), folder))
+    return sorted(rows, key=lambda row: (row.task, _badness(row), row.parts, row.folder))
 
 
 def data_title(rows: Sequence[Row]) -> str:
-    """The data set of rows of one task, and whether they are runs of reduced size."""
+    """The data set of rows of one task, and whether all are runs of reduced size."""
     small = all(run.is_small for row in rows for run in row.runs)
     return f"{rows[0].task[0]}, small runs" if small else rows[0].task[0]
 
 
 def result_title(rows: Sequence[Row]) -> str:
-    """What the rows' results are: the test's, or the best validation's where the data have no test part."""
+    """Name of the rows' results: test metric, or best validation metric if the data have no test part."""
     part = "test" if any(len(row.test) for row in rows) or not any(row.finished for row in rows) else "best validation"
     return f"{part} {rows[0].metric.title}"
 
 
 def shared_parts(rows: Sequence[Row]) -> list[str]:
-    """What all rows' `parts` have beside the experiment's name."""
+    """The `parts` that all rows share, without the experiment's name."""
     return [part for part in rows[0].parts[1:] if all(part in row.parts[1:] for row in rows)]
 
 
 def row_called(experiment: str, rows: Sequence[Row], flag: str, wanted: str = "run") -> Row:
-    """The only row of that experiment. Raises UserError where there are none or several, naming flag and experiments.
+    """The one row of that experiment. Raises UserError if there is none or several, naming the flag and the choices.
 
-    wanted: what rows were made of.
+    wanted: what the rows are made of, for the message.
     """
     found = [row for row in rows if row.experiment == experiment]
     if len(found) == 1:
@@ -246,16 +242,16 @@ def row_called(experiment: str, rows: Sequence[Row], flag: str, wanted: str = "r
 
 
 def _badness(row: Row) -> float:
-    """The lower the better: of the result, last what has none."""
+    """Sorting key: best result first, rows without a result last."""
     sign = -1 if row.metric.higher_is_better else 1
     return sign * row.result.mean() if len(row.result) else math.inf
 
 
 def _one_run_a_seed(runs: Iterable[RunFiles]) -> tuple[RunFiles, ...]:
-    """A copy of a run is no further seed: of several, the one that got furthest counts."""
+    """A copy of a run is not another seed: of several with one seed, the one with most epochs counts."""
     kept: dict[int, RunFiles] = {}
     for run in sorted(runs, key=lambda run: (run.summary is None, -len(run.epochs), run.folder)):
         first = kept.setdefault(run.train["seed"], run)
         if first is not run:
-            print(f"warning: {run.folder} is left out, it has the seed and fields of {first.folder}", file=sys.stderr)
+            print(f"warning: {run.folder} is left out: same seed and fields as {first.folder}", file=sys.stderr)
     return tuple(kept[seed] for seed in sorted(kept))

@@ -1,4 +1,4 @@
-"""Tables of runs in Markdown, for the scripts that compare them."""
+"""Markdown tables of runs."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,11 +7,11 @@ import pandas as pd
 from analysis.reading import Row
 from training.metrics import Metric
 
-NOTE = "Means over seeds ± standard deviation (n - 1); best epoch and seconds are medians. Tested at the best epoch."
+NOTE = "Mean over seeds ± standard deviation (n - 1); median best epoch and seconds. Test: weights of the best epoch."
 
 
 def markdown_table(titles: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence[str] = ()) -> list[str]:
-    """Lines of a table. left: titles of the columns that are flush left; all others are flush right."""
+    """Lines of a table. left: titles of the columns aligned left; all others are aligned right."""
     rule = "|".join(" --- " if title in left else " ---: " for title in titles)
     return [_line(titles), f"|{rule}|", *map(_line, lines)]
 
@@ -20,14 +20,14 @@ def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def results_table(rows: Sequence[Row], folders: Sequence[str] = ()) -> list[str]:
-    """One line a row, of one data set; metrics in percent where they are shown so. folders: a first column, if any."""
+def results_table(rows: Sequence[Row]) -> list[str]:
+    """One line for each row, all on one data set; with a column of folders if the rows have any."""
     title = rows[0].metric.title
     titles = ["experiment", "parameters", "seeds", f"test {title}", f"best validation {title}"]
     titles += ["best epoch", "epochs", "seconds an epoch", "hardware"]
     lines = [_cells(row) for row in rows]
-    if folders:
-        titles, lines = ["folder", *titles], [[folder, *line] for folder, line in zip(folders, lines, strict=True)]
+    if any(row.folder for row in rows):
+        titles, lines = ["folder", *titles], [[row.folder, *line] for row, line in zip(rows, lines, strict=True)]
     return markdown_table(titles, lines, left=("folder", "experiment", "hardware"))
 
 
@@ -50,13 +50,13 @@ def _cells(row: Row) -> list[str]:
 
 
 def _test_cell(row: Row) -> str:
-    """The test result in percent, or why there is none."""
+    """The test result, or why there is none."""
     if not len(row.test):
         return "no test part" if row.finished else "not finished"
     return mean_and_spread(row.metric, row.test)
 
 
 def mean_and_spread(metric: Metric, values: pd.Series) -> str:
-    """values: (seeds,) as stored; shown in the metric's unit, with the standard deviation of two seeds or more."""
+    """Mean in the metric's unit, with the standard deviation if there are several. values: (seeds,) as stored."""
     spread = f" ± {metric.number(values.std())}" if len(values) > 1 else ""
     return f"{metric.number(values.mean())}{spread}"

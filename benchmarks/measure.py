@@ -1,8 +1,10 @@
-"""What the benchmarks share: sides measured in turns, the spread of times, the memory of a step."""
+"""Shared by the benchmarks: checked options, timing in turns, memory of a step, output files."""
 
+import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -11,36 +13,83 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from analysis.figures import save_figure
-from training.device import describe_hardware
+from analysis.plotting.style import save_figure
+from training.config import ROOT
+from training.device import describe_hardware, pick_device, synchronize, tune_cpu_allocator
 
 Precision = Literal["float32", "tf32", "bf16"]
-S, T = TypeVar("S"), TypeVar("T")
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes lines of its own at every start and stop
+S, T = TypeVar("S", bound=Hashable), TypeVar("T")
+MAY_BE_0 = ("seed", "warm_up")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from printing at every start and stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions:
+    """Options of every benchmark. Raises ValueError for an empty list or a number below 1."""
+
+    device: str = "auto"
+    """auto, cuda, cuda:1, mps or cpu"""
+    repeats: int = 7
+    """timed readings of each side, after the warm-up"""
+    output_dir: Path = ROOT / "results" / "benchmarks"
+    """folder for the table and the figure"""
+
+    def __post_init__(self):
+        for name in (field.name for field in dataclasses.fields(self)):
+            value = getattr(self, name)
+            if value == ():
+                raise ValueError(f"{name} is empty: give at least one value")
+            for number in value if isinstance(value, tuple) else (value,):
+                least = 0 if name in MAY_BE_0 else 1
+                if isinstance(number, int | float) and not isinstance(number, bool) and not number >= least:
+                    raise ValueError(f"{name} = {number} must be at least {least}")
+
+
+def prepare_device(name: str) -> torch.device:
+    """The device; on a CPU with memory allocation as in training. Raises UserError if there is no such device."""
+    device = pick_device(name)
+    if device.type == "cpu":
+        tune_cpu_allocator()
+    return device
 
 
 def machine_of(device: torch.device) -> tuple[str, str]:
-    """What was measured on, for names of files ("cpu_2threads") and in words; the words name PyTorch's version, too."""
+    """The machine in file names, as "cpu_2threads", and in words, with PyTorch's version."""
     about = describe_hardware(device)
     words = f"{about['name']}, PyTorch {torch.__version__}"
     if "threads" in about:
-        return f"{device.type}_{about['threads']}threads", f"{about['threads']} threads of {words}"
+        n = about["threads"]
+        return f"{device.type}_{n}threads", f"{n} thread{'s' * (n != 1)} of {words}"
     return "_".join(about["name"].lower().split()), words
 
 
 def write_results(table: pd.DataFrame, figure: Figure, path: Path) -> tuple[Path, Path, Path]:
-    """The table as CSV, and the figure of the same name as PNG and SVG; returns the files. Makes the folder."""
+    """The table as CSV and the figure, with the same name, as PNG and SVG; returns the files. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
     return path, *save_figure(figure, path.with_suffix(".png"))
 
 
-def in_turns(sides: dict[str, S], run: Callable[[S], T], repeats: int, warm_up: float = 0.0) -> dict[str, list[T]]:
-    """What run gives for each side, repeats times; in turns, so that a machine that slows down slows all sides.
+# ---------------------------------------------------------------------------- time
 
-    warm_up: seconds of turns that do not count, before those that do.
+
+def in_full(step: Callable[[], object], n_steps: int, device: torch.device) -> Callable[[], None]:
+    """Several steps, including the wait until the device has finished them."""
+
+    def steps() -> None:
+        for _ in range(n_steps):
+            step()
+        synchronize(device)
+
+    return steps
+
+
+def in_turns(sides: dict[S, T], run: Callable[[T], object], repeats: int, warm_up: float = 0.0) -> dict[S, list]:
+    """Results of run for each side, repeats times, in turns, so that a machine that slows down slows all sides.
+
+    warm_up: seconds of untimed turns before.
     """
-    results: dict[str, list[T]] = {name: [] for name in sides}
+    results: dict[S, list] = {name: [] for name in sides}
     started = time.perf_counter()
     while sides and time.perf_counter() - started < warm_up:
         for side in sides.values():
@@ -52,20 +101,33 @@ def in_turns(sides: dict[str, S], run: Callable[[S], T], repeats: int, warm_up: 
 
 
 def seconds_of(step: Callable[[], object]) -> float:
-    """How long one step takes."""
+    """Duration of one step."""
     started = time.perf_counter()
     step()
     return time.perf_counter() - started
 
 
-def spread(times: list[float]) -> dict[str, float]:
-    """Median, fastest and slowest of these times, in seconds."""
+def spread(times: list[float], n_steps: int = 1) -> dict[str, float]:
+    """Median, fastest and slowest of these times, in seconds a step. n_steps: steps in each time."""
+    times = [seconds / n_steps for seconds in times]
     return {"seconds": float(np.median(times)), "fastest": min(times), "slowest": max(times)}
 
 
+def measure_steps(
+    steps: dict[S, Callable[[], object]], device: torch.device, repeats: int, n_steps: int = 1
+) -> dict[S, dict[str, float | None]]:
+    """Time and memory of each side's step. n_steps: steps in a reading."""
+    memory = {side: step_memory_mb(in_full(step, 1, device), device) for side, step in steps.items()}  # warms up, too
+    readings = in_turns({side: in_full(step, n_steps, device) for side, step in steps.items()}, seconds_of, repeats)
+    return {side: spread(times, n_steps) | {"step_memory_mb": memory[side]} for side, times in readings.items()}
+
+
+# ---------------------------------------------------------------------------- memory
+
+
 def step_memory_mb(step: Callable[[], object], device: torch.device) -> float | None:
-    """Most memory that the tensors of one step hold at once, in MB, above what is held before it."""
-    step()  # once for what is made at the first step and kept
+    """Peak memory of the tensors of one step, in MB, above what is allocated before. None if it cannot be measured."""
+    step()  # allocates what later steps keep
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -75,7 +137,7 @@ def step_memory_mb(step: Callable[[], object], device: torch.device) -> float | 
 
 
 def kept_memory_mb(forward: Callable[[], object], device: torch.device) -> float | None:
-    """Memory that forward's result and what it keeps for backward hold when forward is done, in MB."""
+    """Memory of forward's result and of what it keeps for the backward pass, in MB. None if it cannot be measured."""
     forward()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -87,7 +149,7 @@ def kept_memory_mb(forward: Callable[[], object], device: torch.device) -> float
 
 
 def _held_on_cpu(step: Callable[[], object]) -> tuple[np.ndarray, object]:
-    """Bytes held after each allocation and each release while step runs, and its result, which keeps its tensors."""
+    """Bytes held after each allocation and release during step, and its result, which keeps its tensors alive."""
     with torch.profiler.profile(profile_memory=True) as profile:
         result = step()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -1,16 +1,16 @@
-"""Does the fast step train as the plain one does? Losses step by step, from the same weights on the same real images.
+"""Checks that the fast step trains like the plain one: losses step by step, from the same weights on the same images.
 
-Every side takes the same batches of CIFAR-10, without dropout, whose draws differ between implementations. All are
-compared with the plain step in float32. Two yardsticks stand beside the fast step: in float32 the plain step from
-weights that differ in their last bits, since rounding alone drives two runs apart; in bf16 the plain step in bf16,
-whose rounding is the noise that the fast one may have, too.
+All sides train on the same batches of CIFAR-10, without dropout, whose random draws differ between implementations.
+All are compared with the plain step in float32. To judge the fast step, compare it with two others: in float32 with the
+plain step from weights that differ in their last bits (rounding alone makes runs diverge), in bf16 with the plain step
+in bf16.
 
     python benchmarks/same_losses.py
     python benchmarks/same_losses.py --n-embd 96 --n-head 4 --mlp-internal-dim-multiplier 16 --steps 100
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,87 +23,86 @@ from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
-from analysis.figures import COLORS, PAGE, new_figure, style_axes
-from benchmarks.measure import Precision, machine_of, write_results
+from analysis.plotting.style import COLORS, PAGE, add_legend, new_figure, style_axes
+from benchmarks.measure import BenchmarkOptions, Precision, machine_of, prepare_device, write_results
 from benchmarks.training_steps import Batch, StackedReference, endless_batches, training_step
 from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
-from training.config import ROOT, ClassificationConfig, UserError
+from training.command_line import run_script
+from training.config import ClassificationConfig
 from training.data import load_dataset, split_train
-from training.device import pick_device, tune_cpu_allocator
-from training.script import run_script
 
-SHOWN = 50  # steps of each mean in the table
+SHOWN = 50  # steps averaged in the table
 PLAIN = "plain, float32"  # what all others are compared with
-LAST_BITS = 1e-7  # relative size of the difference in the first weights
+LAST_BITS = 1e-7  # relative change of the initial weights
+Build = Callable[[VisionBDHConfig], nn.Module]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """The model's size, and how long to train; v2 at its full size."""
+class Options(BenchmarkOptions):
+    """Size of the model, by default v2's, and length of the training."""
 
     n_layer: int = 6
     """levels"""
     n_embd: int = 192
-    """width D of a token"""
+    """token width D"""
     n_head: int = 6
     """heads"""
     mlp_internal_dim_multiplier: int = 32
-    """neurons over all heads, as a multiple of n-embd"""
+    """neurons of all heads / n_embd"""
     steps: int = 200
     """optimiser steps"""
     batch_size: int = 32
     """images a step"""
     seed: int = 0
-    """of the weights, the order, crops and flips"""
+    """seed of weights, image order, crops and flips"""
     data_dir: Path | None = None
     """folder that holds data_cifar10; default: $VISION_BDH_DATA, else beside the scripts"""
-    device: str = "auto"
-    """auto, cuda, cuda:1, mps or cpu"""
-    output_dir: Path = ROOT / "results" / "benchmarks"
-    """folder of the table and the picture"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.model()
+
+    def model(self) -> VisionBDHConfig:
+        sizes = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier")
+        return v2_config(**{name: getattr(self, name) for name in sizes}, dropout=0.0)
 
 
 def real_batches(options: Options, device: torch.device) -> Iterator[Batch]:
-    """Training batches of CIFAR-10 by the protocol, epoch after epoch."""
+    """Training batches of CIFAR-10 by the protocol."""
     data = load_dataset("cifar10", options.data_dir)
     split = split_train(data.train_labels, ClassificationConfig.val_fraction, None, options.seed)
     return endless_batches(data, split, options.batch_size, device, options.seed)
 
 
-def with_other_last_bits(model: nn.Module) -> nn.Module:
-    """The model, each of its weights changed by a relative 1e-7, at random."""
+def with_other_last_bits(config: VisionBDHConfig) -> nn.Module:
+    """The plain model, each of its weights changed by a random relative 1e-7."""
+    model = StackedReference(config)
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1 + LAST_BITS * torch.randn_like(weight))
     return model
 
 
-def losses_of(options: Options, config: VisionBDHConfig, device: torch.device) -> dict[str, np.ndarray]:
-    """(steps,) training losses in nats of every side."""
-    sides: dict[str, tuple] = {
-        PLAIN: (StackedReference, "float32"),
-        "plain again, other last bits, float32": (
-            lambda config: with_other_last_bits(StackedReference(config)),
-            "float32",
-        ),
-        "fast, float32": (VisionBDH, "float32"),
-        "plain, bf16": (StackedReference, "bf16"),
-        "fast, bf16": (VisionBDH, "bf16"),
-    }
-    return {side: _train(build, precision, side, options, config, device) for side, (build, precision) in sides.items()}
+SIDES: dict[str, tuple[Build, Precision]] = {
+    PLAIN: (StackedReference, "float32"),
+    "plain, other last bits, float32": (with_other_last_bits, "float32"),
+    "fast, float32": (VisionBDH, "float32"),
+    "plain, bf16": (StackedReference, "bf16"),
+    "fast, bf16": (VisionBDH, "bf16"),
+}
 
 
-def _train(
-    build, precision: Precision, side: str, options: Options, config: VisionBDHConfig, device: torch.device
-) -> np.ndarray:
+def train(options: Options, side: str, device: torch.device) -> np.ndarray:
+    """(steps,) training losses of one side in nats."""
+    build, precision = SIDES[side]
     torch.manual_seed(options.seed)
-    step = training_step(build(config), real_batches(options, device), precision, device)
+    step = training_step(build(options.model()), real_batches(options, device), precision, device)
     steps = tqdm(range(options.steps), desc=side, unit="step", leave=False, disable=None)
     return torch.stack([step() for _ in steps]).double().cpu().numpy()
 
 
 def summarise(losses: dict[str, np.ndarray]) -> pd.DataFrame:
-    """A row a side: its last mean loss, and mean and largest difference from the plain step in float32, in nats."""
+    """For each side the mean loss at the end, and mean and largest difference from PLAIN, in nats."""
     rows = []
     for side, values in losses.items():
         difference = np.abs(values - losses[PLAIN])
@@ -113,7 +112,7 @@ def summarise(losses: dict[str, np.ndarray]) -> pd.DataFrame:
 
 
 def draw(losses: dict[str, np.ndarray], title: str) -> Figure:
-    """Above the losses, below how far each is from the plain step in float32."""
+    """Losses above, differences from PLAIN below."""
     figure = new_figure(PAGE, 4.4)
     figure.suptitle(title)
     above, below = figure.subplots(2, 1, sharex=True)
@@ -122,29 +121,19 @@ def draw(losses: dict[str, np.ndarray], title: str) -> Figure:
         look = dict(color=COLORS[place], linewidth=1)
         above.plot(steps, values, label=side, **look)
         if side != PLAIN:
-            below.plot(steps, np.maximum(np.abs(values - losses[PLAIN]), 1e-8), **look)  # 0 has no logarithm
+            below.plot(steps, np.maximum(np.abs(values - losses[PLAIN]), 1e-8), **look)  # for the logarithmic axis
     above.set_ylabel("training loss (nats)")
-    below.set(yscale="log", xlabel="step", ylabel="distance from plain,\nfloat32 (nats)")
+    below.set(yscale="log", xlabel="step", ylabel="difference from plain,\nfloat32 (nats)")
     for ax in (above, below):
         style_axes(ax, "y")
-    figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    add_legend(figure, above)
     return figure
 
 
 def main(options: Options) -> None:
-    device = pick_device(options.device)
-    if min(options.steps, options.batch_size) < 1:
-        raise UserError("steps and batch-size must be at least 1")
-    if device.type == "cpu":
-        tune_cpu_allocator()
-    sizes = {name: getattr(options, name) for name in ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier")}
-    try:
-        config = v2_config(**sizes, dropout=0.0)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    losses = losses_of(options, config, device)
-    table = summarise(losses)
-    print(table.to_string(index=False, float_format="{:.2e}".format))
+    device = prepare_device(options.device)
+    losses = {side: train(options, side, device) for side in SIDES}
+    print(summarise(losses).to_string(index=False, float_format="{:.2e}".format))
     place, machine = machine_of(device)
     width = "" if options.n_embd == Options.n_embd else f"_width{options.n_embd}"
     steps = pd.DataFrame({"step": np.arange(1, options.steps + 1), **losses})

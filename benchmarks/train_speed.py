@@ -1,9 +1,9 @@
-"""How fast models train on this device: v2 in each of its implementations, ViT-Tiny and ResNet-20, in one process.
+"""Training speed on this device: v2 in each of its implementations, ViT-Tiny and ResNet-20.
 
-A step is what fit() makes: a batch cropped and flipped on the device, forward, loss, backward, clip, AdamW. All sides
-of a precision are measured in turns. TFLOP/s counts the products that a model needs, once, whatever a side computes
-again; its share is of a large product's rate in the same precision, measured here too. Seconds an epoch are those of
-40,000 training images at that rate, without validation. Nothing else should run on the machine meanwhile.
+A step is that of fit(): augmentation on the device, forward, loss, backward, clip, AdamW. All sides of a precision are
+measured in one process, in turns. TFLOP/s count the products that a model needs, once, without recomputation; "of
+dense" is their share of a large matrix product's rate in the same precision. Seconds an epoch: 40,000 training images,
+without validation. Run nothing else on the machine meanwhile.
 
     python benchmarks/train_speed.py
     python benchmarks/train_speed.py --precisions bf16 --batch-size 256 --models v2
@@ -24,39 +24,40 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from analysis.figures import COLORS, PAGE, new_figure, style_axes
-from benchmarks.measure import Precision, in_turns, machine_of, seconds_of, spread, step_memory_mb, write_results
-from benchmarks.training_steps import IMPLEMENTATIONS, flop_per_image, in_full, made_up_batches, training_step
+from analysis.plotting.style import COLORS, PAGE, new_figure, style_axes
+from benchmarks.measure import (
+    BenchmarkOptions,
+    Precision,
+    in_full,
+    machine_of,
+    measure_steps,
+    prepare_device,
+    seconds_of,
+    write_results,
+)
+from benchmarks.training_steps import IMPLEMENTATIONS, flop_per_image, made_up_batches, training_step
 from models.baselines import resnet20_config, vit_tiny_config
 from models.vision_bdh import v2_config
-from training.config import ROOT, UserError
-from training.device import pick_device, tune_cpu_allocator
-from training.script import run_script
+from training.command_line import run_script
 
 EPOCH = 40_000  # training images of the CIFAR protocol
 Name = Literal["v2", "vit_tiny", "resnet20"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(BenchmarkOptions):
     """What to measure."""
 
     models: tuple[Name, ...] = ("v2", "vit_tiny", "resnet20")
     """models, at the sizes of their CIFAR-10 scripts"""
     precisions: tuple[Precision, ...] | None = None
-    """of the products; default: tf32 and bf16 on CUDA, float32 and bf16 elsewhere"""
+    """matmul precisions; default: tf32 and bf16 on CUDA, float32 and bf16 elsewhere"""
     batch_size: int = 32
     """images a step"""
     compile: bool | None = None
-    """measure torch.compile, too; default: on CUDA"""
+    """also measure torch.compile; default: on CUDA"""
     steps: int | None = None
     """steps of a reading; default: 50 on CUDA, 1 elsewhere"""
-    repeats: int = 7
-    """readings of each side that count, after the steps that warm up"""
-    device: str = "auto"
-    """auto, cuda, cuda:1, mps or cpu"""
-    output_dir: Path = ROOT / "results" / "benchmarks"
-    """folder of the table and the chart"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Side:
 
 
 def sides_of(models: tuple[Name, ...], compiled: bool) -> list[Side]:
-    """Each model's sides; its first is what its others are compared with."""
+    """Each model's sides; the others are compared with its first."""
     everything = [
         *(Side("v2", name, lambda build=build: build(v2_config())) for name, build in IMPLEMENTATIONS.items()),
         Side("v2", "plain, compiled", lambda: v2_config().build(), compiled=True),
@@ -83,7 +84,7 @@ def sides_of(models: tuple[Name, ...], compiled: bool) -> list[Side]:
 
 
 def dense_tflops(precision: Precision, device: torch.device) -> float:
-    """Rate of a large square product in that precision: the best of ten."""
+    """Rate of a large square matrix product in that precision: the best of ten."""
     size = 8192 if device.type == "cuda" else 2048
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -105,32 +106,19 @@ def measure(options: Options, device: torch.device) -> list[dict]:
             torch.manual_seed(0)
             batches = made_up_batches(options.batch_size, img_size=32, n_classes=10, device=device)
             steps[side] = training_step(side.build(), batches, precision, device, side.compiled)
-        memory = {side: step_memory_mb(in_full(step, 1, device), device) for side, step in steps.items()}
-        readings = {side: in_full(step, n_steps, device) for side, step in steps.items()}
+        measured = measure_steps(steps, device, options.repeats, n_steps)
         dense = dense_tflops(precision, device)
-        for side, seconds in in_turns(readings, seconds_of, options.repeats).items():
-            times = {key: value / n_steps for key, value in spread(seconds).items()}
-            rate = options.batch_size / times["seconds"]
-            rows.append(
-                {
-                    "precision": precision,
-                    "model": side.model,
-                    "side": side.name,
-                    "batch_size": options.batch_size,
-                    **times,
-                    "images_per_sec": rate,
-                    "seconds_per_epoch": EPOCH / rate,
-                    "gflop_per_image": flop[side.model] / 1e9,
-                    "tflops": rate * flop[side.model] / 1e12,
-                    "dense_tflops": dense,
-                    "step_memory_mb": memory[side],
-                }
-            )
+        for side, numbers in measured.items():
+            rate = options.batch_size / numbers["seconds"]
+            row = {"precision": precision, "model": side.model, "side": side.name, "batch_size": options.batch_size}
+            row |= numbers | {"images_per_sec": rate, "seconds_per_epoch": EPOCH / rate}
+            row |= {"gflop_per_image": flop[side.model] / 1e9, "tflops": rate * flop[side.model] / 1e12}
+            rows.append(row | {"dense_tflops": dense})
     return with_ratios(rows)
 
 
 def with_ratios(rows: list[dict]) -> list[dict]:
-    """Adds how many times faster each is than its model's first side in its precision, and the share of memory."""
+    """Adds the speed and memory relative to the model's first side in the same precision."""
     firsts: dict[tuple, dict] = {}
     for row in rows:
         first = firsts.setdefault((row["model"], row["precision"]), row)
@@ -145,8 +133,8 @@ def show(rows: list[dict], title: str) -> None:
     columns = {
         "images/s": lambda row: f"{row['images_per_sec']:,.0f}",
         "ms a step": lambda row: f"{1e3 * row['seconds']:.3g}",
-        "from": lambda row: f"{1e3 * row['fastest']:.3g}",
-        "to": lambda row: f"{1e3 * row['slowest']:.3g}",
+        "fastest": lambda row: f"{1e3 * row['fastest']:.3g}",
+        "slowest": lambda row: f"{1e3 * row['slowest']:.3g}",
         "s an epoch": lambda row: f"{row['seconds_per_epoch']:,.1f}",
         "times faster": lambda row: f"{row['times_faster']:.2f}",
         "TFLOP/s": lambda row: f"{row['tflops']:.3g}",
@@ -163,7 +151,7 @@ def show(rows: list[dict], title: str) -> None:
 
 
 def draw(rows: list[dict], title: str) -> Figure:
-    """A bar a side: images a second, from slowest to fastest reading, with the ratio to the model's first side."""
+    """A bar for each side: images a second from slowest to fastest reading, and the ratio to the model's first side."""
     figure = new_figure(PAGE, 0.9 + 0.24 * len(rows))
     figure.suptitle(title)
     ax = figure.subplots()
@@ -177,21 +165,16 @@ def draw(rows: list[dict], title: str) -> Figure:
     ax.set_yticks(range(len(ordered)), [f"{row['model']}, {row['side']}, {row['precision']}" for row in ordered])
     ax.invert_yaxis()
     ax.set_xlim(0, 1.3 * max(row["batch_size"] / row["fastest"] for row in rows))
-    ax.set_xlabel("training images a second; in brackets: times as fast as the model's first side in that precision")
+    ax.set_xlabel("training images a second; in brackets: speed relative to the model's first side in that precision")
     style_axes(ax, "x")
     return figure
 
 
 def main(options: Options) -> None:
-    device = pick_device(options.device)
-    if min(options.batch_size, options.repeats, options.steps or 1) < 1 or not options.models:
-        raise UserError("batch-size, repeats and steps must be at least 1, and there must be a model to measure")
-    if device.type == "cpu":
-        tune_cpu_allocator()
+    device = prepare_device(options.device)
     rows = measure(options, device)
     place, machine = machine_of(device)
-    kept = ", memory kept by glibc as in training" if device.type == "cpu" else ""
-    title = f"Training at batch {options.batch_size}: {machine}{kept}"
+    title = f"Training at batch {options.batch_size}: {machine}"
     show(rows, title)
     batch = "" if options.batch_size == 32 else f"_batch{options.batch_size}"
     table = pd.DataFrame([{"machine": machine} | row for row in rows])

@@ -1,4 +1,4 @@
-"""Whole training steps of any model, as fit() makes them; and the plain BDH step that others are held against."""
+"""Whole training steps of any model, as fit() makes them, and the reference implementation of the BDH step."""
 
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -15,13 +15,13 @@ from models.rotary import Tables, rope
 from models.vision_bdh import ImageSize, VisionBDH, VisionBDHConfig, height_and_width
 from training.config import ClassificationConfig
 from training.data import DataSet, ImageBatches, Split
-from training.device import set_precision, synchronize
+from training.device import set_precision
 
-Batch = tuple[Tensor, Tensor]  # images as the model reads them, (B, C, height, width), and labels (B,)
+Batch = tuple[Tensor, Tensor]  # images (B, C, height, width) in [-1, 1] and labels (B,)
 
 
 class StackedReference(VisionBDH):
-    """The step as first written: x broadcast over the stacked weights, one autograd node an operation."""
+    """The step as first written: x broadcast over the stacked weights, one autograd node for each operation."""
 
     def update(self, x: Tensor, weights: StepWeights, tables: Tables, products: StepWeights | None = None) -> Tensor:
         x = x.unsqueeze(1)  # (B, 1, T, D)
@@ -34,7 +34,7 @@ class StackedReference(VisionBDH):
 
 
 def recomputing_model(config: VisionBDHConfig) -> VisionBDH:
-    """As --recompute makes it."""
+    """The model with --recompute."""
     model = VisionBDH(config)
     model.recompute = True
     return model
@@ -50,9 +50,9 @@ IMPLEMENTATIONS: dict[str, Callable[[VisionBDHConfig], VisionBDH]] = {
 def training_step(
     model: nn.Module, batches: Iterator[Batch], precision: Precision, device: torch.device, compiled: bool = False
 ) -> Callable[[], Tensor]:
-    """A step on the next batch: forward, loss, backward, clip, AdamW at the protocol's rate. Gives the loss, detached.
+    """A step on the next batch: forward, loss, backward, clip, AdamW at the protocol's rate. Returns the detached loss.
 
-    The model is moved to the device. The step does not wait for the device.
+    Moves the model to the device. The step does not synchronise with the device.
     """
     autocast = set_precision(precision, device)
     model = model.to(device)
@@ -72,26 +72,14 @@ def training_step(
     return step
 
 
-def in_full(step: Callable[[], Tensor], n_steps: int, device: torch.device) -> Callable[[], None]:
-    """So many steps, and waiting until the device has made them."""
-
-    def steps() -> None:
-        for _ in range(n_steps):
-            step()
-        synchronize(device)
-
-    return steps
-
-
 def flop_per_image(model: nn.Module, img_size: ImageSize) -> float:
-    """Operations of a training step's products and convolutions for one image, forward and backward.
+    """Operations of the products and convolutions of a training step for one image, forward and backward.
 
-    A fast path's products are not all counted; on the device "meta", which computes nothing, a BDH takes its plain one.
+    Some products of a fast path are not counted; on the device "meta" a BDH takes its plain path.
     """
     height, width = height_and_width(img_size)
-    images = torch.zeros(
-        2, 3, height, width, device=next(model.parameters()).device
-    )  # 2: BatchNorm takes no single one
+    device = next(model.parameters()).device
+    images = torch.zeros(2, 3, height, width, device=device)  # two, as BatchNorm needs
     with FlopCounterMode(display=False) as counter:
         model(images).sum().backward()
     return counter.get_total_flops() / len(images)
@@ -100,7 +88,7 @@ def flop_per_image(model: nn.Module, img_size: ImageSize) -> float:
 def endless_batches(
     data: DataSet, split: Split, batch_size: int, device: torch.device, seed: int = 0
 ) -> Iterator[Batch]:
-    """The training part by the protocol of CIFAR, epoch after epoch."""
+    """Training batches by the CIFAR protocol, epoch after epoch."""
     config = ClassificationConfig(
         dataset="cifar10",
         epochs=1,
@@ -117,7 +105,7 @@ def endless_batches(
 
 
 def made_up_batches(batch_size: int, img_size: int, n_classes: int, device: torch.device) -> Iterator[Batch]:
-    """Random images without end, on the device as uint8 and cropped and flipped there, as training does with CIFAR."""
+    """Endless batches of random images, kept as uint8 and augmented on the device as in training."""
     rng, n = np.random.default_rng(0), 16 * batch_size
     images = rng.integers(256, size=(n + 1, 3, img_size, img_size), dtype=np.uint8)
     data = DataSet("made up", images, rng.integers(n_classes, size=n + 1), images[:0], np.zeros(0, np.int64), ())

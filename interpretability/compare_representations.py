@@ -27,13 +27,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from analysis.figures import PAGE, SEQUENTIAL, save_figure
+from analysis.plotting.style import PAGE, SEQUENTIAL, save_figure
 from interpretability.common.features import Tokens, images_per_pass, level_features
 from interpretability.common.figures import titled_figure
 from interpretability.common.similarity import IMAGES_PER_DIMENSION, linear_cka, main_directions, svcca, unbiased_hsic
 from interpretability.common.trained import PairChoice, TrainedRun, open_runs, progress
+from training.command_line import run_script
 from training.config import UserError
-from training.script import run_script
 
 FEWEST_IMAGES = 4  # per batch, for the unbiased estimate
 LARGEST_CELL, LARGEST_PANEL, MARGIN = 0.3, 2.75, 0.65  # inches: cell and side of a heat map, space for labels

@@ -27,13 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from analysis.figures import DIVERGING, SEQUENTIAL
+from analysis.plotting.style import DIVERGING, SEQUENTIAL
 from interpretability.common import explore_encoding as encoding
 from interpretability.common.activity import GELU_NOTE, QUANTITIES
 from interpretability.common.recorder import record
 from interpretability.common.trained import RunChoice, TrainedRun, open_run, progress
+from training.command_line import run_script
 from training.config import UserError
-from training.script import run_script
 
 PAGE_FILES = Path(__file__).parent / "common" / "explore_page"
 LARGEST_PAGE = 10_000_000  # bytes

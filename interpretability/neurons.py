@@ -37,14 +37,14 @@ import tyro
 from matplotlib.figure import Figure
 from torch import nn
 
-from analysis.figures import COLORS, PAGE, save_figure, style_axes
+from analysis.plotting.style import COLORS, PAGE, plain_text, save_figure, style_axes
 from interpretability.common.activity import batches_of_patches, choose_images, kept_model, measured_on
 from interpretability.common.contact_sheet import TopPatch, draw_sheet
-from interpretability.common.figures import plain_text, titled_figure
+from interpretability.common.figures import titled_figure
 from interpretability.common.selectivity import Measures, Responses, collect, measures, p_values, ranked, shuffled
 from interpretability.common.trained import RunChoice, TrainedRun, open_run, progress
+from training.command_line import run_script
 from training.config import UserError
-from training.script import run_script
 
 SHEET_NOTE = (
     "outlined: the patch that activates the neuron; above it: its class and the activity; for each neuron: best class, "

@@ -24,17 +24,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import nn
 
-from analysis.figures import DPI, PAGE
+from analysis.plotting.style import DPI, PAGE
 from interpretability.common.figures import titled_figure
 from interpretability.common.trained import Places, TrainedRun, progress
 from models.vision_bdh import ImageSize
 from training.augment import normalise
+from training.command_line import run_script
 from training.config import ROOT, UserError
 from training.data import data_folder
-from training.masks import CLASSES, BadFile, Classes, MaskFiles, Pair, find_masks, is_image, read_image
+from training.data.masks import CLASSES, BadFile, Classes, MaskFiles, Pair, find_masks, is_image, read_image
+from training.data.segmentation import read_pair, scale_image
 from training.metrics import confusion_matrices, confusion_ratios
-from training.script import run_script
-from training.segmentation import read_pair, scale_image
 
 PANEL_INCHES = PAGE / 3
 TALLEST_PANEL = 3  # height of a panel in widths; taller images are drawn narrower

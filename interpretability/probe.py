@@ -42,15 +42,15 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from analysis.figures import COLORS, PAGE, save_figure, style_axes
+from analysis.plotting.style import COLORS, PAGE, save_figure, style_axes
 from interpretability.common.depth import run_with_levels, why_not_deeper
 from interpretability.common.features import images_per_pass, stream_features
 from interpretability.common.figures import titled_figure
 from interpretability.common.recorder import record
 from interpretability.common.trained import RunChoice, open_run, progress
 from models.vision_bdh import VisionBDH
+from training.command_line import run_script
 from training.config import UserError
-from training.script import run_script
 
 SETTINGS = ("tokens", "normalise", "neighbours", "penalty")  # named in the output files
 MAX_ITERATIONS = 2000  # of the linear probe's optimiser

@@ -32,8 +32,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor, nn
 
-from analysis.figures import COLORS, MARKERS, SEQUENTIAL, save_figure, style_axes
-from analysis.plots import label_epochs, new_blocks
+from analysis.plotting.style import (
+    COLORS,
+    MARKERS,
+    SEQUENTIAL,
+    label_epochs,
+    new_blocks,
+    plain_text,
+    save_figure,
+    style_axes,
+)
 from interpretability.common.activity import (
     NO_CLASS,
     QUANTITIES,
@@ -43,11 +51,10 @@ from interpretability.common.activity import (
     levels_of,
     measured_on,
 )
-from interpretability.common.figures import plain_text
 from interpretability.common.trained import RunChoice, TrainedRun, open_run
+from training.command_line import run_script
 from training.config import UserError
 from training.runs import Run
-from training.script import run_script
 
 ALL = "all"  # in tables: over all levels, heads or classes
 CLASSES_DRAWN = 20

@@ -20,13 +20,13 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.figures import save_figure
+from analysis.plotting.style import save_figure
 from interpretability.common.attention_figures import View, animate, check_writer, draw
 from interpretability.common.attention_maps import Patch, Show, look_at
 from interpretability.common.trained import PairChoice, TrainedRun, open_runs
 from models.vision_bdh import Grid
+from training.command_line import run_script
 from training.config import ROOT, UserError
-from training.script import run_script
 
 N_IMAGES = 4
 LONGEST_NAME = 240  # characters; file systems allow names of 255 bytes

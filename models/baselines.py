@@ -1,9 +1,9 @@
-"""Baselines, from libraries: torchvision's and timm's models, ResNet-20 for CIFAR, which neither has, and
-segmentation-models-pytorch's U-Nets on ResNets.
+"""Baseline models: ViT, MobileNetV2 and EfficientNet-B0 from torchvision, DeiT-Tiny from timm, ResNet U-Nets from
+segmentation-models-pytorch, and ResNet-20 for CIFAR, which these libraries lack.
 
-DeiT-Tiny, MobileNetV2 and EfficientNet-B0 were made for images of 224 x 224 and have two settings here. `published` is
-the library's model as it is, which is how the published numbers were made; of a 32 x 32 image it leaves 2 x 2 patches
-(DeiT-Tiny) or 1 x 1 before pooling. `fitted` leaves 8 x 8 patches or 4 x 4 before pooling.
+DeiT-Tiny, MobileNetV2 and EfficientNet-B0 were designed for 224 x 224 images and have two settings here. `published` is
+the unchanged library model, used for the published numbers: a 32 x 32 image becomes 2 x 2 patches (DeiT-Tiny) or a
+1 x 1 feature map before pooling. `fitted` is adapted to 32 x 32 images: 8 x 8 patches or a 4 x 4 feature map.
 """
 
 from dataclasses import dataclass, fields
@@ -21,12 +21,12 @@ Setting = Literal["published", "fitted"]
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineConfig:
-    """What every baseline has. Whole numbers in a config must be at least 1, its other numbers are probabilities."""
+    """Fields of every baseline. Integers must be at least 1; floats are probabilities, at least 0 and below 1."""
 
     img_size: int = 32
     """height and width of the images, in pixels"""
     num_classes: int = 10
-    """outputs of the classification head"""
+    """number of classes"""
 
     def __post_init__(self):
         for field in fields(self):
@@ -40,7 +40,7 @@ class BaselineConfig:
 
     @property
     def in_channels(self) -> int:
-        """Colour channels of the images, fixed in these models."""
+        """Image channels; these models take RGB only."""
         return 3
 
 
@@ -51,20 +51,20 @@ def _check_patches(img_size: int, patch_size: int, what: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig(BaselineConfig):
-    """A Vision Transformer; the defaults are ViT-Tiny for 32 x 32 images."""
+    """Vision Transformer (torchvision); the defaults are ViT-Tiny for 32 x 32 images."""
 
     n_layer: int = 12
-    """transformer layers, each with weights of its own"""
+    """number of transformer layers"""
     n_embd: int = 192
-    """width of a token"""
+    """embedding width of a token"""
     n_head: int = 3
     """attention heads"""
     mlp_dim: int = 768
-    """width inside the MLP"""
+    """hidden width of the MLP"""
     dropout: float = 0.0
-    """after the positions, the attention and in the MLP"""
+    """dropout probability after the position embedding, after attention and in the MLP"""
     patch_size: int = 4
-    """side of a patch, in pixels; each patch is a token"""
+    """side of a square patch in pixels; each patch is one token"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -87,13 +87,13 @@ class ViTConfig(BaselineConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DeiTTinyConfig(BaselineConfig):
-    """timm's DeiT-Tiny without distillation, untrained.
+    """DeiT-Tiny (timm) without distillation, untrained.
 
-    Its layers are those of ViT-Tiny: fitted, the two differ only in the weights that they start from.
+    The architecture is ViT-Tiny's; with setting = fitted the two differ only in their initial weights.
     """
 
     setting: Setting = "published"
-    """published: patches of 16 x 16 pixels, 4 tokens of a 32 x 32 image; fitted: 4 x 4 pixels, 64 tokens"""
+    """published: 16 x 16 pixel patches, 4 tokens for a 32 x 32 image; fitted: 4 x 4 pixel patches, 64 tokens"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -101,15 +101,15 @@ class DeiTTinyConfig(BaselineConfig):
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch, in pixels."""
+        """Side of a square patch in pixels."""
         return {"published": 16, "fitted": 4}[self.setting]
 
     def build(self) -> nn.Module:
-        """Raises ImportError where timm is missing."""
+        """Raises ImportError if timm is not installed."""
         try:
-            import timm  # here, because it takes seconds and no other model needs it
+            import timm  # here, because the import takes seconds and no other model needs it
         except ImportError as error:
-            raise ImportError(f"DeiT-Tiny comes from timm, which is missing: pip install timm ({error})") from error
+            raise ImportError(f"DeiT-Tiny needs timm: pip install timm ({error})") from error
         return timm.create_model(
             "deit_tiny_patch16_224",
             pretrained=False,
@@ -121,12 +121,13 @@ class DeiTTinyConfig(BaselineConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MobileNetV2Config(BaselineConfig):
-    """torchvision's MobileNetV2, untrained."""
+    """MobileNetV2 (torchvision), untrained."""
 
     setting: Setting = "published"
-    """published: halves the image five times, 32 x 32 to 1 x 1; fitted: three times, to 4 x 4"""
+    """published: the library's strides, which reduce 32 x 32 pixels to a 1 x 1 feature map; fitted: the first two
+    strides are 1 instead of 2, which leaves 4 x 4"""
     dropout: float = 0.2
-    """before the head"""
+    """dropout probability before the classification head"""
 
     def build(self) -> nn.Module:
         model = torchvision_models.mobilenet_v2(num_classes=self.num_classes, dropout=self.dropout)
@@ -135,14 +136,15 @@ class MobileNetV2Config(BaselineConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EfficientNetB0Config(BaselineConfig):
-    """torchvision's EfficientNet-B0, untrained."""
+    """EfficientNet-B0 (torchvision), untrained."""
 
     setting: Setting = "published"
-    """published: halves the image five times, 32 x 32 to 1 x 1; fitted: three times, to 4 x 4"""
+    """published: the library's strides, which reduce 32 x 32 pixels to a 1 x 1 feature map; fitted: the first two
+    strides are 1 instead of 2, which leaves 4 x 4"""
     dropout: float = 0.2
-    """before the head"""
+    """dropout probability before the classification head"""
     stochastic_depth_prob: float = 0.2
-    """with which the last block is skipped in training; of those before it, in proportion to their depth"""
+    """probability of skipping the last residual block in training; it grows linearly from 0 with depth"""
 
     def build(self) -> nn.Module:
         model = torchvision_models.efficientnet_b0(
@@ -152,9 +154,9 @@ class EfficientNetB0Config(BaselineConfig):
 
 
 def _keep_first_two_strides_at_1(model: nn.Module) -> nn.Module:
-    """The first two convolutions that halve the image no longer do; every weight stays.
+    """Sets the first two convolutions of stride 2 to stride 1; the weights are unaffected.
 
-    The block of the second has more channels out than in, so that it has no shortcut with either stride.
+    The block of the second one changes the number of channels, so it has no shortcut with either stride.
     """
     strided = [each for each in model.modules() if isinstance(each, nn.Conv2d) and each.stride == (2, 2)]
     for convolution in strided[:2]:
@@ -171,7 +173,7 @@ class ResNet20Config(BaselineConfig):
 
 
 class ResNet20(nn.Module):
-    """A convolution, three stages of three blocks with 16, 32 and 64 channels, mean over pixels, linear head."""
+    """A convolution, three stages of three blocks with 16, 32 and 64 channels, global average pooling, linear head."""
 
     def __init__(self, config: ResNet20Config):
         super().__init__()
@@ -194,7 +196,7 @@ class ResNet20(nn.Module):
 
 
 class ResNetBlock(nn.Module):
-    """Two convolutions, and a shortcut that has no parameters (option A of the paper)."""
+    """Two convolutions and a shortcut without parameters (option A of the paper)."""
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
@@ -211,7 +213,7 @@ class ResNetBlock(nn.Module):
         return F.relu(update + self.shortcut(x))
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """x where the shape stays; else every second pixel both ways, and channels of zeros behind those of x."""
+        """Identity if the shape is unchanged; otherwise subsampling by the stride and zero-padding of the channels."""
         if self.stride == 1 and self.new_channels == 0:
             return x
         return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
@@ -223,40 +225,40 @@ def _conv3x3(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
 
 @dataclass(frozen=True, kw_only=True)
 class ResNetUNetConfig(BaselineConfig):
-    """A U-Net (Ronneberger et al. 2015) whose encoder is a ResNet, with skip connections at five sizes."""
+    """U-Net (Ronneberger et al. 2015) with a ResNet encoder and skip connections at five resolutions."""
 
     img_size: ImageSize = 384
-    """side of the images in pixels, or their height and width"""
+    """image size in pixels: one side, or height and width"""
     num_classes: int = 11
-    """classes of a pixel, void not among them"""
+    """number of classes, not counting void"""
     depth: Literal[34, 50] = 34
-    """of the ResNet"""
+    """layers of the ResNet encoder: ResNet-34 or ResNet-50"""
     encoder_weights: Literal["imagenet", "none"] = "imagenet"
-    """imagenet: the encoder starts from weights trained there, which are downloaded; none: from scratch"""
+    """initial encoder weights: imagenet downloads pretrained ones, none trains from scratch"""
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.img_size, list):  # as JSON gives a tuple back
+        if isinstance(self.img_size, list):  # JSON has no tuples
             object.__setattr__(self, "img_size", tuple(self.img_size))
-        check_image_size(self.img_size, 32, "32, which the encoder makes one pixel of")
+        check_image_size(self.img_size, 32, "32, the encoder's downsampling factor")
 
     def build(self) -> "ResNetUNet":
-        """With weights drawn; `load_encoder_weights` brings others. Raises ImportError where the library is missing."""
+        """With random weights, see `load_encoder_weights`. Raises ImportError if the library is not installed."""
         return ResNetUNet(self)
 
     def load_encoder_weights(self, model: "ResNetUNet") -> None:
-        """Downloads the encoder's weights, or takes them from where an earlier download left them."""
+        """Loads the pretrained encoder weights, downloading them unless they are cached."""
         encoder = _import_smp().encoders.get_encoder(f"resnet{self.depth}", weights=self.encoder_weights)
         model.unet.encoder.load_state_dict(encoder.state_dict())
 
 
 class ResNetUNet(nn.Module):
-    """Takes images in [-1, 1] like every model here, and gives the encoder what ImageNet's ResNets were trained on."""
+    """The library's U-Net behind a conversion from [-1, 1], the input of all models here, to ImageNet normalisation."""
 
     def __init__(self, config: ResNetUNetConfig):
         super().__init__()
         self.unet = _import_smp().Unet(f"resnet{config.depth}", encoder_weights=None, classes=config.num_classes)
-        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels between 0 and 1
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
@@ -267,66 +269,9 @@ class ResNetUNet(nn.Module):
 
 def _import_smp():
     try:
-        import segmentation_models_pytorch  # here, because it takes seconds and no other model needs it
+        import segmentation_models_pytorch  # here, because the import takes seconds and no other model needs it
     except ImportError as error:
         raise ImportError(
-            "the ResNet U-Nets come from segmentation-models-pytorch, which is missing: "
-            f"pip install segmentation-models-pytorch ({error})"
+            f"the ResNet U-Nets need segmentation-models-pytorch: pip install segmentation-models-pytorch ({error})"
         ) from error
     return segmentation_models_pytorch
-
-
-def vit_tiny_config(**overrides) -> ViTConfig:
-    return ViTConfig(**overrides)
-
-
-def deit_tiny_config(**overrides) -> DeiTTinyConfig:
-    return DeiTTinyConfig(**overrides)
-
-
-def resnet20_config(**overrides) -> ResNet20Config:
-    return ResNet20Config(**overrides)
-
-
-def mobilenetv2_config(**overrides) -> MobileNetV2Config:
-    return MobileNetV2Config(**overrides)
-
-
-def efficientnet_b0_config(**overrides) -> EfficientNetB0Config:
-    return EfficientNetB0Config(**overrides)
-
-
-def resnet34_unet_config(**overrides) -> ResNetUNetConfig:
-    return ResNetUNetConfig(**(dict(depth=34) | overrides))
-
-
-def resnet50_unet_config(**overrides) -> ResNetUNetConfig:
-    return ResNetUNetConfig(**(dict(depth=50) | overrides))
-
-
-def vit_tiny(**overrides) -> nn.Module:
-    return vit_tiny_config(**overrides).build()
-
-
-def deit_tiny(**overrides) -> nn.Module:
-    return deit_tiny_config(**overrides).build()
-
-
-def resnet20(**overrides) -> ResNet20:
-    return resnet20_config(**overrides).build()
-
-
-def mobilenetv2(**overrides) -> nn.Module:
-    return mobilenetv2_config(**overrides).build()
-
-
-def efficientnet_b0(**overrides) -> nn.Module:
-    return efficientnet_b0_config(**overrides).build()
-
-
-def resnet34_unet(**overrides) -> ResNetUNet:
-    return resnet34_unet_config(**overrides).build()
-
-
-def resnet50_unet(**overrides) -> ResNetUNet:
-    return resnet50_unet_config(**overrides).build()

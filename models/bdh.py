@@ -1,11 +1,15 @@
-"""The Baby Dragon Hatchling (BDH, arXiv 2509.26507): its recurrent step, and the language model it was made for.
+"""Baby Dragon Hatchling (BDH, arXiv 2509.26507): its recurrent step and the original language model.
 
-Letters in shapes: B sequences or images, T tokens, D = n_embd, H = n_head, N neurons a head, V vocabulary.
+Letters in shapes: B sequences or images, T tokens, D = n_embd, H = n_head, N neurons per head, V vocabulary size.
+
+A design choice is a field of `CoreConfig` and its line in `BDHCore.states`, `plain_update` or `activity`. The fast path
+is taken only for the fields and values in `kernels.FAST_PATH_SERVES`; with any other field away from its default, the
+model takes the plain path by itself.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,44 +20,50 @@ from models import kernels
 from models.rotary import RotaryAttention, Tables, rope
 
 LN_EPS = 1e-5
-WEIGHT_STD = 0.02  # of every weight under init="normal", and of embeddings, patch projection and head always
+WEIGHT_STD = 0.02  # of all weights with init="normal"; of embeddings, patch projection and head always
 ACTIVATIONS = {"relu": F.relu, "relu2": lambda v: F.relu(v).square(), "gelu": F.gelu}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoreConfig:
-    """What every BDH shares: the size of the step and its design choices."""
+    """Size and design choices of the BDH step, common to all BDH models."""
+
+    outside_step: ClassVar[tuple[str, ...]] = ()  # a subclass lists its fields that do not affect the step
 
     n_layer: int = 6
-    """how often the one step is repeated"""
+    """number of levels: how many times the step is applied"""
     n_embd: int = 192
-    """width D of a token"""
+    """embedding width D of a token"""
     n_head: int = 6
-    """heads H; each has its own neurons"""
+    """attention heads; each has its own neurons"""
     mlp_internal_dim_multiplier: int = 32
-    """neurons over all heads, as a multiple of n_embd"""
+    """total number of neurons, over all heads, as a multiple of n_embd"""
     dropout: float = 0.1
-    """share of the gated neurons set to zero in training"""
+    """dropout probability of the gated neurons"""
     residual: Literal["post", "pre", "true_pre", "scaled_pre", "none"] = "post"
-    """where the residual stream x is normalised"""
+    """residual connection around the step f: post is x = LN(x + f(x)); pre is x = LN(x), then x = x + f(x);
+    true_pre is x = x + f(LN(x)); scaled_pre is x = x + f(LN(x) / sqrt(level)) with a learned LN per level;
+    none is x = x + f(x)"""
     attn_norm: bool = True
-    """LN around the attention output"""
+    """apply LayerNorm to the attention output"""
     update_norm: bool = True
-    """LN around the update that is added to x"""
+    """apply LayerNorm to the update before it is added to x"""
     attention: Literal["raw", "softmax"] = "raw"
-    """what the scores q k^T go through"""
+    """attention weights: raw is q k^T without scale or softmax; softmax is softmax(q k^T / sqrt(N))"""
     qk: Literal["tied", "separate"] = "tied"
-    """keys are the queries, or come from an encoder of their own (the gate keeps the queries' neurons)"""
+    """tied uses the queries as keys; separate computes keys with a second encoder"""
     gate: Literal["multiplicative", "sigmoid", "none"] = "multiplicative"
-    """what multiplies y_sparse: x_sparse, sigmoid(x E), or nothing"""
+    """factor on the attention-driven neurons: multiplicative is the token-driven neurons, sigmoid is sigmoid(x E),
+    none is 1"""
     activation: Literal["relu", "relu2", "gelu"] = "relu"
-    """of the neurons, in both places"""
+    """activation function of the neurons; relu2 is relu squared"""
     init: Literal["normal", "xavier", "xavier_per_head"] = "normal"
-    """distribution of the encoders and the decoder at the start"""
+    """initial encoders and decoder: normal is N(0, 0.02); xavier is uniform, with fan-in and fan-out of the stacked
+    weight tensors; xavier_per_head is uniform, with those of one head"""
     rotary: Literal["raster", "axial", "none"] = "raster"
-    """what turns the neurons: the token's index, its row and its column, or nothing"""
+    """rotary position embedding: raster by token index, axial by row and column of the patch, none without"""
     shared: bool = True
-    """one set of weights for all levels, or one a level"""
+    """use the same weights at every level instead of separate weights per level"""
 
     def __post_init__(self):
         for name in ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier"):
@@ -65,38 +75,40 @@ class CoreConfig:
             raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}: change one of them")
         if self.n_neurons % 2:
             raise ValueError(
-                f"{self.n_neurons} neurons a head (mlp_internal_dim_multiplier * n_embd / n_head) is odd, "
-                "and rotary positions turn neurons in pairs: choose sizes that make it even"
+                f"{self.n_neurons} neurons per head (mlp_internal_dim_multiplier * n_embd / n_head) is odd, "
+                "but rotary positions rotate neurons in pairs: choose sizes that make it even"
             )
         if self.rotary == "axial" and self.n_neurons % 4:
             raise ValueError(
-                f"rotary = axial turns one half of the pairs by the row, the other by the column, but {self.n_neurons} "
-                "neurons a head make an odd number of pairs: choose sizes that make neurons a multiple of 4"
+                f"rotary = axial rotates half of the neuron pairs by row and half by column, but {self.n_neurons} "
+                "neurons per head are an odd number of pairs: choose sizes that make the neurons a multiple of 4"
             )
 
     @property
     def n_neurons(self) -> int:
-        """N, neurons a head."""
+        """N, neurons per head."""
         return self.mlp_internal_dim_multiplier * self.n_embd // self.n_head
 
 
 @dataclass(frozen=True, kw_only=True)
 class BDHConfig(CoreConfig):
-    """The language model, with the defaults of its authors."""
+    """BDH language model; the defaults are its authors'."""
+
+    outside_step: ClassVar[tuple[str, ...]] = ("vocab_size",)
 
     n_embd: int = 256
-    """width D of a token"""
+    """embedding width D of a token"""
     n_head: int = 4
-    """heads H; each has its own neurons"""
+    """attention heads; each has its own neurons"""
     mlp_internal_dim_multiplier: int = 128
-    """neurons over all heads, as a multiple of n_embd"""
+    """total number of neurons, over all heads, as a multiple of n_embd"""
     vocab_size: int = 256
-    """tokens the model knows: bytes"""
+    """vocabulary size; 256 for bytes"""
 
     def __post_init__(self):
         super().__post_init__()
         if self.rotary == "axial":
-            raise ValueError("rotary = axial needs rows and columns, and text has none: use raster or none")
+            raise ValueError("rotary = axial needs rows and columns, which text does not have: use raster or none")
 
     def build(self) -> "BDH":
         return BDH(self)
@@ -108,7 +120,7 @@ def layer_norm(x: Tensor) -> Tensor:
 
 
 class StepWeights(NamedTuple):
-    """The weights of one step."""
+    """Weights of one level."""
 
     encoder: Tensor
     """(H, D, N)"""
@@ -117,22 +129,22 @@ class StepWeights(NamedTuple):
     decoder: Tensor
     """(H N, D)"""
     encoder_k: Tensor | None = None
-    """(H, D, N), where keys have an encoder of their own"""
+    """(H, D, N), with qk = separate only"""
 
 
 class Activity(NamedTuple):
-    """Of the neurons in one step; (B, H, T, N) each."""
+    """Neuron activity in one step; (B, H, T, N) each."""
 
     x_sparse: Tensor
-    """what the token itself excites"""
+    """driven by the token itself"""
     y_sparse: Tensor
-    """what attention excites"""
+    """driven by the attention output"""
     gated: Tensor
-    """both together, by the gate: what the decoder reads, before dropout"""
+    """y_sparse after the gate; the decoder's input, before dropout"""
 
 
 class BDHCore(nn.Module):
-    """The recurrent step with its weights; models inherit it and add what goes in and what comes out."""
+    """The recurrent step and its weights. Models inherit from it and add input embedding and output head."""
 
     def __init__(self, config: CoreConfig, causal: bool):
         super().__init__()
@@ -146,18 +158,21 @@ class BDHCore(nn.Module):
             self.encoder_k = nn.Parameter(torch.empty(*sets, H, D, N))
         self.attn = RotaryAttention(N, config.attention == "softmax", causal, config.rotary)
         self.activation = ACTIVATIONS[config.activation]
-        # what enters each level and what leaves it pass here: hooks for looking inside attach to them
+        # identity modules: the recorder's hook points at the input and the output of each level
         self.level_input, self.level_output = nn.Identity(), nn.Identity()
         if config.residual == "scaled_pre":
             self.level_norms = nn.ModuleList(nn.LayerNorm(D, eps=LN_EPS) for _ in range(config.n_layer + 1))
         self.use_fast_path = True
-        self.recompute = False  # keep little of a level for the backward pass, and compute it again there
+        self.recompute = False  # activation checkpointing: less memory, more compute
+        plain_step = ("plain_update", "activity", "queries_and_keys")
+        overridden = any(getattr(type(self), name) is not getattr(BDHCore, name) for name in plain_step)
+        self._fast_path_serves = kernels.serves(config) and not overridden
         self.reset_core()
 
     def reset_core(self) -> None:
-        """Draws encoders and decoder by `init`."""
+        """Draws initial encoders and decoder as `init` says."""
         H, D, N = self.encoder.shape[-3:]
-        bounds = {  # of the uniform distribution; "xavier" is what Xavier's rule makes of the tensors as shaped above
+        bounds = {  # uniform bounds; "xavier" is Xavier's rule applied to the stacked tensors (H, D, N) and (H N, D)
             "xavier": (math.sqrt(6 / (D * N + H * N)), math.sqrt(6 / (H * N + D))),
             "xavier_per_head": (math.sqrt(6 / (D + N)),) * 2,
         }
@@ -172,7 +187,7 @@ class BDHCore(nn.Module):
                 nn.init.uniform_(weight, -bound, bound)
 
     def step_weights(self) -> list[StepWeights]:
-        """The weights of every level: the same ones n_layer times, where they are shared."""
+        """Weights of each level; if shared, the same ones n_layer times."""
         weights = [self.encoder, self.encoder_v, self.decoder]
         if self.config.qk == "separate":
             weights.append(self.encoder_k)
@@ -181,11 +196,11 @@ class BDHCore(nn.Module):
         return [StepWeights(*each) for each in zip(*(weight.unbind() for weight in weights), strict=True)]
 
     def levels(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """All steps. x: (B, T, D) -> (B, T, D). grid: (rows, columns) of the patches, for axial positions."""
+        """Applies all levels. x: (B, T, D) -> (B, T, D). grid: (rows, columns) of the patches, for axial positions."""
         return self.states(x, grid)[-1]
 
     def states(self, x: Tensor, grid: tuple[int, int] | None = None) -> list[Tensor]:
-        """The residual stream after each level, n_layer times (B, T, D); scaled_pre normalises the last."""
+        """Residual stream after each level: n_layer tensors (B, T, D); the last one has passed `finished`."""
         residual = self.config.residual
         tables = self.attn.tables(x.shape[1], grid)
         weights = self.step_weights()
@@ -213,19 +228,19 @@ class BDHCore(nn.Module):
         return states
 
     def finished(self, x: Tensor) -> Tensor:
-        """The stream of any level as the last one gives it on: scaled_pre normalises it once more. (B, T, D)."""
+        """Applies the final norm (scaled_pre only). x: (B, T, D), the residual stream after any level."""
         return self.scaled_norm(x, self.config.n_layer) if self.config.residual == "scaled_pre" else x
 
     def scaled_norm(self, x: Tensor, level: int) -> Tensor:
-        """S_l of DESIGN's scaled_pre with l = level + 1: affine LN times 1 / sqrt(l)."""
+        """S_l(x) of scaled_pre, l = level + 1: LN with the level's affine parameters, divided by sqrt(l)."""
         return self.level_norms[level](x) / math.sqrt(level + 1)
 
     def update(
         self, x: Tensor, weights: StepWeights, tables: Tables | None, products: StepWeights | None = None
     ) -> Tensor:
-        """f(x), what one step adds to the residual stream. x: (B, T, D) -> (B, T, D).
+        """f(x), which one level adds to the residual stream. x: (B, T, D) -> (B, T, D).
 
-        products: the weights in the precision of the products, for the fast path; None takes the plain one.
+        products: the weights in the precision of the matrix products, for the fast path; None takes the plain path.
         """
         x = self.level_input(x)
         if products is None and self.recompute and torch.is_grad_enabled():
@@ -246,13 +261,13 @@ class BDHCore(nn.Module):
         return layer_norm(y) if self.config.update_norm else y
 
     def plain_update(self, x: Tensor, weights: StepWeights, tables: Tables | None) -> Tensor:
-        """The step from x E to the decoder product, as its equations read. x: (B, T, D) -> (B, T, D)."""
+        """The step from x E to the decoder product, as in the equations. x: (B, T, D) -> (B, T, D)."""
         gated = F.dropout(self.activity(x, weights, tables).gated, self.config.dropout, self.training)
         decoder = weights.decoder.view(self.config.n_head, -1, self.config.n_embd)  # (H, N, D)
         return torch.einsum("bhtn,hnd->btd", gated, decoder)
 
     def activity(self, x: Tensor, weights: StepWeights, tables: Tables | None) -> Activity:
-        """What the neurons of a step do. x: (B, T, D), its input."""
+        """Neuron activity in a step. x: (B, T, D), the step's input."""
         before = _all_heads(x, weights.encoder)  # (B, H, T, N)
         x_sparse = self.activation(before)
         a = self.attn(*self.queries_and_keys(x, x_sparse, weights, tables), x)
@@ -268,22 +283,22 @@ class BDHCore(nn.Module):
     def queries_and_keys(
         self, x: Tensor, x_sparse: Tensor, weights: StepWeights, tables: Tables | None
     ) -> tuple[Tensor, Tensor]:
-        """q and k, both (B, H, T, N), turned by position. x: (B, T, D), x_sparse: (B, H, T, N)."""
+        """q and k, (B, H, T, N) each, with rotary positions. x: (B, T, D), x_sparse: (B, H, T, N)."""
 
-        def turned(v: Tensor) -> Tensor:
+        def rotated(v: Tensor) -> Tensor:
             return v if tables is None else rope(v, tables.cos, tables.sin)
 
-        q = turned(x_sparse)
+        q = rotated(x_sparse)
         if weights.encoder_k is None:
             return q, q
-        return q, turned(self.activation(_all_heads(x, weights.encoder_k)))
+        return q, rotated(self.activation(_all_heads(x, weights.encoder_k)))
 
     def attention_weights(
         self, x: Tensor, level: int, grid: tuple[int, int] | None = None, queries: slice = slice(None)
     ) -> Tensor:
-        """(B, H, T, T), with which factor each query (row) receives each key at a level. x: (B, T, D), its input.
+        """Attention weights of a level, (B, H, T, T): rows are queries, columns keys. x: (B, T, D), the level's input.
 
-        queries: of these tokens only, one after the other: (B, H, Q, T).
+        queries: a contiguous slice of tokens; only their rows are computed, (B, H, Q, T).
         """
         weights = self.step_weights()[level]
         x_sparse = self.activation(_all_heads(x, weights.encoder))
@@ -292,24 +307,24 @@ class BDHCore(nn.Module):
         return self.attn.weights(q[:, :, queries], k, first)
 
     def level_activity(self, x: Tensor, level: int, grid: tuple[int, int] | None = None) -> Activity:
-        """What the neurons do at a level. x: (B, T, D), its input."""
+        """Neuron activity at a level. x: (B, T, D), the level's input."""
         return self.activity(x, self.step_weights()[level], self.attn.tables(x.shape[1], grid))
 
     def has_fast_path(self, device: torch.device, n_tokens: int = 0) -> bool:
-        """Whether `kernels.fast_update` serves this setting there, with so many tokens; 0 for few.
+        """Whether the model takes `kernels.fast_update` on that device with that many tokens (0: few).
 
-        Softmax over many tokens is left to the library where it has a kernel that holds no T x T matrix: on CUDA, and
-        on a CPU where keys and values are equally wide, N = D.
+        No for a causal model, and for a config or a plain step that `fast_update` does not cover, see `kernels.serves`.
+        Softmax over many tokens is left to PyTorch where it has a kernel that holds no T x T matrix: on CUDA, and on a
+        CPU if N = D (keys and values equally wide).
         """
         config = self.config
-        design = (config.qk, config.gate, config.activation)
-        serves = design == ("tied", "multiplicative", "relu") and config.rotary != "none" and not self.attn.causal
+        serves = self._fast_path_serves and type(self.attn) is RotaryAttention and not self.attn.causal
         if config.attention == "softmax" and (device.type == "cuda" or config.n_neurons == config.n_embd):
             serves = serves and kernels.scores_are_cheaper(n_tokens, config.n_neurons, config.n_embd)
         return self.use_fast_path and serves and device.type in ("cpu", "cuda")
 
     def _in_compute_precision(self, weights: list[StepWeights]) -> list[StepWeights]:
-        """The weights in autocast's precision, without gradient; shared ones are cast once for all levels."""
+        """Detached weights in autocast's precision; shared weights are cast once for all levels."""
         device = self.encoder.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.encoder.dtype
 
@@ -320,12 +335,12 @@ class BDHCore(nn.Module):
 
 
 def _all_heads(x: Tensor, encoder: Tensor) -> Tensor:
-    """x E of all heads as one (B T, D) x (D, H N) product. x: (B, T, D), encoder: (H, D, N) -> (B, H, T, N)."""
+    """x E for all heads as one (B T, D) x (D, H N) product. x: (B, T, D), encoder: (H, D, N) -> (B, H, T, N)."""
     return torch.einsum("btd,hdn->bhtn", x, encoder)
 
 
 class BDH(BDHCore):
-    """The language model. Parameter names and shapes are the authors', so checkpoints of their implementation load."""
+    """Language model. Parameters have the authors' names and shapes, so checkpoints of their implementation load."""
 
     def __init__(self, config: BDHConfig):
         super().__init__(config, causal=True)
@@ -335,7 +350,7 @@ class BDH(BDHCore):
         nn.init.normal_(self.lm_head, std=WEIGHT_STD)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """idx, targets: (B, T) token numbers -> logits (B, T, V), mean cross-entropy in nats or None."""
+        """idx, targets: (B, T) token ids -> logits (B, T, V), mean cross-entropy in nats (None without targets)."""
         logits = self.levels(self.embed(idx)) @ self.lm_head
         if targets is None:
             return logits, None
@@ -345,7 +360,8 @@ class BDH(BDHCore):
     def generate(self, idx: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
         """Samples a continuation. idx: (B, T) -> (B, T + max_new_tokens).
 
-        temperature divides the logits; 0 takes the most probable token. top_k samples among the k most probable only.
+        temperature: divides the logits; 0 is greedy. top_k: sample from the k most probable tokens only.
+        Raises ValueError for a negative temperature or a top_k below 1.
         """
         if temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature = {temperature} must not be negative, top_k = {top_k} must be at least 1")

@@ -1,12 +1,13 @@
-"""BDH-UNet: Vision-BDH's encoder on patches, and a convolutional decoder back up to a class for every pixel.
+"""BDH-UNet for semantic segmentation: the Vision-BDH encoder and a convolutional decoder.
 
-The decoder is the published one: three times (for patches of 8 pixels) a transposed convolution that doubles the sides,
-BatchNorm, ReLU, a 3 x 3 convolution, BatchNorm, ReLU, with D / 2, D / 4 and D / 8 channels, then a 1 x 1 convolution.
-Despite its name the published model has no skip connections; `skips` adds them.
+The decoder is the published one. For patches of 8 pixels it has three stages with D / 2, D / 4 and D / 8 channels, then
+a 1 x 1 convolution. A stage is a transposed convolution that doubles height and width, BatchNorm, ReLU, a 3 x 3
+convolution, BatchNorm, ReLU. Despite its name, the published model has no skip connections; `skips` adds them.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,30 +19,34 @@ from models.vision_bdh import Grid, ImageSize, VisionEncoder, VisionEncoderConfi
 
 @dataclass(frozen=True, kw_only=True)
 class BDHUNetConfig(VisionEncoderConfig):
-    """A BDH-UNet; the default sizes are the published ones."""
+    """BDH-UNet for segmentation; the default sizes are the published ones."""
+
+    outside_step: ClassVar[tuple[str, ...]] = ("num_classes", "skips", "skip_levels", "encoder")
 
     img_size: ImageSize = 384
-    """side of the images in pixels, or their height and width"""
+    """image size in pixels: one side, or height and width"""
     patch_size: int = 8
-    """side of a patch, in pixels; each patch is a token, and the decoder doubles the grid until it is the image"""
+    """side of a square patch in pixels, a power of 2; each patch is one token, and each decoder stage doubles the
+    resolution"""
     num_classes: int = 11
-    """classes of a pixel, void not among them"""
+    """number of classes, not counting void"""
     n_embd: int = 256
-    """width D of a token"""
+    """embedding width D of a token"""
     n_head: int = 4
-    """heads H; each has its own neurons"""
+    """attention heads; each has its own neurons"""
     mlp_internal_dim_multiplier: int = 16
-    """neurons over all heads, as a multiple of n_embd"""
+    """total number of neurons, over all heads, as a multiple of n_embd"""
     skips: bool = False
-    """the decoder also reads earlier levels, and a convolutional stem at half the image's size and less"""
+    """add skip connections to the decoder, from earlier levels and from a convolutional stem on the image"""
     skip_levels: tuple[int, ...] = (4, 2)
-    """levels, from 1, that the decoder's stages but the last read, coarsest stage first; of use with skips only"""
+    """levels (counted from 1) that feed the skip connections, one per decoder stage except the last, coarsest stage
+    first; used with skips only"""
     encoder: Path | None = None
-    """start the encoder from a trained Vision-BDH: its best.pt; replaces start_from"""
+    """checkpoint (best.pt) of a trained Vision-BDH from which the encoder starts; replaces start_from"""
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "skip_levels", tuple(self.skip_levels))  # JSON has lists only
+        object.__setattr__(self, "skip_levels", tuple(self.skip_levels))  # JSON has no tuples
         if self.num_classes < 1:
             raise ValueError(f"num_classes = {self.num_classes} must be at least 1")
         if self.patch_size < 2 or self.patch_size & (self.patch_size - 1):
@@ -60,12 +65,12 @@ class BDHUNetConfig(VisionEncoderConfig):
 
     @property
     def n_stages(self) -> int:
-        """Doublings from the grid to the image."""
+        """Number of decoder stages, each of which doubles the resolution."""
         return self.patch_size.bit_length() - 1
 
     @property
     def widths(self) -> list[int]:
-        """Channels after each stage of the decoder, coarse to fine: D / 2, D / 4, ..."""
+        """Output channels of the decoder stages, coarse to fine: D / 2, D / 4, ..."""
         return [self.n_embd >> stage for stage in range(1, self.n_stages + 1)]
 
     def build(self) -> "BDHUNet":
@@ -73,7 +78,7 @@ class BDHUNetConfig(VisionEncoderConfig):
 
 
 class BDHUNet(nn.Module):
-    """A class for every pixel of images of any size that the patch divides."""
+    """Segmentation model for images of any size that is a multiple of the patch size."""
 
     def __init__(self, config: BDHUNetConfig):
         super().__init__()
@@ -89,7 +94,7 @@ class BDHUNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, C, height, width) -> logits (B, num_classes, height, width).
 
-        Raises ValueError for sides that are no multiples of the patch.
+        Raises ValueError if a side is not a multiple of the patch size.
         """
         states, grid = self.encoder(images)
         x = _as_map(self.encoder.normalised(states[-1]), grid)
@@ -99,12 +104,12 @@ class BDHUNet(nn.Module):
         return self.head(x)
 
     def has_fast_path(self, device: torch.device) -> bool:
-        """Whether the encoder has one there."""
+        """Whether the encoder takes its fast path on that device, see `BDHCore.has_fast_path`."""
         return self.encoder.has_fast_path(device)
 
 
 class DecoderStage(nn.Module):
-    """Doubles the sides; a skip is concatenated between the two convolutions."""
+    """Doubles the resolution; the skip connection is concatenated between the two convolutions."""
 
     def __init__(self, before: int, width: int, skip_width: int):
         super().__init__()
@@ -118,9 +123,9 @@ class DecoderStage(nn.Module):
 
 
 class Skips(nn.Module):
-    """What the decoder's stages but the last read beside the stage before: an earlier level, and the stem.
+    """Skip connections of all decoder stages except the last: an earlier level, and a convolutional stem on the image.
 
-    The stem is a convolution of stride 2 for each of them: half the image's size, a quarter, ...
+    The stem has one convolution of stride 2 per skip: half the image's resolution, a quarter, ...
     """
 
     def __init__(self, config: BDHUNetConfig):
@@ -135,7 +140,7 @@ class Skips(nn.Module):
         )
 
     def forward(self, images: Tensor, states: list[Tensor], grid: Grid) -> list[Tensor]:
-        """Coarse to fine, (B, 2 width, h, w) each. images: (B, C, H, W), states: (B, T, D) after each level."""
+        """images: (B, C, H, W), states: (B, T, D) after each level -> (B, 2 width, h, w) per skip, coarse to fine."""
         stem, x = [], images
         for convolution in self.stem:
             x = convolution(x)
@@ -158,9 +163,5 @@ def _with_norm(convolution: nn.Module) -> nn.Sequential:
 
 
 def bdh_unet_config(**overrides) -> BDHUNetConfig:
-    """With the residual stream and the first weights of v2, as documented."""
+    """Config with the residual connection and initialisation of the documented v2."""
     return BDHUNetConfig(**(dict(residual="pre", attention="raw", init="xavier") | overrides))
-
-
-def bdh_unet(**overrides) -> BDHUNet:
-    return bdh_unet_config(**overrides).build()

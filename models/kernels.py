@@ -1,37 +1,81 @@
-"""Fast paths of the BDH step. The plain twin of everything here is `BDHCore.plain_update` in bdh.py.
+"""Fast path of the BDH step. Its plain reference is `BDHCore.plain_update` in bdh.py.
 
-`fast_update` computes what the plain twin computes, for the settings that matter most (Q = K, no mask, scores raw or
-through the softmax), with a hand-written backward pass. What it gains:
+`fast_update` computes what `plain_update` computes, for the settings in FAST_PATH_SERVES, with a hand-written backward
+pass. Why it is faster:
 
-* Heads lead every tensor, (H, B T, N), so that x E is one batched product over the heads that reads x in place: no
-  weight is copied per image, and the attention products find each head contiguous.
-* Q = K, so dq = (dS + dS^T) q is one product; raw scores are symmetric, so S serves both directions.
-* Backward keeps two (H, B T, N) tensors a level: x_sparse, and y_sparse with the dropped entries set to zero. The mask,
-  the rotated queries and the gated product follow from them. With `recompute` it keeps none, only x and the scores,
-  and makes both again: two of the step's products more, and a fraction of the memory.
-* On a CPU the batch passes through in slices, whose element-wise passes then find most of their operands in cache.
-* Weight gradients of all slices and levels are summed in the precision of the master weights.
+* The head axis comes first in every tensor, (H, B T, N). x E is then one batched product that reads x in place: no
+  weight is copied per image, and the attention products find each head contiguous in memory.
+* Q = K, so dq = (dS + dS^T) q is one product. Raw scores are symmetric, so S serves both directions.
+* Only two (H, B T, N) tensors per level are saved for the backward pass: x_sparse, and y_sparse with dropped entries
+  set to zero. The dropout mask, the rotated queries and the gated product are derived from them. `recompute` saves
+  neither, only x and the scores, and computes both again: two more products, a fraction of the memory.
+* On a CPU the batch is processed in slices, so that element-wise passes find most of their operands in cache.
+* Weight gradients of all slices and levels are accumulated in the precision of the master weights.
 """
 
 import contextlib
 import math
+from dataclasses import MISSING, fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Size of one (H, images T, N) tensor of a slice: small enough for a last-level cache, large enough for products at full
-# speed. Step times are flat from 6 to 50 MB on 2 cores with 32 MB of cache; below 3 MB they rise.
+# Size of one (H, images T, N) tensor of a slice: fits into a last-level cache, and is large enough for products at full
+# speed. On 2 cores with 32 MB of cache, step times are flat from 6 to 50 MB and rise below 3 MB.
 CPU_SLICE_BYTES = 12 * 2**20
+
+ANY = object()
+# The config fields that the fast path honours, with the values it serves. Any other field that may affect the step must
+# have its default (see `serves`), so a field added to the plain step alone never meets a fast path that ignores it.
+FAST_PATH_SERVES: dict[str, Any] = {
+    "n_layer": ANY,  # the fast path replaces the update of one level; the loop over levels is outside
+    "n_embd": ANY,  # sizes are read from the tensors
+    "n_head": ANY,
+    "mlp_internal_dim_multiplier": ANY,
+    "dropout": ANY,  # passed as dropout
+    "residual": ANY,  # outside the update
+    "attn_norm": (True, False),  # passed as attn_eps
+    "update_norm": ANY,  # applied after the update
+    "attention": ("raw", "softmax"),  # passed as softmax
+    "qk": ("tied",),  # q = k is built in
+    "gate": ("multiplicative",),  # built in
+    "activation": ("relu",),  # built in
+    "init": ANY,  # initial weights only
+    "rotary": ("raster", "axial"),  # passed as phases; there is no path without rotation
+    "shared": ANY,  # each level is given its weights
+}
+
+
+def serves(config: Any) -> bool:
+    """Whether the fast path computes the step of this config (a CoreConfig or a subclass).
+
+    True if every field in FAST_PATH_SERVES has a value listed there, and every other field is either named in the
+    `outside_step` of a config class or has its default. That default is the one of the class that introduces the field,
+    at which the step must be the one without the field.
+    """
+    classes = type(config).__mro__
+    outside = {name for cls in classes for name in vars(cls).get("outside_step", ())}
+    defaults: dict[str, Any] = {}
+    for cls in reversed(classes):
+        for field in fields(cls) if "__dataclass_fields__" in vars(cls) else ():
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            defaults.setdefault(field.name, default)
+    for name, default in defaults.items():
+        served = ANY if name in outside else FAST_PATH_SERVES.get(name, (default,))
+        if served is not ANY and getattr(config, name) not in served:
+            return False
+    return True
 
 
 def rotate(v: Tensor, phases: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rotary positions as one complex product; the twin of `rotary.rope`.
+    """Rotary positions as one complex product; equals `rotary.rope`.
 
-    v: (..., T, N) with pairs at (even, odd) neighbours; phases: (T, N / 2), exp(i angle), complex64 or complex128, the
-    precision in which the rotation is computed. The conjugate of phases rotates back. Returns v's shape and dtype,
-    written to out if given (out may be v).
+    v: (..., T, N), pairs are (even, odd) neighbours. phases: (T, N / 2), exp(i angle), complex64 or complex128, which
+    sets the precision of the rotation; their conjugate rotates back. Returns v's shape and dtype, written to out if
+    given (out may be v).
     """
     wide = v.to(phases.real.dtype)
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
@@ -44,11 +88,11 @@ def rotate(v: Tensor, phases: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def drop_(v: Tensor, p: float) -> float:
-    """Zeroes each entry of v in place with probability p; returns the factor 1 / (1 - p) that makes up for it.
+    """Dropout: zeroes each entry of v in place with probability p; returns the factor 1 / (1 - p), not yet applied.
 
-    On a CPU the random numbers are drawn 8 bits an entry, many times faster than `bernoulli_`. A byte alone would round
-    p to a multiple of 1 / 256, so how many of its values drop is itself drawn, for each position of the last axis,
-    between the two neighbours of 256 p, with mean 256 p: each entry is dropped with probability p.
+    On a CPU, 8 random bits are drawn per entry, many times faster than `bernoulli_`. One integer threshold would
+    round p to a multiple of 1 / 256, so the threshold of each position of the last axis is itself drawn from the two
+    integers next to 256 p, with mean 256 p: each entry is dropped with probability p.
 
     v: (..., N), contiguous; p: at most 255 / 256.
     """
@@ -57,7 +101,7 @@ def drop_(v: Tensor, p: float) -> float:
     if v.device.type != "cpu":
         v.mul_(torch.empty_like(v).bernoulli_(1 - p))
         return 1 / (1 - p)
-    seed = int(torch.randint(2**63 - 1, ()))  # PyTorch's generator decides; NumPy's SFC64 draws twice as fast
+    seed = int(torch.randint(2**63 - 1, ()))  # seeded by PyTorch; NumPy's SFC64 is twice as fast
     words = np.random.Generator(np.random.SFC64(seed)).integers(2**64, size=(v.numel() + 7) // 8, dtype=np.uint64)
     keep = torch.from_numpy(words.view(np.int8))[: v.numel()].view_as(v)  # uniform on -128 to 127
     dropped = torch.rand(v.shape[-1], dtype=torch.float64).add_(256 * p).floor_()
@@ -68,7 +112,7 @@ def drop_(v: Tensor, p: float) -> float:
 
 
 def scores_are_cheaper(n_tokens: int, n_neurons: int, n_embd: int) -> bool:
-    """Whether (q q^T) x takes fewer operations than q (q^T x): T (N + D) against 2 N D a token."""
+    """Whether (q q^T) x takes fewer operations than q (q^T x): T (N + D) against 2 N D per token."""
     return n_tokens * (n_neurons + n_embd) <= 2 * n_neurons * n_embd
 
 
@@ -91,21 +135,24 @@ def fast_update(
     recompute: bool = False,
     slice_bytes: int = CPU_SLICE_BYTES,
 ) -> Tensor:
-    """y of one BDH step before its LN: everything from x E to the decoder product.
+    """y of one BDH step before its LN: everything from x E to the decoder product. Returns (B, T, D) in x's dtype.
 
-    x: (B, T, D). masters: encoder (H, D, N), encoder_v (H, D, N), decoder (H N, D), which receive the gradients;
-    weights: the same three in the precision of the products. phases: (T, N / 2), see `rotate`. attn_eps: eps of the LN
-    around the attention output, None for no LN. dropout: probability, 0 outside training. softmax: attend by
-    softmax(q q^T / sqrt(N)), which is held as (H, images, T, T) for the backward pass, in place of q q^T. recompute:
-    keep little for the backward pass; the gradients are the same to the bit. slice_bytes: size of one (H, images T, N)
-    tensor at a time, on a CPU. Returns (B, T, D) in x's dtype.
+    x: (B, T, D).
+    masters: encoder (H, D, N), encoder_v (H, D, N), decoder (H N, D); they receive the gradients.
+    weights: the same three in the precision of the matrix products.
+    phases: (T, N / 2), see `rotate`.
+    attn_eps: eps of the LN around the attention output, None for no LN.
+    dropout: probability; 0 outside training.
+    softmax: attend by softmax(q q^T / sqrt(N)), kept as (H, images, T, T) for the backward pass, instead of q q^T.
+    recompute: activation checkpointing; the gradients are bit-identical.
+    slice_bytes: on a CPU, the size of one (H, images T, N) tensor; the batch is processed in slices of that size.
     """
     settings = (attn_eps, dropout, softmax, recompute, slice_bytes)
     return _FastUpdate.apply(x, *masters, tuple(w.detach() for w in weights), phases, *settings)
 
 
 class _FastUpdate(torch.autograd.Function):
-    """Letters: H heads, g images of a slice, T tokens, D width, N neurons a head; R = g T rows."""
+    """Letters in shapes: H heads, g images in a slice, T tokens, D width, N neurons per head; R = g T rows."""
 
     @staticmethod
     def forward(
@@ -137,7 +184,7 @@ class _FastUpdate(torch.autograd.Function):
         dy = (dy * ctx.scale).to(weights[0].dtype)
         slices = [saved[k : k + n] for k in range(0, len(saved), n)]
         (g, T, _), (n_head, _, n_neurons) = slices[0][0].shape, weights[0].shape
-        scratch = [dy.new_empty(n_head, g * T, n_neurons) for _ in range(2)]  # for each slice, so it stays in cache
+        scratch = [dy.new_empty(n_head, g * T, n_neurons) for _ in range(2)]  # reused by slices, so it stays in cache
         dxs, first = [], 0
         for place, kept in enumerate(slices):
             x_slice = kept[0]
@@ -153,13 +200,13 @@ class _FastUpdate(torch.autograd.Function):
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
-    """What the next draws of dropout follow from."""
+    """States of the generators that dropout draws from."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 @contextlib.contextmanager
 def _random_as(states: list[Tensor], device: torch.device):
-    """Draws inside are those that followed from these states; afterwards the generators go on where they were."""
+    """Inside, the generators have these states; afterwards they continue from where they were before."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.set_rng_state(states[0])
         if device.type == "cuda":
@@ -168,7 +215,7 @@ def _random_as(states: list[Tensor], device: torch.device):
 
 
 def _forward_slice(x, weights, phases, attn_eps, dropout, softmax):
-    """y (g, T, D), the dropout factor, and what backward needs, of a slice x: (g, T, D)."""
+    """x: (g, T, D), a slice. Returns y (g, T, D), the dropout factor, and the tensors that backward needs."""
     spare, scale, kept = _excite(x, weights, phases, attn_eps, dropout, softmax)
     x_sparse, y_sparse, *_ = kept
     gated = torch.mul(x_sparse, y_sparse, out=spare)
@@ -177,10 +224,10 @@ def _forward_slice(x, weights, phases, attn_eps, dropout, softmax):
 
 
 def _excite(x, weights, phases, attn_eps, dropout, softmax, inner=None):
-    """From a slice x, (g, T, D), to its neurons, dropout included.
+    """The neurons' activity for a slice x: (g, T, D), dropout included.
 
-    inner: q q^T, its softmax or q^T x, where it is known. Returns a tensor (H, R, N) that has served, the dropout
-    factor, and what backward needs: x_sparse, y_sparse, a, rstd, inner.
+    inner: q q^T, its softmax or q^T x, if already known. Returns a buffer (H, R, N) free for reuse, the dropout factor,
+    and the tensors that backward needs: x_sparse, y_sparse, a, rstd, inner.
     """
     encoder, encoder_v, _ = weights  # (H, D, N) each
     (g, T, D), H = x.shape, len(encoder)
@@ -205,7 +252,7 @@ def _excite(x, weights, phases, attn_eps, dropout, softmax, inner=None):
 
 
 def _backward_slice(dy, kept, weights, phases, softmax, totals, scratch):
-    """dx (g, T, D) of a slice; adds to the weights' totals. dy: (g, T, D), with the dropout factor already in it."""
+    """Returns dx (g, T, D) of a slice; adds the weight gradients to totals. dy: (g, T, D), dropout factor applied."""
     x, x_sparse, y_sparse, a, rstd, inner = kept
     encoder, encoder_v, decoder = weights
     d_encoder, d_encoder_v, d_decoder = totals
@@ -245,7 +292,7 @@ def _backward_slice(dy, kept, weights, phases, softmax, totals, scratch):
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, batched over heads; total may be wider than the factors."""
+    """total += left @ right, batched over heads; total may have a higher precision than the factors."""
     if total.dtype == left.dtype:
         total.baddbmm_(left, right)
     else:
@@ -258,7 +305,7 @@ def _relu_backward_(grad: Tensor, output: Tensor) -> Tensor:
 
 
 def _norm_backward(da: Tensor, a: Tensor, rstd: Tensor) -> Tensor:
-    """Gradient of LN's input from that of its output a: rstd (da - mean(da) - a mean(da a)), over the last axis."""
+    """Gradient of LN's input from da, that of its output a: rstd (da - mean(da) - a mean(da a)), over the last axis."""
     wide, a = da.to(rstd.dtype), a.to(rstd.dtype)
     centred = wide - wide.mean(-1, keepdim=True) - a * (wide * a).mean(-1, keepdim=True)
     return centred.mul_(rstd).to(da.dtype)

@@ -1,11 +1,11 @@
-"""Vision-BDH trained without labels: it sees some patches of an image and says what the others look like.
+"""Masked-image pretraining of the Vision-BDH encoder, without labels.
 
-SimMIM (Xie et al. 2022, arXiv 2111.09886): masked patches enter the encoder as one learned token, with their positions,
-and a linear layer makes pixels of the states. The encoder's weights have the names that they have in Vision-BDH.
+SimMIM (Xie et al. 2022, arXiv 2111.09886): masked patches are replaced by a learned mask token plus their positions,
+and a linear layer predicts their pixels from the last state. The encoder's weights are named as in Vision-BDH.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +17,21 @@ from models.vision_bdh import VisionEncoder, VisionEncoderConfig
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedBDHConfig(VisionEncoderConfig):
-    """A Vision-BDH encoder that learns to fill in masked patches."""
+    """Vision-BDH encoder with a linear head that predicts the pixels of masked patches."""
+
+    outside_step: ClassVar[tuple[str, ...]] = ("mask_ratio",)
 
     img_size: int = 32
     """height and width of the images, in pixels"""
     mask_ratio: float = 0.6
-    """share of the patches that the encoder does not see"""
+    """fraction of the patches that are masked"""
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.n_masked < self.n_patches:
             raise ValueError(
                 f"mask_ratio = {self.mask_ratio} masks {self.n_masked} of {self.n_patches} patches: "
-                "some have to be masked and some seen"
+                "at least one must be masked and one visible"
             )
 
     @property
@@ -39,7 +41,7 @@ class MaskedBDHConfig(VisionEncoderConfig):
 
     @property
     def n_masked(self) -> int:
-        """Patches of each image that are masked."""
+        """Masked patches per image."""
         return round(self.mask_ratio * self.n_patches)
 
     def build(self) -> "MaskedBDH":
@@ -47,16 +49,16 @@ class MaskedBDHConfig(VisionEncoderConfig):
 
 
 class Reconstruction(NamedTuple):
-    """What a model made of the masked patches, and what they are; P = patch_size ** 2 * in_channels."""
+    """Pixels of the masked patches; P = patch_size ** 2 * in_channels."""
 
     predicted: Tensor
-    """(B, n_masked, P)"""
+    """(B, n_masked, P), the model's output"""
     truth: Tensor
-    """(B, n_masked, P)"""
+    """(B, n_masked, P), the image's"""
 
 
 class MaskedBDH(VisionEncoder):
-    """The encoder, and a linear layer from states to pixels."""
+    """Encoder and a linear head from tokens to the pixels of their patches."""
 
     def __init__(self, config: MaskedBDHConfig):
         super().__init__(config)
@@ -69,7 +71,7 @@ class MaskedBDH(VisionEncoder):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """images: (B, C, img_size, img_size). The mask is drawn in training; otherwise all images share one."""
+        """images: (B, C, img_size, img_size). Masks are random in training; evaluation uses one fixed mask."""
         masked = self.draw_masked(len(images), images.device)  # (B, n_masked) indices of patches
         x, grid = self.embed(images)
         hidden = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, masked, True)
@@ -80,12 +82,12 @@ class MaskedBDH(VisionEncoder):
         return Reconstruction(self.head(_rows(states, masked)), _rows(pixels, masked))
 
     def draw_masked(self, n_images: int, device: torch.device) -> Tensor:
-        """(B, n_masked) indices of the patches that are not seen."""
+        """(B, n_masked) indices of the masked patches."""
         if self.training:
             return torch.rand(n_images, self.config.n_patches, device=device).topk(self.config.n_masked).indices
-        return self.eval_masked.expand(n_images, -1)  # the same whatever the batch, so that epochs can be compared
+        return self.eval_masked.expand(n_images, -1)  # fixed, so that epochs can be compared
 
 
 def _rows(x: Tensor, indices: Tensor) -> Tensor:
-    """(B, T, P) and (B, n) -> (B, n, P), the rows of each image that its indices name."""
+    """Selects rows per image. x: (B, T, P), indices: (B, n) -> (B, n, P)."""
     return x.gather(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[2]))

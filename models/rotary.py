@@ -1,6 +1,6 @@
-"""Attention of the BDH step: neurons turned by position, compared with each other.
+"""Attention of the BDH step: queries and keys are neuron activities with rotary positions, values are the tokens.
 
-Letters in shapes: B sequences or images, T tokens, H heads, N neurons a head, D width of a token.
+Letters in shapes: B sequences or images, T tokens, H heads, N neurons per head, D width of a token.
 """
 
 import math
@@ -14,37 +14,41 @@ from models import kernels
 
 
 def rope_frequencies(n_neurons: int, theta: float = 2.0**16) -> Tensor:
-    """(N,) float32, turns per position: theta ** (-2 floor(j / 2) / N) / (2 pi); neighbours share one."""
+    """(N,) float32, turns per position: theta ** (-2 floor(j / 2) / N) / (2 pi), equal within a pair (RoPE)."""
     pair = torch.arange(n_neurons, dtype=torch.float32) // 2
     return theta ** (-2 * pair / n_neurons) / (2 * math.pi)
 
 
 def rope(v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (e, o) of even and odd neighbours to (e cos - o sin, o cos + e sin).
+    """Rotates each pair (e, o) of even and odd neighbours to (e cos - o sin, o cos + e sin).
 
-    v: (..., T, N); cos, sin: (T, N), equal within a pair, in the precision to compute in. Returns v's shape and dtype.
+    v: (..., T, N); cos, sin: (T, N), equal within a pair; their dtype sets the precision. Returns v's shape and dtype.
     """
-    turned = torch.stack((-v[..., 1::2], v[..., 0::2]), dim=-1).flatten(-2)
-    return (v * cos + turned * sin).to(v.dtype)
+    quarter_turn = torch.stack((-v[..., 1::2], v[..., 0::2]), dim=-1).flatten(-2)
+    return (v * cos + quarter_turn * sin).to(v.dtype)
 
 
 class Tables(NamedTuple):
-    """What turns the neurons of T tokens; T rows, one for each."""
+    """Cached rotations for T positions."""
 
     cos: Tensor
-    """(T, N), of the angles"""
+    """(T, N), cosines of the angles"""
     sin: Tensor
-    """(T, N)"""
+    """(T, N), sines of the angles"""
     phases: Tensor | None
-    """(T, N / 2), exp(i angle) of the pairs, for the fast path; None for a compiler, which does without"""
+    """(T, N / 2), exp(i angle) of each pair, for the fast path; None under torch.compile"""
 
 
 class RotaryAttention(nn.Module):
-    """Attention of x by the neurons' activity, turned by position: no projections, so no parameters."""
+    """Attention with neuron activities as queries and keys and tokens as values; it has no parameters.
+
+    softmax: softmax(q k^T / sqrt(N)) instead of q k^T. causal: only keys strictly before the query.
+    rotary: selects the angles, see `CoreConfig`; the caller rotates q and k with `tables`.
+    """
 
     def __init__(self, n_neurons: int, softmax: bool, causal: bool, rotary: str = "raster"):
         super().__init__()
-        if rotary == "axial":  # rows and columns each have the whole range of frequencies, on their half of the pairs
+        if rotary == "axial":  # rows and columns have half of the pairs each, with the full range of frequencies
             freqs = rope_frequencies(n_neurons // 2).repeat(2)
         else:
             freqs = rope_frequencies(n_neurons)
@@ -55,7 +59,7 @@ class RotaryAttention(nn.Module):
         self._tables: dict[tuple, Tables] = {}
 
     def angles(self, n_tokens: int, grid: tuple[int, int] | None = None) -> Tensor:
-        """(T, N) in radians: the fraction of position times frequency, times 2 pi. grid: see `tables`."""
+        """Rotation angles (T, N) in radians: 2 pi frac(position * frequency). grid: see `tables`."""
         freqs = self.freqs.view(-1)
         index = torch.arange(n_tokens, device=freqs.device, dtype=freqs.dtype)
         if self.rotary != "axial":
@@ -65,35 +69,35 @@ class RotaryAttention(nn.Module):
             extra = n_tokens - rows * columns
             place = (index - extra).clamp(min=0)
             row, column = place.div(columns, rounding_mode="floor"), place % columns
-            if extra:  # the class token stands at (0, 0), outside the grid of patches
+            if extra:  # the class token is at (0, 0), patches start at (1, 1)
                 row, column = ((each + 1) * (index >= extra) for each in (row, column))
             by_row, by_column = freqs.chunk(2)
             turns = torch.cat((row[:, None] * by_row, column[:, None] * by_column), dim=1)
         return turns.frac() * (2 * math.pi)
 
     def tables(self, n_tokens: int, grid: tuple[int, int] | None = None) -> Tables | None:
-        """Kept for the next call; one shape at a time, since shapes rarely change. None where nothing is turned.
+        """Rotation tables, cached for the last shape; None for rotary = none.
 
-        grid: (rows, columns) of the patches, which are the last rows * columns of the tokens; only axial needs it.
+        grid: (rows, columns) of the patches, which are the last rows * columns tokens; needed for axial only.
         """
         if self.rotary == "none":
             return None
-        if torch.compiler.is_compiling():  # the compiler makes the tables part of its program
+        if torch.compiler.is_compiling():  # the tables become part of the compiled graph
             angles = self.angles(n_tokens, grid)
             return Tables(angles.cos(), angles.sin(), None)
         key = (n_tokens, grid, self.freqs.device, self.freqs.dtype)
         if key not in self._tables:
-            with torch.inference_mode(False):  # else a table made in inference mode could not serve training later
+            with torch.inference_mode(False):  # a cached inference tensor could not be used in training
                 angles = self.angles(n_tokens, grid)
                 cos, sin = angles.cos(), angles.sin()
             self._tables = {key: Tables(cos, sin, torch.complex(cos[:, 0::2], sin[:, 0::2]))}
         return self._tables[key]
 
     def weights(self, q: Tensor, k: Tensor, first: int = 0) -> Tensor:
-        """(B, H, Q, T), the factors with which tokens enter the output: scores, masked, through the softmax if any.
+        """Attention weights (B, H, Q, T): masked scores, after the softmax if there is one.
 
-        q: (B, H, Q, N), of the tokens from the one numbered first on; k: (B, H, T, N). The causal model attends to keys
-        strictly before the query: with raw scores the first token receives zero.
+        q: (B, H, Q, N), queries of the tokens first, first + 1, ...; k: (B, H, T, N). Causal attention sees only keys
+        strictly before the query, so the first token's weights are all zero.
         """
         scores = q @ k.mT
         if self.softmax:
@@ -109,6 +113,6 @@ class RotaryAttention(nn.Module):
         values = x.unsqueeze(1)
         if self.causal:
             return self.weights(q, k) @ values
-        if self.softmax:  # scaled by 1 / sqrt(N); holds T x T scores on a CPU unless N = D
+        if self.softmax:  # scales by 1 / sqrt(N); a CPU stores T x T scores unless N = D
             return F.scaled_dot_product_attention(q, k, values.expand(-1, q.shape[1], -1, -1))
         return kernels.raw_attention(q, k, values)

@@ -1,20 +1,20 @@
-"""Vision-BDH: images as patches through the recurrent BDH step, attention in both directions.
+"""Vision-BDH: image patches as tokens of the recurrent BDH step, with bidirectional attention.
 
-The named variants differ in a few fields of `CoreConfig` and in nothing else:
+The published variants are values of a few `CoreConfig` fields. `<name>_config(**overrides)` returns the config of:
 
-    v1          post-norm, normal weights
-    v2          as documented: the stream normalised at the head of each step, Xavier weights
-    v2_softmax  v2 with scaled softmax attention, the documents' "baseline"
-    v2_as_run   what the published code of v2 computed: v1 with Xavier weights
+    v1          post-norm, normal initialisation
+    v2          as documented: LN on the residual stream before each step, Xavier initialisation
+    v2_softmax  v2 with scaled softmax attention, called "baseline" in the documents
+    v2_as_run   what the published code of v2 computed: v1 with Xavier initialisation
     v3          affine LN scaled by 1 / sqrt(level) before each step, no other LN
-    pre_ln      of the published ablation: LN before each step and around its attention
-    post_ln     of the published ablation: LN after each step and nowhere in it
-    double_ln   of the published ablation: LN after each step and around its update
+    pre_ln      published ablation: LN before each step and on the attention output
+    post_ln     published ablation: LN after each step only
+    double_ln   published ablation: LN after each step and on the update
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,25 +23,27 @@ from torch import Tensor, nn
 from models.bdh import WEIGHT_STD, BDHCore, CoreConfig, layer_norm
 
 Grid = tuple[int, int]  # rows and columns of patches
-ImageSize = int | tuple[int, int]  # side of a square, or height and width, in pixels
+ImageSize = int | tuple[int, int]  # side of a square image, or (height, width), in pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionEncoderConfig(CoreConfig):
-    """What every BDH on images has: the core, and how an image becomes tokens."""
+    """The BDH step and the patch embedding: common to all BDH models on images."""
+
+    outside_step: ClassVar[tuple[str, ...]] = ("img_size", "patch_size", "in_channels", "pos_embed")
 
     img_size: ImageSize = 32
-    """side of the images in pixels, or their height and width"""
+    """image size in pixels: one side, or height and width"""
     patch_size: int = 4
-    """side of a patch, in pixels; each patch is a token"""
+    """side of a square patch in pixels; each patch is one token"""
     in_channels: int = 3
-    """colour channels of the images"""
+    """number of image channels"""
     pos_embed: bool = True
-    """a learned position is added to every patch"""
+    """add a learned position embedding to each patch"""
 
     def __post_init__(self):
         super().__post_init__()
-        if isinstance(self.img_size, list):  # as JSON gives a tuple back
+        if isinstance(self.img_size, list):  # JSON has no tuples
             object.__setattr__(self, "img_size", tuple(self.img_size))
         for name in ("patch_size", "in_channels"):
             if getattr(self, name) < 1:
@@ -60,7 +62,7 @@ def height_and_width(img_size: ImageSize) -> tuple[int, int]:
 
 
 def check_image_size(img_size: ImageSize, unit: int, what: str) -> None:
-    """Raises ValueError where a side is no multiple of the unit, called what."""
+    """Raises ValueError if a side is not a multiple of unit; what: the unit's name in the message."""
     if min(height_and_width(img_size)) < 1:
         raise ValueError(f"img_size = {img_size} must be at least 1")
     if any(side % unit for side in height_and_width(img_size)):
@@ -69,14 +71,16 @@ def check_image_size(img_size: ImageSize, unit: int, what: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionBDHConfig(VisionEncoderConfig):
-    """A Vision-BDH; the defaults are those for 32 x 32 images."""
+    """Vision-BDH, an image classifier; the defaults are for 32 x 32 images."""
+
+    outside_step: ClassVar[tuple[str, ...]] = ("num_classes", "pool")
 
     img_size: int = 32
     """height and width of the images, in pixels"""
     num_classes: int = 10
-    """outputs of the classification head"""
+    """number of classes"""
     pool: Literal["mean", "cls"] = "mean"
-    """what the head reads: the mean over the patches, or a class token in front of them"""
+    """input of the classification head: the mean over the patch tokens, or a learned class token"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,10 +92,10 @@ class VisionBDHConfig(VisionEncoderConfig):
 
 
 class VisionEncoder(BDHCore):
-    """Patch embedding, learned positions, the BDH steps without a mask.
+    """Patch embedding, learned positions and the BDH levels without a mask.
 
-    Images may have any size that the patch divides: learned positions are interpolated where their grid is another than
-    the configuration's, rotary ones follow from the grid.
+    Takes images of any size that is a multiple of the patch size: learned positions are interpolated to the new grid,
+    rotary positions are computed for it.
     """
 
     def __init__(self, config: VisionEncoderConfig):
@@ -105,9 +109,9 @@ class VisionEncoder(BDHCore):
             nn.init.normal_(self.pos_embed, std=WEIGHT_STD)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
-        """Patches with their positions. images: (B, C, height, width) -> (B, T, D) and the grid, T = rows * columns.
+        """Tokens with learned positions. images: (B, C, height, width) -> (B, T, D) and the grid, T = rows * columns.
 
-        Raises ValueError for sides that are no multiples of the patch.
+        Raises ValueError if a side is not a multiple of the patch size.
         """
         check_image_size(tuple(images.shape[2:]), self.config.patch_size, f"patch_size = {self.config.patch_size}")
         patches = self.patch_embed(images)  # (B, D, rows, columns)
@@ -118,17 +122,17 @@ class VisionEncoder(BDHCore):
         return x, grid
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Grid]:
-        """What `states` gives, and the grid. images: (B, C, height, width)."""
+        """images: (B, C, height, width) -> the residual stream after each level (see `states`), and the grid."""
         x, grid = self.embed(images)
         return self.states(x, grid), grid
 
     def normalised(self, x: Tensor) -> Tensor:
-        """The last state as what follows reads it; scaled_pre has normalised its own already, by S_{n_layer + 1}."""
+        """LN on the last state, for the head or decoder; scaled_pre has already applied its own, S_{n_layer + 1}."""
         return x if self.config.residual == "scaled_pre" else layer_norm(x)
 
 
 def interpolate_positions(positions: Tensor, before: Grid, after: Grid) -> Tensor:
-    """Learned positions for another grid, bicubic. positions: (1, T, D) on the grid before -> (1, T', D)."""
+    """Bicubic interpolation to another grid. positions: (1, T, D) on the grid `before` -> (1, T', D) on `after`."""
     if before == after:
         return positions
     planes = positions.mT.unflatten(-1, before)  # (1, D, rows, columns)
@@ -137,9 +141,9 @@ def interpolate_positions(positions: Tensor, before: Grid, after: Grid) -> Tenso
 
 
 class VisionBDH(VisionEncoder):
-    """The encoder, mean over tokens, LN, linear head.
+    """Encoder, mean over tokens (or class token), LN, linear head.
 
-    A class token has no learned position beyond its own value; by rotary positions it stands before the first patch.
+    The class token has no learned position; in rotary positions it comes before the first patch.
     """
 
     def __init__(self, config: VisionBDHConfig):
@@ -153,18 +157,18 @@ class VisionBDH(VisionEncoder):
         nn.init.zeros_(self.head.bias)
 
     def tokens(self, images: Tensor) -> Tensor:
-        """The last state. images: (B, C, height, width) -> (B, T, D), T patches, and 1 for a class token."""
+        """Last state. images: (B, C, height, width) -> (B, T, D), T patches plus 1 for a class token."""
         x, grid = self.embed(images)
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
         return self.levels(x, grid)
 
     def pooled(self, tokens: Tensor) -> Tensor:
-        """What the head reads of the last state. tokens: (B, T, D) -> (B, D)."""
+        """Pooled and normalised last state, the head's input. tokens: (B, T, D) -> (B, D)."""
         return self.normalised(tokens[:, 0] if self.config.pool == "cls" else tokens.mean(1))
 
     def features(self, images: Tensor) -> Tensor:
-        """What the head reads. images: (B, C, height, width) -> (B, D)."""
+        """The head's input. images: (B, C, height, width) -> (B, D)."""
         return self.pooled(self.tokens(images))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -203,35 +207,3 @@ def post_ln_config(**overrides) -> VisionBDHConfig:
 
 def double_ln_config(**overrides) -> VisionBDHConfig:
     return v2_config(**(dict(residual="post", attn_norm=False) | overrides))
-
-
-def vision_bdh_v1(**overrides) -> VisionBDH:
-    return v1_config(**overrides).build()
-
-
-def vision_bdh_v2(**overrides) -> VisionBDH:
-    return v2_config(**overrides).build()
-
-
-def vision_bdh_v2_softmax(**overrides) -> VisionBDH:
-    return v2_softmax_config(**overrides).build()
-
-
-def vision_bdh_v2_as_run(**overrides) -> VisionBDH:
-    return v2_as_run_config(**overrides).build()
-
-
-def vision_bdh_v3(**overrides) -> VisionBDH:
-    return v3_config(**overrides).build()
-
-
-def vision_bdh_pre_ln(**overrides) -> VisionBDH:
-    return pre_ln_config(**overrides).build()
-
-
-def vision_bdh_post_ln(**overrides) -> VisionBDH:
-    return post_ln_config(**overrides).build()
-
-
-def vision_bdh_double_ln(**overrides) -> VisionBDH:
-    return double_ln_config(**overrides).build()

@@ -1,14 +1,16 @@
-"""Folders of finished runs as `training` leaves them, at the configuration that a script and its flags ask for."""
+"""Folders of runs as `training` leaves them, with the configuration of a script and its flags."""
 
 import json
 
 import numpy as np
 import pandas as pd
 
+from training import SegmentationConfig
 from analysis.published import asked_of, read_published
+from training.metrics import METRICS
 
 GPU = {"device": "cuda", "name": "GPU X", "memory_gb": 8.0}
-IMAGES = {"cifar10": (40_000, 10_000, 10_000), "cifar100": (40_000, 10_000, 10_000), "camvid": (367, 101, 0)}
+IMAGES = {"camvid": (367, 101, 0), "voc": (1464, 1449, 0)}  # others: as CIFAR
 PARTS = ("train", "val", "test")
 
 
@@ -25,17 +27,20 @@ def write_run(
     flags="",
     seed=0,
     test=0.8,
+    metric="accuracy",
     name=None,
     finished=True,
     images=None,
-    curve=None,
+    columns=None,
     hardware=GPU,
+    parameters=3_562_570,
     **fields,
 ):
-    """Writes a run that a script made with these flags.
+    """Writes a run that a script made with these flags; returns its folder.
 
-    test: its test accuracy; curve: (epochs,) val_miou and val_miou_batch of a segmentation run. Keywords are fields of
-    model or training that are stored in place of the script's; those that are ... are not stored.
+    test: result of the test, None for data without a test part. metric: of runs but segmentation's. columns: of
+    metrics.csv, one value an epoch, beside or in place of the usual ones. Keywords are fields of model or training that
+    are stored in place of the script's; those that are ... are not stored.
     """
     asked = asked_of(script, flags)
     config = json.loads(json.dumps(asked.fields()))
@@ -43,23 +48,26 @@ def write_run(
         part |= {key: value for key, value in fields.items() if key in part}
     config["train"]["seed"] = seed
     config = {key: {k: v for k, v in part.items() if v is not ...} for key, part in config.items()}
-    data = asked.train.dataset
+    data = config["train"]["dataset"]
+    images = dict(zip(PARTS, images or IMAGES.get(data, (40_000, 10_000, 10_000)), strict=True))
     about = {"experiment": name or asked.name, "config": config, "model_class": type(asked.model).__name__}
-    about |= {"data": {"name": data}, "parameters": 3_562_570, "hardware": hardware}
-    epochs = pd.DataFrame({"epoch": range(1, config["train"]["epochs"] + 1), "train_loss": 0.5, "val_loss": 0.6})
-    if data == "camvid":
-        epochs["val_miou"], epochs["val_miou_batch"] = curve or (np.linspace(0.3, 0.5, len(epochs)),) * 2
-    else:
-        epochs["val_accuracy"] = np.linspace(0.3, 0.8, len(epochs))
-    metric = epochs.columns[3]
-    best = epochs.loc[epochs[metric].idxmax()]
+    about |= {"data": {"name": data, "images": images}, "parameters": parameters, "hardware": hardware}
+
+    metrics = ["miou", "miou_batch"] if isinstance(asked.train, SegmentationConfig) else [metric]
+    n = len(next(iter(columns.values()))) if columns else config["train"]["epochs"]
+    usual = {"epoch": range(1, n + 1), "train_loss": 0.5, "val_loss": 0.6}
+    usual |= {f"val_{metric}": np.linspace(0.3, 0.5, n) for metric in metrics}
+    usual |= {"learning_rate": 1e-4, "epoch_time_sec": 50.0, "images_per_sec": 800.0, "peak_memory_mb": 1200.0}
+    epochs = pd.DataFrame(usual | (columns or {}))
     folder.mkdir(parents=True)
-    epochs.assign(epoch_time_sec=50.0).to_csv(folder / "metrics.csv", index=False)
+    epochs.to_csv(folder / "metrics.csv", index=False)
     (folder / "config.json").write_text(json.dumps(about))
     if finished:
-        summary = {"test": None if data == "camvid" else {"loss": 0.6, "accuracy": test}, "epochs": len(epochs)}
-        summary["best"] = {"epoch": int(best["epoch"]), metric: best[metric]}
-        summary["images"] = dict(zip(PARTS, images or IMAGES[data], strict=True))
+        key = f"val_{metrics[0]}"
+        best = epochs.loc[epochs[key].idxmax() if METRICS[metrics[0]].higher_is_better else epochs[key].idxmin()]
+        summary = {"test": {"loss": 0.6, metrics[0]: test}, "epochs": n, "parameters": parameters, "images": images}
+        summary["best"] = {"epoch": int(best["epoch"]), "val_loss": best["val_loss"], key: best[key]}
+        summary["test"] = None if test is None or not images["test"] else summary["test"]
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 

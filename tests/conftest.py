@@ -1,8 +1,6 @@
 """What several test files share: made-up images in CIFAR's format, tiny experiments, scripts run as users do."""
 
-import csv
 import functools
-import json
 import os
 import runpy
 import subprocess
@@ -13,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from models.vision_bdh import v2_config
 from training import ClassificationConfig, Experiment, RunOptions
-from training.metrics import METRICS
+from models.vision_bdh import v2_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = dict(patch_size=8, n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4)  # 16 tokens, N = 16
@@ -90,7 +87,7 @@ def call_script(monkeypatch, tmp_path):
 
     def call(script, *args):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, args)])
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as end:
@@ -118,53 +115,30 @@ def run_script():
 
 # ---------------------------------------------------------------------------- runs without training
 
-RUN_MODEL = dict(n_layer=6, n_embd=192, attention="raw")
-RUN_TRAIN = dict(dataset="cifar10", epochs=5, batch_size=32, learning_rate=1e-4)
-HARDWARE = {"device": "cuda", "name": "GPU X", "memory_gb": 8.0}
+
+def rows_of(columns):
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Writes a run's folder; returns it and its rows of metrics.csv. Keywords are fields of model or training.
+    """Writes a run of five epochs with random numbers; returns its folder and its rows of metrics.csv.
 
-    done: epochs of a run that is not finished; test: its test result, None for data without a test part.
+    done: epochs of a run that is not finished; test: its test result, None for data without a test part. Other keywords
+    are those of claimed_runs.write_run, fields of model or training among them.
     """
+    from tests.claimed_runs import write_run
 
-    def make(
-        name="v2_cifar10", seed=0, done=None, metric="accuracy", test=0.75, folder=None, hardware=HARDWARE, **changed
-    ):
-        model = RUN_MODEL | {key: value for key, value in changed.items() if key in RUN_MODEL}
-        train = RUN_TRAIN | {key: value for key, value in changed.items() if key in RUN_TRAIN} | {"seed": seed}
+    def make(name="v2_cifar10", seed=0, done=None, metric="accuracy", test=0.75, folder=None, columns=None, **changed):
         folder = folder or tmp_path / "runs" / name / f"seed{seed}"
-        folder.mkdir(parents=True)
-        config = {"experiment": name, "config": {"model": model, "train": train}, "model_class": "VisionBDHConfig"}
-        config["data"] = {"name": train["dataset"]}
-        (folder / "config.json").write_text(json.dumps(config | {"parameters": 3_233_482, "hardware": hardware}))
-        rng = np.random.default_rng([seed, len(name), model["n_layer"]])
-        rows = [
-            {
-                "epoch": epoch,
-                "train_loss": rng.uniform(0.5, 1.0),
-                "val_loss": rng.uniform(0.5, 1.0),
-                f"val_{metric}": rng.uniform(0.7, 0.8),
-                "learning_rate": 1e-4,
-                "epoch_time_sec": rng.uniform(40.0, 60.0),
-                "images_per_sec": 800.0,
-                "peak_memory_mb": 1200.0,
-            }
-            for epoch in range(1, (done or train["epochs"]) + 1)
-        ]
-        with (folder / "metrics.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        if done is None:
-            pick = max if METRICS[metric].higher_is_better else min
-            best = pick(rows, key=lambda row: row[f"val_{metric}"])
-            best = {key: best[key] for key in ("epoch", "val_loss", f"val_{metric}")}
-            tested = None if test is None else {"loss": 0.6, metric: test}
-            summary = {"test": tested, "best": best, "epochs": len(rows), "parameters": 3_233_482}
-            (folder / "summary.json").write_text(json.dumps(summary))
-        return folder, rows
+        rng, n = np.random.default_rng([seed, len(name), changed.get("n_layer", 6)]), done or changed.get("epochs", 5)
+        ranges = {"train_loss": (0.5, 1), "val_loss": (0.5, 1), f"val_{metric}": (0.7, 0.8), "epoch_time_sec": (40, 60)}
+        numbers = {key: [rng.uniform(*ends) for _ in range(n)] for key, ends in ranges.items()} | (columns or {})
+        fields = {"finished": done is None, "parameters": 3_233_482} | changed
+        images = (40_000, 10_000, 10_000 if test is not None else 0)
+        flags = f"--epochs {changed.get('epochs', 5)}"
+        script = "train_bdh_unet.py" if metric == "miou" else "train_v2_cifar10.py"
+        write_run(folder, script, flags, seed, test, metric, name, columns=numbers, images=images, **fields)
+        return folder, [{"epoch": epoch} | row for epoch, row in enumerate(rows_of(numbers), 1)]
 
     return make

@@ -9,10 +9,10 @@ import zlib
 import numpy as np
 import torch
 
-from interpretability.common.recorder import record
-from models.baselines import deit_tiny_config, vit_tiny_config
-from models.vision_bdh import v2_config
 from training import fit
+from interpretability.common.recorder import record
+from models.baselines import DeiTTinyConfig, ViTConfig
+from models.vision_bdh import v2_config
 from training.runs import load_file
 
 SIZES = dict(patch_size=8, n_layer=3, n_embd=8, n_head=2)  # 4 x 4 patches
@@ -21,8 +21,8 @@ MODELS = {
     "v2": v2_config(**BDH),
     "separate": v2_config(**BDH, qk="separate", pool="cls", activation="gelu", attn_norm=False, shared=False),
     "softmax": v2_config(**BDH, attention="softmax"),
-    "vit": vit_tiny_config(**SIZES, mlp_dim=16),
-    "deit": deit_tiny_config(setting="published"),
+    "vit": ViTConfig(**SIZES, mlp_dim=16),
+    "deit": DeiTTinyConfig(setting="published"),
 }
 
 

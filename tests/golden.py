@@ -14,18 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from camvid_data import write_camvid
 from conftest import made_up_cifar
 
+from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, TextConfig, fit
 from models.bdh import BDHConfig
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v2_config
-from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, TextConfig, fit
 
-RECORD = ROOT / "tests" / "golden.json"
+RECORD = Path(__file__).with_suffix(".json")
 COLUMNS = ("train_loss", "val_loss", "learning_rate")  # and the metric, whose column depends on the task
 SIZE = dict(n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
 
@@ -36,7 +35,8 @@ def experiments(folder: Path) -> list[Experiment]:
     np.savez(folder / "data_cifar10" / "cifar10.npz", **made_up_cifar())
     write_camvid(folder / "data_camvid", n_train=8, n_val=4)
     text = folder / "song.txt"
-    text.write_bytes(b"".join(b"%d bottles on the wall, and if one of them should fall, " % (i % 11) for i in range(90)))
+    lines = (b"%d bottles on the wall, and if one of them should fall, " % (i % 11) for i in range(90))
+    text.write_bytes(b"".join(lines))
     options = RunOptions(data_dir=folder, runs_dir=folder / "runs", device="cpu", num_workers=0)
     common = dict(epochs=3, learning_rate=2e-3, weight_decay=0.05, warmup_steps=4, precision="float32")
     images = ClassificationConfig(
@@ -46,9 +46,10 @@ def experiments(folder: Path) -> list[Experiment]:
         batch_size=3, horizontal_flip=0.5, brightness_contrast=0.5, shift_scale_rotate=0.3, **common
     )
     words = TextConfig(text=text, context=16, batch_size=8, val_fraction=0.1, **common)
+    unet = bdh_unet_config(img_size=(32, 48), skips=True, skip_levels=(2, 1), **SIZE)
     return [
         Experiment("v2", v2_config(patch_size=8, **SIZE), images, options),
-        Experiment("bdh_unet", bdh_unet_config(img_size=(32, 48), skips=True, skip_levels=(2, 1), **SIZE), masks, options),
+        Experiment("bdh_unet", unet, masks, options),
         Experiment("text", BDHConfig(**SIZE), words, options),
     ]
 

@@ -6,7 +6,7 @@ import matplotlib.image
 import numpy as np
 from matplotlib.colors import to_rgb
 
-from analysis.figures import DPI, PAGE
+from analysis.plotting.style import DPI, PAGE
 
 
 def check_picture(path):

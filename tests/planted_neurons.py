@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from interpretability.common.recorder import record
-from models.bdh_unet import bdh_unet
-from models.vision_bdh import vision_bdh_v2
+from models.bdh_unet import bdh_unet_config
+from models.vision_bdh import v2_config
 
 SIZES = dict(img_size=8, patch_size=2, n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)  # T = 16, N = 32
 CLASS_0, OTHERS, NEVER, ALWAYS, CLASS_0_TOO = range(5)  # neurons of each head, of which those after it are silent, too
@@ -17,7 +17,7 @@ def planted_model(**changed):
     In every head, x_sparse of neurons 0 and 4 is active where red is above 0 and grows with it, of neuron 1 where it
     is below, of neuron 3 always, of all others never; y_sparse of every neuron is always active.
     """
-    model = vision_bdh_v2(**(SIZES | dict(n_layer=1, rotary="none") | changed)).eval()
+    model = v2_config(**(SIZES | dict(n_layer=1, rotary="none") | changed)).build().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -44,7 +44,7 @@ def planted_images(labels):
 def random_model(unet=False, **changed):
     """Weights large enough for all parts to matter."""
     torch.manual_seed(3)
-    model = (bdh_unet if unet else vision_bdh_v2)(**(SIZES | changed)).eval()
+    model = (bdh_unet_config if unet else v2_config)(**(SIZES | changed)).build().eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model

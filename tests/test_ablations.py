@@ -8,7 +8,7 @@ import pytest
 import torch
 from reference import SMALL, STEP_FIELDS, assert_close, assert_equals_reference, count, randomised, small_images
 
-from interpretability.recorder import record
+from interpretability.common.recorder import record
 from models.bdh import BDHConfig, CoreConfig
 from models.vision_bdh import (
     VisionBDHConfig,
@@ -20,11 +20,6 @@ from models.vision_bdh import (
     v2_config,
     v2_softmax_config,
     v3_config,
-    vision_bdh_double_ln,
-    vision_bdh_post_ln,
-    vision_bdh_pre_ln,
-    vision_bdh_v1,
-    vision_bdh_v2,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -239,7 +234,7 @@ def test_named_variants_are_points_of_the_space(config, residual, attn_norm, upd
     assert config(attention="softmax", n_layer=2) == VisionBDHConfig(**(fields | dict(attention="softmax", n_layer=2)))
 
 
-@pytest.mark.parametrize("build", [vision_bdh_pre_ln, vision_bdh_post_ln, vision_bdh_double_ln])
+@pytest.mark.parametrize("build", [pre_ln_config, post_ln_config, double_ln_config])
 @pytest.mark.parametrize("attention", ["raw", "softmax"])
 def test_the_published_ablation_builds(build, attention):
     model = build(**SMALL, attention=attention)
@@ -252,7 +247,7 @@ def test_the_published_ablation_builds(build, attention):
 )
 def test_parameters_by_multiplier(multiplier, expected):
     with torch.device("meta"):
-        assert count(vision_bdh_v2(mlp_internal_dim_multiplier=multiplier)) == expected
+        assert count(v2_config(mlp_internal_dim_multiplier=multiplier).build()) == expected
 
 
 @pytest.mark.parametrize(
@@ -272,21 +267,21 @@ def test_parameters_by_multiplier(multiplier, expected):
 )
 def test_parameters_by_choice(choices, extra):
     with torch.device("meta"):
-        assert count(vision_bdh_v2(**choices)) == 3_562_570 + extra
+        assert count(v2_config(**choices).build()) == 3_562_570 + extra
 
 
 @pytest.mark.parametrize("patch", [2, 4, 8])
 @pytest.mark.parametrize("n_layer", [1, 16])
 def test_sizes_of_the_space_train(patch, n_layer):
     sizes = dict(n_embd=8, n_head=2, mlp_internal_dim_multiplier=4)
-    model = vision_bdh_v1(**sizes, patch_size=patch, n_layer=n_layer)
+    model = v1_config(**sizes, patch_size=patch, n_layer=n_layer).build()
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_the_weights_of_separate_keys_and_levels_start_as_the_others():
     """Xavier's bound is that of one (H, D, N) tensor, however many there are."""
-    shared, other = vision_bdh_v2(), vision_bdh_v2(qk="separate", shared=False, n_layer=2)
+    shared, other = v2_config().build(), v2_config(qk="separate", shared=False, n_layer=2).build()
     for name in ("encoder", "encoder_v", "decoder"):
         bound = getattr(shared, name).abs().max().item()
         assert getattr(other, name).abs().max().item() == pytest.approx(bound, rel=1e-3)

@@ -1,16 +1,19 @@
-"""Tables and plots from runs' folders, made up here in the format that training writes."""
+"""Tables and figures of made-up runs."""
 
 import csv
 import json
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
-from analysis.analyze import analyze, draw_curves, draw_final, read_tasks, write_tables
-from analysis.plots import labels_of
+from training import UserError
+from analysis.analyze import analyze, by_task, draw_curves, draw_final, write_tables
+from analysis.plotting.curves import labels_of
+from analysis.plotting.style import labels_of, plain_text
 from analysis.reading import find_runs, make_rows, read_runs
 from tests.pictures import check_picture
-from training import UserError
 from training.config import ROOT
 
 ALWAYS = [f"{name}.{kind}" for name in ("learning_curves", "final_accuracy") for kind in ("png", "svg")]
@@ -31,8 +34,8 @@ def table_rows(markdown):
 
 
 def tables_of(runs, output):
-    """results.md and results.csv, without the pictures, which take long."""
-    return write_tables(read_tasks(runs), output)
+    """results.md and results.csv, without the slow figures."""
+    return write_tables(by_task(make_rows(read_runs(runs))), output / "results", "Results")
 
 
 def test_averages_over_seeds(make_run, tmp_path):
@@ -69,12 +72,10 @@ def test_averages_over_seeds(make_run, tmp_path):
 
 
 def test_one_seed_has_no_deviation(make_run, tmp_path):
-    folder, _ = make_run()
-    paths = tables_of([folder], tmp_path)
+    paths = tables_of([make_run(test=0.7654)[0]], tmp_path)
     (line,) = read_results(paths[-1])
-    test = json.loads((folder / "summary.json").read_text())["test"]["accuracy"]
-    assert float(line["test_accuracy_mean"]) == test and line["test_accuracy_std"] == ""
-    assert table_rows(paths[-2])[0][2:4] == ["1", f"{100 * test:.2f}"]
+    assert float(line["test_accuracy_mean"]) == 0.7654 and line["test_accuracy_std"] == ""
+    assert table_rows(paths[-2])[0][2:4] == ["1", "76.54"]
 
 
 def test_the_best_epoch_is_the_one_that_was_tested(make_run, tmp_path):
@@ -243,17 +244,15 @@ def test_other_metrics_and_data_sets(make_run, tmp_path):
     """A block for each data set; the metric is named by its column; a data set may lack a test part."""
     make_run()
     make_run("unet", dataset="camvid", metric="miou")
-    untested, _ = make_run("unet", seed=1, dataset="camvid11", metric="miou")
-    summary = json.loads((untested / "summary.json").read_text())
-    (untested / "summary.json").write_text(json.dumps(summary | {"test": None}))
+    make_run("unet", seed=1, dataset="voc", metric="miou", test=None)
     paths = tables_of(find_runs(tmp_path / "runs"), tmp_path / "out")
     by_dataset = {line["dataset"]: line for line in read_results(paths[-1])}
     expected = json.loads((tmp_path / "runs/unet/seed0/summary.json").read_text())["test"]["miou"]
     assert float(by_dataset["camvid"]["test_miou_mean"]) == expected
-    assert by_dataset["camvid"]["test_accuracy_mean"] == by_dataset["camvid11"]["test_miou_mean"] == ""
+    assert by_dataset["camvid"]["test_accuracy_mean"] == by_dataset["voc"]["test_miou_mean"] == ""
     text = paths[-2].read_text()
     assert "test mIoU (%)" in text and "test accuracy (%)" in text and "no test part" in text
-    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## camvid", "## camvid11", "## cifar10"]
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## camvid", "## cifar10", "## voc"]
 
 
 def test_pictures(make_run, tmp_path):
@@ -270,21 +269,20 @@ def test_pictures(make_run, tmp_path):
     assert large[1][0] > small[1][0] + 100
 
 
-def test_what_has_nothing_to_show_is_named_and_not_left_from_before(make_run, tmp_path):
-    """The two others of time and speed need two experiments; parameters and multipliers are all the same here."""
+def test_skipped_figures_are_named_and_old_ones_removed(make_run, tmp_path):
+    """Time and speed need two experiments; parameters and multiplier are the same in both here."""
     first, second = make_run("v1")[0], make_run("v2", n_layer=12)[0]
     said = []
     paths = analyze([first, second], tmp_path / "out", say=said.append)
     there = [path.stem for path in paths if path.suffix == ".png"]
     assert there[2:] == ["accuracy_against_time", "speed"]
-    assert [line.split(",")[0] for line in said] == [
-        f"not drawn: {name}" for name in ("accuracy_against_parameters", "mlp_multiplier")
-    ]
+    names = ("accuracy_against_parameters", "mlp_multiplier")
+    assert [line.partition(" needs")[0] for line in said] == [f"skipped: {name}" for name in names]
     said.clear()
     (tmp_path / "out" / "notes.png").write_text("the user's own")
-    paths = analyze([first], tmp_path / "out", say=said.append)
+    analyze([first], tmp_path / "out", say=said.append)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*ALWAYS, "notes.png"])
-    assert [line.split(",")[0] for line in said] == [f"not drawn: {name}" for name in OPTIONAL]
+    assert [line.partition(" needs")[0] for line in said] == [f"skipped: {name}" for name in OPTIONAL]
 
 
 def test_the_loss_has_a_unit_where_it_is_a_cross_entropy(make_run, tmp_path):
@@ -307,6 +305,20 @@ def test_labels_leave_out_what_all_share(make_run, tmp_path):
     labels, title = labels_of(rows)
     assert sorted(labels) == ["v1", "v2, n_layer=3", "v2, n_layer=6"]
     assert title == "cifar10, all with epochs=5, n_embd=48"
+
+
+@pytest.mark.parametrize("name", [r"$\frac$", "_v2", "a$b", r"\$x$", "one $x$ and $y"])
+def test_names_are_shown_as_they_are(make_run, tmp_path, name):
+    """Neither read as formulas, nor left out of a legend."""
+    make_run(name), make_run("v1", n_layer=3)
+    rows = make_rows(read_runs(find_runs(tmp_path / "runs")))
+    figure = draw_curves({rows[0].task: rows})
+    FigureCanvasAgg(figure).draw()
+    texts = figure.subfigs[0].legends[0].get_texts()
+    assert len(texts) == 2 and any(name in text.get_text().replace(r"\$", "$") for text in texts)
+    for text in (Text(text=plain_text(name)), *texts):
+        shown, is_formula = text._preprocess_math(text.get_text())
+        assert not is_formula and (name not in text.get_text().replace(r"\$", "$") or name in shown)
 
 
 def test_titles_say_of_small_runs_that_they_are(make_run, tmp_path, call_script):
@@ -335,7 +347,7 @@ def test_command_line(make_run, call_script, tmp_path, capsys):
     make_run()
     assert call_script("analysis/analyze.py", "--runs-dir", "runs", "--output-dir", "out") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if not line.startswith("not drawn: ")] == [f"out/{name}" for name in ALWAYS]
+    assert [line for line in lines if not line.startswith("skipped: ")] == [f"out/{name}" for name in ALWAYS]
     assert len(lines) == len(ALWAYS) + len(OPTIONAL)
     assert read_results(tmp_path / "out" / "results.csv")[0]["experiment"] == "v2_cifar10"
 

@@ -6,24 +6,24 @@ import torch
 from camvid_data import write_camvid
 from torch import nn
 
+from training import Experiment, RunOptions, SegmentationConfig, fit
 from interpretability.common import attention_maps as computation
 from interpretability.common.attention_maps import attention_maps, look_at, shares
 from interpretability.common.recorder import record
 from interpretability.common.trained import TrainedRun
-from models.baselines import vit_tiny
+from models.baselines import ViTConfig
 from models.bdh_unet import bdh_unet_config
-from models.vision_bdh import vision_bdh_v2, vision_bdh_v3
-from training import Experiment, RunOptions, SegmentationConfig, fit
+from models.vision_bdh import v2_config, v3_config
 from training.data import load_dataset
 
 SIZES = dict(img_size=8, patch_size=2, n_layer=3, n_embd=16, n_head=2)  # 4 x 4 patches
 BDH = SIZES | dict(mlp_internal_dim_multiplier=4)
 BUILDERS = {
-    "v2": lambda: vision_bdh_v2(**BDH),
-    "v3": lambda: vision_bdh_v3(**BDH),
-    "softmax": lambda: vision_bdh_v2(attention="softmax", **BDH),
-    "class_token": lambda: vision_bdh_v2(pool="cls", **BDH),
-    "vit": lambda: vit_tiny(mlp_dim=32, **SIZES),
+    "v2": lambda: v2_config(**BDH).build(),
+    "v3": lambda: v3_config(**BDH).build(),
+    "softmax": lambda: v2_config(attention="softmax", **BDH).build(),
+    "class_token": lambda: v2_config(pool="cls", **BDH).build(),
+    "vit": lambda: ViTConfig(mlp_dim=32, **SIZES).build(),
 }
 GRID, PATCH, QUERY = (4, 4), (1, 3), 7
 
@@ -111,7 +111,7 @@ def test_rollout(model, pixels, at_once, monkeypatch):
 def test_a_head_without_scores_leaves_the_token_what_it_has(pixels):
     """So that rows of the rollout still sum to 1."""
     torch.manual_seed(3)
-    model = vision_bdh_v2(**BDH).eval()
+    model = v2_config(**BDH).build().eval()
     with torch.no_grad():
         model.encoder[0] = 0
     maps, _ = attention_maps(model, pixels, PATCH, GRID, [0], "rollout")
@@ -124,7 +124,7 @@ def test_a_head_without_scores_leaves_the_token_what_it_has(pixels):
 
 @pytest.mark.parametrize("show", ["scores", "shares", "rollout"])
 def test_memory_never_holds_the_scores_of_a_level(pixels, monkeypatch, show):
-    model = vision_bdh_v2(**BDH).eval()
+    model = v2_config(**BDH).build().eval()
     shapes, weights = [], model.attn.weights
     monkeypatch.setattr(model.attn, "weights", lambda q, k, first: shapes.append(q.shape) or weights(q, k, first))
     monkeypatch.setattr(computation, "SCORES_AT_ONCE", 2 * 16 * 5)

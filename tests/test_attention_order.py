@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import kernels
 from models.bdh import layer_norm
 from models.rotary import RotaryAttention
-from models.vision_bdh import vision_bdh_v2
+from models.vision_bdh import v2_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,7 +81,7 @@ def test_both_orders_occur_above_and_at_the_sizes_of_the_models():
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_step_on_many_tokens_never_holds_a_matrix_of_token_pairs(fast):
-    model = vision_bdh_v2(img_size=52, patch_size=4, n_layer=2, n_embd=6, n_head=2, mlp_internal_dim_multiplier=4)
+    model = v2_config(img_size=52, patch_size=4, n_layer=2, n_embd=6, n_head=2, mlp_internal_dim_multiplier=4).build()
     model.use_fast_path = fast
     with LargestPlane() as seen:
         model(torch.randn(2, 3, 52, 52)).sum().backward()

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models as torchvision_models
 
-from interpretability.recorder import record
+from training import ClassificationConfig, Experiment, RunOptions, fit
+from interpretability.common.recorder import record
 from models import CONFIG_CLASSES, build_config
 from models.baselines import (
     BaselineConfig,
@@ -28,7 +29,6 @@ from models.baselines import (
     vit_tiny,
     vit_tiny_config,
 )
-from training import ClassificationConfig, Experiment, RunOptions, fit
 from training.runs import load_file
 
 ROOT = Path(__file__).resolve().parents[1]

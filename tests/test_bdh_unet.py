@@ -5,10 +5,10 @@ import torch
 from reference import randomised
 from torch import nn
 
-from interpretability.recorder import record
+from interpretability.common.recorder import record
 from models.bdh import BDHCore, layer_norm
-from models.bdh_unet import BDHUNet, BDHUNetConfig, bdh_unet, bdh_unet_config
-from models.vision_bdh import VisionBDH, VisionEncoder, interpolate_positions, vision_bdh_v2, vision_bdh_v3
+from models.bdh_unet import BDHUNet, BDHUNetConfig, bdh_unet_config
+from models.vision_bdh import VisionBDH, VisionEncoder, interpolate_positions, v2_config, v3_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -18,7 +18,7 @@ WITH_SKIPS = dict(skips=True, skip_levels=(2, 1))
 
 def small_unet(**fields):
     torch.manual_seed(0)
-    return bdh_unet(**(SMALL | fields)).eval()
+    return bdh_unet_config(**(SMALL | fields)).build().eval()
 
 
 # ---------------------------------------------------------------------------- the published model
@@ -33,7 +33,7 @@ def test_the_published_sizes():
 
 def test_without_skips_the_decoder_is_the_published_one():
     with torch.device("meta"):
-        model = bdh_unet()
+        model = bdh_unet_config().build()
     expected, before = [], 256
     for width in (128, 64, 32):
         expected += [nn.ConvTranspose2d(before, width, 2, stride=2), nn.BatchNorm2d(width), nn.ReLU()]
@@ -48,7 +48,7 @@ def test_without_skips_the_decoder_is_the_published_one():
 @pytest.mark.parametrize(("fields", "parameters"), [({}, 4_152_235), (dict(skips=True), 4_646_251)])
 def test_parameter_count(fields, parameters):
     with torch.device("meta"):
-        assert sum(each.numel() for each in bdh_unet(**fields).parameters()) == parameters
+        assert sum(each.numel() for each in bdh_unet_config(**fields).build().parameters()) == parameters
 
 
 def test_the_decoder_goes_from_the_grid_to_the_image():
@@ -65,7 +65,7 @@ def test_the_decoder_goes_from_the_grid_to_the_image():
 def test_the_encoder_is_the_class_that_classification_uses():
     model = small_unet()
     assert type(model.encoder) is VisionEncoder and issubclass(VisionBDH, VisionEncoder)
-    classifier = vision_bdh_v2(**SMALL, patch_size=8).eval()
+    classifier = v2_config(**SMALL, patch_size=8).build().eval()
     missing, unexpected = classifier.load_state_dict(model.encoder.state_dict(), strict=False)
     assert set(missing) == {"head.weight", "head.bias"} and not unexpected
     images = torch.randn(2, 3, 32, 32)
@@ -78,7 +78,7 @@ def test_the_encoder_is_the_class_that_classification_uses():
 def test_states_are_what_each_further_level_makes(residual):
     """The states of a model of n levels begin those of one with more, but for the last one's norm in scaled_pre."""
     fields = SMALL | dict(residual=residual, patch_size=8)
-    models = [randomised(vision_bdh_v2(**(fields | dict(n_layer=n)))) for n in (1, 2, 3)]
+    models = [randomised(v2_config(**(fields | dict(n_layer=n))).build()) for n in (1, 2, 3)]
     for model in models[:2]:
         weights = models[2].state_dict()
         model.load_state_dict({name: weights[name] for name in model.state_dict()})
@@ -189,7 +189,7 @@ def test_positions_are_interpolated_as_a_map():
 
 
 def test_classification_takes_other_sizes_too():
-    model = vision_bdh_v3(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4).eval()
+    model = v3_config(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4).build().eval()
     assert model(torch.randn(2, 3, 16, 48)).shape == (2, 10)
 
 

@@ -1,4 +1,4 @@
-"""Published rows beside made-up results: which runs count, the interval, every verdict, the text of CLAIMS.md."""
+"""Published rows and made-up results: which runs count, the interval, every verdict, the text of CLAIMS.md."""
 
 import dataclasses
 import math
@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 import training
+from training import UserError
 from analysis import published as rows
 from analysis.claims import HOW, NOTES, claims_markdown
 from analysis.published import (
     ABOVE,
     BELOW,
     NOT_COMPARABLE,
-    NOT_YET_RUN,
+    NOT_RUN,
     REPRODUCED,
     TOO_FEW,
     asked_of,
@@ -26,7 +27,6 @@ from analysis.published import (
 from analysis.reading import read_run
 from models.vision_bdh import v1_config, v2_as_run_config, v2_config, v2_softmax_config, v3_config
 from tests.claimed_runs import GPU, published, write_run, write_seeds
-from training import UserError
 from training.launch import launch
 
 T_975 = {2: 12.7062047, 3: 4.30265273, 5: 2.77644511, 10: 2.26215716}  # by n, of a printed table with n - 1 degrees
@@ -155,7 +155,7 @@ HALF = T_975[3] * 0.001 * math.sqrt(4 / 3)  # of three results that are 0.001 ap
 @pytest.mark.parametrize(
     ("tests", "verdict"),
     [
-        ([], NOT_YET_RUN),
+        ([], NOT_RUN),
         ([0.8173], TOO_FEW),
         ([0.8173, 0.8174], TOO_FEW),
         ([0.816, 0.817, 0.818], REPRODUCED),
@@ -169,7 +169,7 @@ def test_verdicts(results, tests, verdict):
     write_seeds(results, tests)
     documented, as_run = claims_in(results, "v2_raw", dataset="cifar10")
     assert documented.verdict == verdict and len(documented.values) == len(tests)
-    assert as_run.verdict == NOT_YET_RUN
+    assert as_run.verdict == NOT_RUN
 
 
 def test_the_code_that_ran_has_a_verdict_of_its_own(results):
@@ -183,8 +183,8 @@ def test_what_cannot_be_compared_shows_what_was_measured_both_ways(results):
     """The best by batches is not at the best epoch by one matrix."""
     for seed, shift in enumerate((0.0, 0.01, 0.02)):
         by_batches, standard = np.linspace(0.6, 0.3, 80), np.linspace(0.2, 0.5, 80)
-        curve = (standard + shift, by_batches - shift)
-        write_run(results / "bdh_unet" / f"seed{seed}", "train_bdh_unet.py", seed=seed, curve=curve)
+        columns = {"val_miou": standard + shift, "val_miou_batch": by_batches - shift}
+        write_run(results / "bdh_unet" / f"seed{seed}", "train_bdh_unet.py", seed=seed, columns=columns)
     (claim,) = claims_in(results, "bdh_unet")
     assert claim.verdict == NOT_COMPARABLE and claim.interval is None
     assert sorted(claim.values) == pytest.approx([0.58, 0.59, 0.60])
@@ -233,7 +233,7 @@ def test_what_nobody_measured_gets_no_verdict(results, name, source, kind):
 def test_another_protocol_does_not_count_under_any_name(results, changed):
     write_seeds(results, [0.816, 0.817, 0.818], name="v2_cifar10", **changed)
     documented, as_run = claims_in(results, "v2_raw", dataset="cifar10")
-    assert (documented.verdict, as_run.verdict) == (NOT_YET_RUN, NOT_YET_RUN)
+    assert (documented.verdict, as_run.verdict) == (NOT_RUN, NOT_RUN)
 
 
 @pytest.mark.parametrize("key", ["model_class", "data"])
@@ -258,7 +258,7 @@ def test_small_runs_never_count(results):
         write_seeds(results / folder, [0.816, 0.817, 0.818])
     for root in (results, results / "small_cpu"):
         (documented, _) = claims_in(root, "v2_raw", dataset="cifar10")
-        assert documented.verdict == NOT_YET_RUN
+        assert documented.verdict == NOT_RUN
         assert all(claim.row is None for claim in claims_markdown(read_results(root), root)[0])
 
 
@@ -268,7 +268,7 @@ def test_a_run_counts_by_what_it_is_and_a_copy_is_no_further_seed(results, capsy
     write_run(results / "copy" / "seed1", V2, seed=1, test=0.817, name="copy")
     (documented, _) = claims_in(results, "v2_raw", dataset="cifar10")
     assert documented.verdict == REPRODUCED and sorted(documented.values) == [0.816, 0.817, 0.818]
-    assert "is left out, it has the seed" in capsys.readouterr().err
+    assert "is left out: same seed and fields as" in capsys.readouterr().err
 
 
 def test_a_field_younger_than_the_run_has_its_default(results):
@@ -285,7 +285,7 @@ def test_precision_and_compile_may_differ_and_have_lines_of_their_own(results):
     assert lines == {
         "`v2_cifar10` (compile=False, precision=bf16)": REPRODUCED,
         "`v2_cifar10` (compile=True, precision=tf32)": TOO_FEW,
-        "`v2_cifar10+residual=post+warmup_steps=1000`": NOT_YET_RUN,
+        "`v2_cifar10+residual=post+warmup_steps=1000`": NOT_RUN,
     }
 
 
@@ -326,7 +326,7 @@ def test_the_table_shows_numbers_protocol_and_verdict(results):
     half = 100 * T_975[3] * 0.002 * math.sqrt(4 / 3)
     interval = f"{81.8 - half:.2f} to {81.8 + half:.2f}"
     assert documented[1:8] == ["`v2_cifar10`", "50", "81.73", "81.80 ± 0.20", "3", interval, REPRODUCED]
-    assert as_run[4:8] == ["–", "0", "–", NOT_YET_RUN]  # noqa: RUF001
+    assert as_run[4:8] == ["–", "0", "–", NOT_RUN]  # noqa: RUF001
     assert lines_of(results, "v1 |")[0][4:8] == ["80.00", "1", "–", TOO_FEW]  # noqa: RUF001
     protocol = [line[1:] for line in (lines_of(results, f"`{name}_cifar10` |")[0] for name in ("v2", "v1", "vit_tiny"))]
     assert protocol[0] == ["50", "40,000", "tf32", GPU["name"], "3,562,570", "3.2M"]
@@ -349,12 +349,11 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
         claims_markdown(read_results(tmp_path / "nowhere"), tmp_path / "nowhere")
 
 
-def test_the_script(results, tmp_path, call_script, capsys):
+def test_only_the_claims_can_be_written_elsewhere(results, tmp_path, call_script, capsys):
     write_seeds(results, [0.7, 0.701, 0.702])
-    assert call_script("analysis/claims.py", "--results-dir", results) == 0
-    shown, text = capsys.readouterr().out, (results / "CLAIMS.md").read_text()
-    assert f"1 *{BELOW}*" in shown and f"1 *{BELOW}*" in text and f"| {BELOW} |" in text
-    assert call_script("analysis/claims.py", "--results-dir", results, "--output", tmp_path / "c.md") == 0
-    assert (tmp_path / "c.md").read_text() == text
+    where = ["--results-dir", results, "--output", tmp_path / "c.md"]
+    assert call_script("analysis/claims.py", *where) == 0
+    assert f"| {BELOW} |" in (tmp_path / "c.md").read_text() and not (results / "CLAIMS.md").exists()
+    assert call_script("analysis/claims.py", *where, "--check") == 0
     assert call_script("analysis/claims.py", "--results-dir", tmp_path / "nowhere") == 1
     assert "--results-dir" in capsys.readouterr().err

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.analyze import read_tasks, write_tables
-from analysis.compare import compare, difference_interval
 from training import UserError
+from analysis.analyze import by_task, write_tables
+from analysis.compare import compare, difference_interval
+from analysis.reading import make_rows, read_runs
 
 
 def lines_of(path):
@@ -85,17 +86,16 @@ def test_only_finished_runs_on_the_same_data_count(make_run, tmp_path):
 
 
 def test_a_metric_not_in_percent_keeps_its_unit_and_its_direction(make_run, tmp_path, capsys):
-    make_run("bdh_text", test=2.0, metric="bits_per_byte", dataset="topics")
-    make_run("bdh_text+n_layer=12", test=1.75, metric="bits_per_byte", dataset="topics", n_layer=12)
+    make_run("bdh_text", test=2.0, metric="bits_per_byte")
+    make_run("bdh_text+n_layer=12", test=1.75, metric="bits_per_byte", n_layer=12)
     folders = sorted((tmp_path / "runs").glob("*/*"))
     compare(folders, "bdh_text", tmp_path / "table")
     shown = capsys.readouterr().out
     assert "test bits per byte" in shown and "| 1.7500 |" in shown and "| -0.2500 |" in shown
     assert "%" not in shown.replace("95 %", "")
-    write_tables(read_tasks(folders), tmp_path / "out")
-    table = (tmp_path / "out" / "results.md").read_text()
+    table = write_tables(by_task(make_rows(read_runs(folders))), tmp_path / "out", "Results")[0].read_text()
     assert table.index("n_layer=12") < table.index("| bdh_text |")  # lower is better, and the best comes first
-    assert "test bits per byte" in table and "%" not in table.split("Means")[0]
+    assert "test bits per byte" in table and "%" not in table.split("Mean over")[0]
 
 
 @pytest.mark.parametrize(("default", "words"), [("v9", "no finished run"), ("two", "several configurations")])

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from analysis.compare_existing_results import compare_results, draw, read_lines, short_names
-from analysis.figures import COLORS
+from analysis.analyze import by_task, draw_final
+from analysis.compare_existing_results import compare_results, read_rows, short_names
+from analysis.plotting.style import COLORS
 from tests.pictures import check_picture, share_of_color
-from training import UserError
 from training.config import ROOT
 
 SCRIPT = "analysis/compare_existing_results.py"
@@ -68,24 +68,27 @@ def test_an_experiment_in_two_folders_has_a_line_for_each(run_in, tmp_path):
     assert all(share_of_color(pixels, color) > 0.01 for color in COLORS[:2])
 
 
+def drawn(*paths):
+    """The blocks of the figure."""
+    return draw_final(by_task(read_rows(paths))).subfigs
+
+
 def test_bars_are_named_by_folder_where_needed_and_coloured_by_it(run_in, tmp_path):
     run_in("runs", "v2", test=0.6), run_in("results", "v2", test=0.8), run_in("runs", "v1", test=0.7)
     run_in("runs", "begun", done=2)
-    lines = read_lines([tmp_path / "runs", tmp_path / "results"])
-    (block,) = draw([lines]).subfigs
+    (block,) = drawn(tmp_path / "runs", tmp_path / "results")
     ax = block.axes[0]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["v2, in results", "v2, in runs", "v1", "begun"]
     assert [bar.get_width() for bar in ax.patches] == pytest.approx([80, 60, 70])
     assert [to_hex(bar.get_facecolor()).upper() for bar in ax.patches] == [COLORS[0], COLORS[1], COLORS[1]]
     (legend,) = block.legends
-    pairs = zip(legend.get_texts(), legend.get_patches(), strict=True)
-    colors = {text.get_text(): to_hex(patch.get_facecolor()).upper() for text, patch in pairs}
-    assert colors == {"results": COLORS[0], "runs": COLORS[1]}
+    pairs = zip(legend.get_texts(), legend.get_lines(), strict=True)
+    assert {text.get_text(): mark.get_color() for text, mark in pairs} == {"results": COLORS[0], "runs": COLORS[1]}
 
 
 def test_a_single_folder_needs_no_names_of_folders(run_in, tmp_path):
     run_in("runs", "v2", test=0.6), run_in("runs", "v1", test=0.7)
-    (block,) = draw([read_lines([tmp_path / "runs"])]).subfigs
+    (block,) = drawn(tmp_path / "runs")
     assert [label.get_text() for label in block.axes[0].get_yticklabels()] == ["v1", "v2"]
     assert not block.legends
     assert len({bar.get_facecolor() for bar in block.axes[0].patches}) == 2
@@ -94,9 +97,11 @@ def test_a_single_folder_needs_no_names_of_folders(run_in, tmp_path):
 def test_configurations_that_differ_between_folders_say_so(run_in, tmp_path):
     run_in("runs", "v2", batch_size=64)
     run_in("results", "v2")
-    rows = dict(read_lines([tmp_path / "runs", tmp_path / "results"]))
-    assert rows["runs"].parts == ["v2", "batch_size=64", "in runs"]
-    assert rows["results"].parts == ["v2", "batch_size=32", "in results"]
+    rows = read_rows([tmp_path / "runs", tmp_path / "results"])
+    assert {row.folder: row.parts for row in rows} == {
+        "runs": ["v2", "batch_size=64"],
+        "results": ["v2", "batch_size=32"],
+    }
 
 
 def test_data_sets_and_metrics_are_kept_apart(run_in, tmp_path):
@@ -106,10 +111,8 @@ def test_data_sets_and_metrics_are_kept_apart(run_in, tmp_path):
     text = paths[0].read_text()
     assert [line for line in text.splitlines() if line.startswith("## ")] == ["## camvid", "## cifar10", "## cifar100"]
     assert "test mIoU (%)" in text and "test accuracy (%)" in text
-    lines = [read_lines([tmp_path / "a", tmp_path / "b"])[place : place + 1] for place in range(3)]
-    blocks = draw(lines).subfigs
     titles = ["best validation mIoU (%)", "test accuracy (%)", "test accuracy (%)"]
-    assert [block.axes[0].get_xlabel() for block in blocks] == titles
+    assert [block.axes[0].get_xlabel() for block in drawn(tmp_path / "a", tmp_path / "b")] == titles
 
 
 def test_runs_seeds_and_folders_can_be_mixed_and_none_counts_twice(run_in, tmp_path):
@@ -118,8 +121,8 @@ def test_runs_seeds_and_folders_can_be_mixed_and_none_counts_twice(run_in, tmp_p
         run_in("runs", "v1", seed)
         run_in("runs", "v2", seed)
     runs = tmp_path / "runs"
-    lines = read_lines([runs / "v2" / "seed1", runs / "v1", runs, runs / "v1"])
-    found = {(folder, row.experiment): [run.train["seed"] for run in row.runs] for folder, row in lines}
+    rows = read_rows([runs / "v2" / "seed1", runs / "v1", runs, runs / "v1"])
+    found = {(row.folder, row.experiment): [run.train["seed"] for run in row.runs] for row in rows}
     assert found == {("seed1", "v2"): [1], ("v1", "v1"): [0, 1], ("runs", "v2"): [0]}
 
 
@@ -175,14 +178,14 @@ def test_an_output_without_a_name_is_one_message(run_in, call_script, capsys):
     run_in("runs", "v2_cifar10")
     for output in (".", "/"):
         assert call_script(SCRIPT, "runs", "--output", output) == 1
-        assert "is a folder: name the files in it" in capsys.readouterr().err
+        assert "is a folder: add a file name" in capsys.readouterr().err
 
 
-def test_damaged_runs_are_left_out(run_in, tmp_path, capsys):
+def test_damaged_runs_are_left_out(run_in, call_script, tmp_path, capsys):
     run_in("runs", "v2")
     broken, _ = run_in("results", "v2")
     (broken / "summary.json").write_text("{")
-    assert [folder for folder, _ in read_lines([tmp_path / "runs", tmp_path / "results"])] == ["runs"]
+    assert [row.folder for row in read_rows([tmp_path / "runs", tmp_path / "results"])] == ["runs"]
     assert f"warning: {broken} is left out" in capsys.readouterr().err
-    with pytest.raises(UserError, match="can be read"):
-        read_lines([tmp_path / "results"])
+    assert call_script(SCRIPT, "results", "--output", "out/c") == 1
+    assert "error: no run can be read" in capsys.readouterr().err

@@ -15,16 +15,16 @@ from pictures import check_picture
 from scipy.linalg import subspace_angles
 from torch import nn
 
+from training import Experiment, PretrainingConfig, RunOptions, SegmentationConfig, fit
 from interpretability.common.features import images_per_pass, level_features
 from interpretability.common.similarity import MiniBatchCKA, gram, main_directions, svcca, unbiased_hsic
 from interpretability.common.trained import TrainedRun
 from interpretability.compare_representations import Similarity, draw, draw_images, draw_matrix, measure, number
-from models.baselines import ViTConfig, vit_tiny
+from models.baselines import ViTConfig
 from models.bdh import layer_norm
-from models.bdh_unet import bdh_unet, bdh_unet_config
+from models.bdh_unet import bdh_unet_config
 from models.masked_bdh import MaskedBDHConfig
-from models.vision_bdh import vision_bdh_v1, vision_bdh_v2
-from training import Experiment, PretrainingConfig, RunOptions, SegmentationConfig, fit
+from models.vision_bdh import v1_config, v2_config
 
 SCRIPT = "interpretability/compare_representations.py"
 SIZES = dict(img_size=8, patch_size=2, n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)  # 16 tokens
@@ -161,8 +161,8 @@ def images():
 
 def test_v1_and_v2_with_the_same_weights_have_the_same_features(images):
     """As they compute the same; without normalisation they differ."""
-    v2 = with_large_weights(vision_bdh_v2(**SIZES))
-    v1 = vision_bdh_v1(**SIZES).eval()
+    v2 = with_large_weights(v2_config(**SIZES).build())
+    v1 = v1_config(**SIZES).build().eval()
     v1.load_state_dict(v2.state_dict())
     pairs = list(zip(level_features(v1, images), level_features(v2, images), strict=True))
     assert len(pairs) == 4 and all(a.shape == (5, 16) and (a - b).abs().max() < 1e-3 for a, b in pairs)
@@ -172,7 +172,7 @@ def test_v1_and_v2_with_the_same_weights_have_the_same_features(images):
 
 @torch.no_grad()
 def test_tokens_of_bdh(images):
-    model = with_large_weights(vision_bdh_v2(**SIZES))
+    model = with_large_weights(v2_config(**SIZES).build())
     state = model.tokens(images)
     assert torch.equal(level_features(model, images, "mean", False)[-1], state.mean(1))
     assert torch.equal(level_features(model, images)[-1], layer_norm(state).mean(1))
@@ -186,8 +186,8 @@ def test_tokens_of_bdh(images):
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: vision_bdh_v2(pool="cls", **SIZES),
-        lambda: vit_tiny(img_size=8, patch_size=2, n_layer=3, n_embd=16, n_head=2, mlp_dim=32),
+        lambda: v2_config(pool="cls", **SIZES).build(),
+        lambda: ViTConfig(img_size=8, patch_size=2, n_layer=3, n_embd=16, n_head=2, mlp_dim=32).build(),
     ],
 )
 @torch.no_grad()
@@ -208,12 +208,12 @@ def test_class_tokens_are_read_and_are_no_patches(build, images):
 @torch.no_grad()
 def test_masked_pretraining_sees_whole_images_and_unet_its_encoder(images):
     model = with_large_weights(MaskedBDHConfig(residual="pre", **SIZES).build())
-    classifier = vision_bdh_v2(**SIZES).eval()
+    classifier = v2_config(**SIZES).build().eval()
     shared = {name: value for name, value in model.state_dict().items() if not name.startswith(("head", "mask"))}
     classifier.load_state_dict(shared, strict=False)
     for a, b in zip(level_features(model, images), level_features(classifier, images), strict=True):
         assert torch.equal(a, b)
-    unet = with_large_weights(bdh_unet(**SIZES))
+    unet = with_large_weights(bdh_unet_config(**SIZES).build())
     states, _ = unet.encoder(images)
     assert torch.equal(level_features(unet, images)[-1], layer_norm(states[-1]).mean(1))
 

@@ -1,68 +1,45 @@
 """Figures of accuracy against parameters and time, of speed, of the MLP multiplier: what matplotlib was given."""
 
 import csv
-import json
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from matplotlib.text import Text
-from scipy.optimize import minimize
 
-from analysis.analyze import analyze
+from training import UserError
+from analysis.analyze import analyze, by_task
 from analysis.costs import draw_multipliers, draw_parameters, draw_speed, draw_time, sweeps_of
-from analysis.figures import COLORS
-from analysis.plots import choose_scale, spread_out
+from analysis.plotting.costs import draw_multipliers, draw_parameters, draw_speed, draw_time, sweeps_of
+from analysis.plotting.style import COLORS, choose_scale
 from analysis.reading import find_runs, make_rows, read_runs
 from tests.pictures import check_picture, share_of_color
-from training import UserError
 
 GPU_Y = {"device": "cuda", "name": "GPU Y", "memory_gb": 80.0}
 
 
 @pytest.fixture
 def cost_run(make_run):
-    """make_run, but with its parameters, its MLP multiplier, and its columns of metrics.csv as given."""
+    """make_run with a million parameters, and its MLP multiplier as given; returns the folder."""
 
-    def make(*args, parameters=1_000_000, multiplier=None, columns=None, **keywords):
-        folder, _ = make_run(*args, **keywords)
-        config = json.loads((folder / "config.json").read_text())
-        config["parameters"] = parameters
-        if multiplier is not None:
-            config["config"]["model"]["mlp_internal_dim_multiplier"] = multiplier
-        (folder / "config.json").write_text(json.dumps(config))
-        with (folder / "metrics.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        for name, values in (columns or {}).items():
-            for row, value in zip(rows, values, strict=True):
-                row[name] = value
-        with (folder / "metrics.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        return folder
+    def make(*args, multiplier=32, **keywords):
+        return make_run(*args, **{"parameters": 1_000_000, "mlp_internal_dim_multiplier": multiplier} | keywords)[0]
 
     return make
 
 
 def tasks_in(tmp_path):
-    tasks = {}
-    for row in make_rows(read_runs(find_runs(tmp_path / "runs"))):
-        tasks.setdefault(row.task, []).append(row)
-    return tasks
+    return by_task(make_rows(read_runs(find_runs(tmp_path / "runs"))))
 
 
 def points_of(ax):
-    """{label: (x, y, ends of the bar along x, ends along y)}, None for no bar. ax: of named points."""
-    labels = {tuple(np.round(text.xy, 9)): text.get_text() for text in ax.texts}
+    """{label: (x, y, ends of the bar along x, ends along y)}, None for no bar."""
     points = {}
     for container in ax.containers:
         marker, _, bars = container
         bars, ends = list(bars), []
         for axis, is_there in enumerate((container.has_xerr, container.has_yerr)):
             ends.append(bars.pop(0).get_segments()[0][:, axis] if is_there else None)
-        x, y = float(marker.get_xdata()[0]), float(marker.get_ydata()[0])
-        points[labels[tuple(np.round((x, y), 9))]] = (x, y, *ends)
+        points[container.get_label()] = (float(marker.get_xdata()[0]), float(marker.get_ydata()[0]), *ends)
     return points
 
 
@@ -78,10 +55,8 @@ def test_results_over_parameters(cost_run, tmp_path):
     cost_run("alone", dataset="cifar100", parameters=1_000)
     (block,) = draw_parameters(tasks_in(tmp_path)).subfigs
     ax = block.axes[0]
-    assert (ax.get_xlabel(), ax.get_ylabel()) == (
-        "parameters (millions)\nbar: one standard deviation over seeds",
-        "test accuracy (%)",
-    )
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("parameters (millions)", "test accuracy (%)")
+    assert block.legends[0].get_title().get_text() == "vertical bar: one standard deviation over seeds"
     points = points_of(ax)
     assert sorted(points) == ["v2", "vit"]
     x, y, across, up = points["v2"]
@@ -117,60 +92,20 @@ def test_choice_of_the_scale(values, scale):
     assert 2 <= len(shown) <= 16 and not any("10^" in text for text in shown)
 
 
-# ---------------------------------------------------------------------------- names beside points
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_intervals_are_spread_as_little_as_they_can_be(seed):
-    """Against a general solver of the same least squares with constraints."""
-    rng = np.random.default_rng(seed)
-    wanted, sizes = np.sort(rng.uniform(-0.1, 1.1, 8)), rng.uniform(0.02, 0.12, 8)
-    gaps = (sizes[1:] + sizes[:-1]) / 2
-    limits = [
-        {"type": "ineq", "fun": lambda c: np.diff(c) - gaps},
-        {"type": "ineq", "fun": lambda c: [c[0] - sizes[0] / 2, 1 - sizes[-1] / 2 - c[-1]]},
-    ]
-    solved = minimize(lambda c: ((c - wanted) ** 2).sum(), np.linspace(0.1, 0.9, 8), constraints=limits, tol=1e-12)
-    assert np.abs(spread_out(wanted, sizes) - solved.x).max() < 1e-4
-
-
-def test_intervals_that_have_room_stay():
-    assert spread_out([0.2, 0.5, 0.8], [0.1, 0.2, 0.1]) == pytest.approx([0.2, 0.5, 0.8])
-    assert spread_out([0.5, 0.5], [0.2, 0.2]) == pytest.approx([0.4, 0.6])
-    assert spread_out([0.0, 1.0], [0.1, 0.1]) == pytest.approx([0.05, 0.95])
-
-
-@pytest.mark.parametrize("mixed", [False, True])
-def test_names_of_points_neither_overlap_nor_leave_the_figure_nor_cross(cost_run, tmp_path, mixed):
-    """Fifteen experiments, most of them within two points of each other; mixed: some with names of three lines."""
-    rng = np.random.default_rng(0)
+def test_a_legend_names_every_point_and_fits(cost_run, tmp_path):
+    """Fifteen experiments, some with names of three lines."""
     for index in range(15):
-        longer = "+mlp_internal_dim_multiplier=16+n_embd=48" if mixed and index % 2 else ""
-        name = f"experiment{index}+learning_rate=0.001" + longer
-        test = rng.uniform(0.5, 0.9) if index > 9 else rng.uniform(0.78, 0.80)
-        cost_run(name, test=test, parameters=int(10 ** rng.uniform(5, 7)))
+        longer = f"+mlp_internal_dim_multiplier=16+n_embd=48+text={'long' * 20}" if index % 2 else ""
+        cost_run(
+            f"experiment{index}+learning_rate=0.001{longer}", test=0.5 + index / 50, parameters=10**5 * (index + 1)
+        )
     figure = draw_parameters(tasks_in(tmp_path))
     figure.draw_without_rendering()
-    ax = figure.subfigs[0].axes[0]
-    assert len(ax.texts) == 15
-    boxes = [Text.get_window_extent(text) for text in ax.texts]  # an annotation's own has its line in it
-    inner = ax.get_window_extent()
-    for place, box in enumerate(boxes):
-        assert inner.x1 <= box.x0 and box.x1 <= figure.bbox.width and box.y0 >= 0 and box.y1 <= figure.bbox.height
-        assert not any(box.overlaps(other) for other in boxes[:place])
-    starts = ax.transData.transform([text.xy for text in ax.texts])
-    lines = [(start, (box.x0, (box.y0 + box.y1) / 2)) for start, box in zip(starts, boxes, strict=True)]
-    crossings = sum(_cross(*one, *other) for place, one in enumerate(lines) for other in lines[:place])
-    assert crossings <= mixed  # of names of one height none; others shift a little once they have their order
-
-
-def _cross(a, b, c, d):
-    """Whether the segments a b and c d cross."""
-
-    def side(p, q, r):
-        return np.sign((q[0] - p[0]) * (r[1] - p[1]) - (q[1] - p[1]) * (r[0] - p[0]))
-
-    return side(a, b, c) != side(a, b, d) and side(c, d, a) != side(c, d, b)
+    block, (ax,) = figure.subfigs[0], figure.subfigs[0].axes
+    box, inner = block.legends[0].get_window_extent(), ax.get_tightbbox()
+    assert len(block.legends[0].get_texts()) == len(points_of(ax)) == 15
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0 and box.y1 <= inner.y0
+    assert ax.get_window_extent().height > 100
 
 
 # ---------------------------------------------------------------------------- time
@@ -195,7 +130,8 @@ def test_results_over_time_are_apart_by_hardware(cost_run, tmp_path):
     mean, std = 100 * np.mean(list(tests.values())), 100 * np.std(list(tests.values()), ddof=1)
     assert y == pytest.approx(mean) and up == pytest.approx([mean - std, mean + std])
     assert points["vit"][:2] == pytest.approx((100 / 60, 72)) and len(points) == 2
-    assert "(min)" in slow.axes[0].get_xlabel() and "fastest to slowest" in slow.axes[0].get_xlabel()
+    assert "(min)" in slow.axes[0].get_xlabel()
+    assert "fastest to slowest seed" in slow.legends[0].get_title().get_text()
     assert points_of(fast.axes[0])["v2"][:2] == pytest.approx((25, 77))
     assert "(s)" in fast.axes[0].get_xlabel() and len(points_of(fast.axes[0])) == 1
 
@@ -271,7 +207,7 @@ def test_results_and_parameters_over_the_multiplier(cost_run, tmp_path):
             name = f"v2+epochs=5+mlp_internal_dim_multiplier={multiplier}" if multiplier != 16 else "v2+epochs=5"
             cost_run(name, seed, test=test, multiplier=multiplier, parameters=multiplier * 100_000)
     cost_run("v3+epochs=5", multiplier=4, n_layer=9)  # of one multiplier
-    cost_run("vit+epochs=5")  # of none
+    cost_run("vit+epochs=5", n_layer=2)  # likewise
     (block,) = draw_multipliers(tasks_in(tmp_path)).subfigs
     accuracy, parameters = block.axes
     ((line, _, (bars,)),) = accuracy.containers
@@ -324,7 +260,7 @@ def test_all_pictures(cost_run, tmp_path, call_script, capsys):
             cost_run(name, test=0.5 + place / 10 + layers / 100, n_layer=layers, columns=speed, **sizes)
     where = ["--runs-dir", "runs", "--output-dir", "out"]
     assert call_script("analysis/analyze.py", *where, "--relative-to", "v1+mlp_internal_dim_multiplier=4") == 0
-    assert "not drawn" not in capsys.readouterr().out
+    assert "skipped" not in capsys.readouterr().out
     names = ("accuracy_against_parameters", "accuracy_against_time", "speed", "mlp_multiplier")
     for name in names:
         pixels = check_picture(tmp_path / "out" / f"{name}.png")
@@ -336,10 +272,8 @@ def test_all_pictures(cost_run, tmp_path, call_script, capsys):
 
 def test_files_say_what_the_figures_show(cost_run, tmp_path):
     seconds, speeds = [[10, 20, 30, 40, 50], [11, 21, 31, 41, 51]], [[100, 200, 300, 400, 500], [600] * 5]
-    folders = [
-        cost_run(seed=seed, columns={"epoch_time_sec": seconds[seed], "images_per_sec": speeds[seed]})
-        for seed in (0, 1)
-    ]
+    columns = [{"epoch_time_sec": seconds[seed], "images_per_sec": speeds[seed]} for seed in (0, 1)]
+    folders = [cost_run(seed=seed, columns=columns[seed]) for seed in (0, 1)]
     with analyze(folders, tmp_path / "out")[-1].open(newline="") as file:
         (line,) = csv.DictReader(file)
     assert float(line["training_time_sec_median"]) == np.median([150, 155])

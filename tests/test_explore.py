@@ -8,14 +8,14 @@ import torch
 from camvid_data import write_camvid
 from explored import MODELS, data_of, numbers, scores_of, traced, traced_scores, train_runs
 
+from training import Experiment, RunOptions, SegmentationConfig, UserError, fit
 from interpretability import explore
 from interpretability.common.explore_encoding import Strongest, encode_neurons, pack, quantise
 from interpretability.common.trained import TrainedRun
 from interpretability.explore import LARGEST_PAGE, N_NEURONS, STEPS, look_inside, make_page, to_json
-from models.baselines import vit_tiny_config
+from models.baselines import ViTConfig
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v2_config
-from training import Experiment, RunOptions, SegmentationConfig, UserError, fit
 from training.data import load_dataset
 
 SCRIPT = "interpretability/explore.py"
@@ -175,7 +175,7 @@ def largest_page(config, rng):
     return image + len(pack(codes)) + len(pack(limits))
 
 
-@pytest.mark.parametrize("config", [v2_config(), vit_tiny_config()], ids=["v2", "vit_tiny"])
+@pytest.mark.parametrize("config", [v2_config(), ViTConfig()], ids=["v2", "vit_tiny"])
 def test_64_images_fit_at_full_size(config):
     """Whatever the scores are; 10 kB an image for the picture and classes, 50 kB for the page around them."""
     assert 64 * (largest_page(config, np.random.default_rng(3)) + 10_000) + 50_000 < LARGEST_PAGE

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from training.loop import fit
-from training.runs import EXPORTED, load_model
+from training.runs import load_model
+from training.stored import EXPORTED
 
 SCRIPT = "tools/export_weights.py"
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis.analyze import analyze
 from training import ClassificationConfig, UserError, data, fit, loop
+from analysis.analyze import analyze
 from training.data import ImageBatches, MemoryPart, StreamedPart, load_dataset, split_train
 from training.runs import load_file
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import kernels
 from models.bdh import LN_EPS, BDHConfig, BDHCore, CoreConfig, layer_norm
 from models.rotary import rope
-from models.vision_bdh import VisionBDHConfig, vision_bdh_v1, vision_bdh_v2, vision_bdh_v2_softmax, vision_bdh_v3
+from models.vision_bdh import VisionBDHConfig, v1_config, v2_config, v2_softmax_config, v3_config
 
 SMALL = dict(n_layer=2, n_embd=6, n_head=3, mlp_internal_dim_multiplier=5, img_size=6, patch_size=2)  # T = 9, N = 10
 # images, tokens, width, heads, neurons over width; and the order of the attention product that such sizes take
@@ -303,7 +303,7 @@ def forward_and_backward(model):
     "build",
     [
         # N = D, and 16 tokens are many at this width
-        lambda: vision_bdh_v1(**(SMALL | dict(img_size=8, mlp_internal_dim_multiplier=3, attention="softmax"))),
+        lambda: v1_config(**(SMALL | dict(img_size=8, mlp_internal_dim_multiplier=3, attention="softmax"))).build(),
         lambda: BDHConfig(n_embd=6, n_head=3, mlp_internal_dim_multiplier=5).build(),
         lambda: BDHConfig(n_embd=6, n_head=3, mlp_internal_dim_multiplier=5, attention="softmax").build(),
     ],
@@ -315,7 +315,7 @@ def test_causal_models_and_softmax_over_many_tokens_never_take_the_fast_path(mon
     forward_and_backward(model)
 
 
-@pytest.mark.parametrize("build", [vision_bdh_v1, vision_bdh_v2, vision_bdh_v2_softmax, vision_bdh_v3])
+@pytest.mark.parametrize("build", [v1_config, v2_config, v2_softmax_config, v3_config])
 def test_models_take_the_fast_path_unless_told_not_to(monkeypatch, build):
     monkeypatch.setattr(kernels, "fast_update", refuse)
     model = build(**(SMALL | dict(img_size=4)))
@@ -328,7 +328,7 @@ def test_models_take_the_fast_path_unless_told_not_to(monkeypatch, build):
 def test_model_drops_by_its_config_and_only_in_training(monkeypatch):
     seen, drop = [], kernels.drop_
     monkeypatch.setattr(kernels, "drop_", lambda v, p: (seen.append(p), drop(v, p))[1])
-    model = vision_bdh_v1(**SMALL, dropout=0.35)
+    model = v1_config(**SMALL, dropout=0.35).build()
     forward_and_backward(model)
     model.eval()
     forward_and_backward(model)
@@ -337,7 +337,7 @@ def test_model_drops_by_its_config_and_only_in_training(monkeypatch):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_inference_then_training(fast):
-    model, images = spread_weights(vision_bdh_v1(**SMALL)).double().eval(), torch.randn(2, 3, 6, 6).double()
+    model, images = spread_weights(v1_config(**SMALL).build()).double().eval(), torch.randn(2, 3, 6, 6).double()
     model.use_fast_path = fast
     with torch.inference_mode():
         logits = model(images)
@@ -370,7 +370,7 @@ def test_bfloat16_autocast_is_near_float32(monkeypatch, grid, attention):
     seen, fast = [], kernels.fast_update
     monkeypatch.setattr(kernels, "fast_update", lambda *a, **k: (seen.append(a[2][0].dtype), fast(*a, **k))[1])
     for n_layer in (1, 2):
-        model = spread_weights(vision_bdh_v1(**fields, n_layer=n_layer, attention=attention))
+        model = spread_weights(v1_config(**fields, n_layer=n_layer, attention=attention).build())
         assert kernels.scores_are_cheaper(grid**2, model.config.n_neurons, 16) == (grid == 4)
         expected, expected_grads = results_in(model, images, cotangent, fast=False, autocast=False)
         _, plain_grads = results_in(model, images, cotangent, fast=False, autocast=True)

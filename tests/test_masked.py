@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from training import PretrainingConfig
 from models.bdh_unet import bdh_unet_config
 from models.masked_bdh import MaskedBDHConfig, Reconstruction
-from training import PretrainingConfig
 from training.metrics import Sums
 from training.start import take_encoder
 from training.tasks import make_task

@@ -12,8 +12,8 @@ from torchvision import datasets
 
 from training import SegmentationConfig, UserError
 from training.data import data_folder
-from training.masks import CAMVID, CAMVID_FOLD, CITYSCAPES, VOC, ColourMasks, find_masks
-from training.segmentation import MaskBatches
+from training.data.masks import CAMVID, CAMVID_FOLD, CITYSCAPES, VOC, ColourMasks, find_masks
+from training.data.segmentation import MaskBatches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,12 +7,12 @@ import torch
 from pictures import check_picture
 from planted_neurons import ALWAYS, CLASS_0, NEVER, batches, planted_images, planted_model, recorded
 
+from training import UserError, fit
 from interpretability.common.activity import batches_of_patches
 from interpretability.common.contact_sheet import Excited, draw_sheet, window
 from interpretability.common.selectivity import collect
 from interpretability.common.trained import TrainedRun
 from interpretability.neurons import Found, describe, draw_measures, excited, level_table, most_selective, neuron_table
-from training import UserError, fit
 from training.config import ROOT
 
 SCRIPT = "interpretability/neurons.py"

@@ -12,11 +12,11 @@ from matplotlib.image import imread
 from PIL import Image
 from torchvision import datasets
 
+from training import Experiment, RunOptions, SegmentationConfig, fit
 from interpretability.predict import Truth, draw, predict
 from models.baselines import ResNetUNetConfig
 from models.bdh_unet import bdh_unet_config
-from training import Experiment, RunOptions, SegmentationConfig, fit
-from training.masks import CAMVID, CLASSES, find_masks, read_image
+from training.data.masks import CAMVID, CLASSES, find_masks, read_image
 from training.runs import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

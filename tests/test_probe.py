@@ -11,20 +11,20 @@ import torch
 from pictures import check_picture
 from torch import nn
 
+from training import PretrainingConfig, UserError, fit
 from interpretability import probe
 from interpretability.common.depth import run_with_levels
 from interpretability.common.trained import TrainedRun
 from interpretability.probe import Pass, accuracies, chance, choose_levels, collect, draw
-from models.baselines import ViTConfig, vit_tiny
+from models.baselines import ViTConfig
 from models.masked_bdh import MaskedBDHConfig
 from models.vision_bdh import (
-    vision_bdh_pre_ln,
-    vision_bdh_v1,
-    vision_bdh_v2,
-    vision_bdh_v2_softmax,
-    vision_bdh_v3,
+    pre_ln_config,
+    v1_config,
+    v2_config,
+    v2_softmax_config,
+    v3_config,
 )
-from training import PretrainingConfig, UserError, fit
 from training.augment import normalise
 from training.data import load_dataset
 from training.runs import Run
@@ -33,13 +33,13 @@ SCRIPT = "interpretability/probe.py"
 SIZES = dict(img_size=8, patch_size=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)  # 16 tokens
 VIT = ViTConfig(n_layer=2, n_embd=8, n_head=2, mlp_dim=16, patch_size=8)
 VARIANTS = {
-    "v1": vision_bdh_v1,
-    "v2": vision_bdh_v2,
-    "softmax": vision_bdh_v2_softmax,
-    "true_pre": vision_bdh_pre_ln,
-    "class_token": lambda **sizes: vision_bdh_v2(pool="cls", **sizes),
-    "scaled_pre": vision_bdh_v3,
-    "own_weights": lambda **sizes: vision_bdh_v2(shared=False, **sizes),
+    "v1": v1_config,
+    "v2": v2_config,
+    "softmax": v2_softmax_config,
+    "true_pre": pre_ln_config,
+    "class_token": lambda **sizes: v2_config(pool="cls", **sizes),
+    "scaled_pre": v3_config,
+    "own_weights": lambda **sizes: v2_config(shared=False, **sizes),
 }
 FIXED = ("scaled_pre", "own_weights")  # cannot run more levels
 
@@ -66,7 +66,7 @@ def first_levels(weights, n_layer):
 
 def built_with(name, model, n_layer):
     """A model whose configuration has n_layer levels, with the weights of this one."""
-    other = VARIANTS[name](n_layer=n_layer, **SIZES).eval()
+    other = VARIANTS[name](n_layer=n_layer, **SIZES).build().eval()
     other.load_state_dict(first_levels(model.state_dict(), n_layer))
     return other
 
@@ -83,7 +83,7 @@ def images():
 @torch.no_grad()
 def test_other_depths_are_the_model_built_so(name, images):
     """Bit for bit; and afterwards it is what it was, also after an exception."""
-    model = with_large_weights(VARIANTS[name](n_layer=3, **SIZES))
+    model = with_large_weights(VARIANTS[name](n_layer=3, **SIZES).build())
     before, config = model(images), model.config
     for n_layer in (1, 2, 3) if name in FIXED else (1, 2, 3, 4, 7):
         with run_with_levels(model, n_layer):
@@ -102,7 +102,7 @@ def test_other_depths_are_the_model_built_so(name, images):
 @torch.no_grad()
 def test_what_is_collected(name, images):
     """Read-outs and depths from one pass are those of passes of their own."""
-    model = with_large_weights(VARIANTS[name](n_layer=3, **SIZES))
+    model = with_large_weights(VARIANTS[name](n_layer=3, **SIZES).build())
     n_levels = 3 if name in FIXED else 6
     batches = [(images[:30], torch.arange(30)), (images[30:], torch.arange(30, 40))]
     found = collect(model, batches, n_levels)
@@ -116,13 +116,18 @@ def test_what_is_collected(name, images):
 
 
 def test_fixed_depth(capsys):
-    for model in (VARIANTS["scaled_pre"](n_layer=3, **SIZES), VARIANTS["own_weights"](n_layer=3, **SIZES), vit_tiny()):
+    for config in (
+        VARIANTS["scaled_pre"](n_layer=3, **SIZES),
+        VARIANTS["own_weights"](n_layer=3, **SIZES),
+        ViTConfig(),
+    ):
+        model = config.build()
         n_trained = 12 if hasattr(model, "heads") else 3
         assert choose_levels(model, n_trained, None) == choose_levels(model, n_trained, n_trained) == n_trained
         assert capsys.readouterr().out.count("no more than its") == 2
         with pytest.raises(UserError, match=f"--max-levels {n_trained + 1}: the model has {n_trained} levels, and"):
             choose_levels(model, n_trained, n_trained + 1)
-    model = vision_bdh_v2(n_layer=3, **SIZES)
+    model = v2_config(n_layer=3, **SIZES).build()
     assert [choose_levels(model, 3, n) for n in (None, 3, 5)] == [6, 3, 5] and not capsys.readouterr().out
     with pytest.raises(UserError, match="has 3 levels, and runs with fewer"):
         choose_levels(model, 3, 2)
@@ -132,7 +137,7 @@ def test_fixed_depth(capsys):
 def test_vit_has_a_read_out_and_no_other_depth(images):
     sizes = dict(img_size=8, patch_size=2, n_embd=16, n_head=2, mlp_dim=32)
     torch.manual_seed(3)
-    model, short = vit_tiny(n_layer=3, **sizes).eval(), vit_tiny(n_layer=1, **sizes).eval()
+    model, short = ViTConfig(n_layer=3, **sizes).build().eval(), ViTConfig(n_layer=1, **sizes).build().eval()
     for weight in (model.heads.head.weight, model.encoder.layers[0].self_attention.out_proj.weight):
         nn.init.normal_(weight, std=3.0)  # so that the classes depend on the image
     short.load_state_dict(model.state_dict(), strict=False)

@@ -6,22 +6,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from training import UserError, fit
 from benchmarks.measure import kept_memory_mb
 from models import kernels
-from models.baselines import resnet20_config
+from models.baselines import ResNet20Config
 from models.bdh import LN_EPS, BDHCore, CoreConfig
-from models.bdh_unet import bdh_unet
-from models.vision_bdh import vision_bdh_v1, vision_bdh_v2, vision_bdh_v2_softmax, vision_bdh_v3
-from training import UserError, fit
+from models.bdh_unet import bdh_unet_config
+from models.vision_bdh import (
+    v1_config,
+    v2_config,
+    v2_softmax_config,
+    v3_config,
+)
 from training.runs import load_file
 
 SMALL = dict(n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4, dropout=0.3)
 BUILDERS = {
-    "v1": vision_bdh_v1,
-    "v2": vision_bdh_v2,
-    "v3": vision_bdh_v3,
-    "v2_softmax": vision_bdh_v2_softmax,
-    "bdh_unet": lambda **sizes: bdh_unet(img_size=32, **sizes),
+    "v1": v1_config,
+    "v2": v2_config,
+    "v3": v3_config,
+    "v2_softmax": v2_softmax_config,
+    "bdh_unet": lambda **sizes: bdh_unet_config(img_size=32, **sizes).build(),
 }
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,14 +111,14 @@ def test_training_with_recompute(experiment, monkeypatch):
 
 
 def test_models_without_levels_to_recompute(experiment):
-    trial = dataclasses.replace(experiment(epochs=1, options={"recompute": True}), model=resnet20_config())
+    trial = dataclasses.replace(experiment(epochs=1, options={"recompute": True}), model=ResNet20Config())
     with pytest.raises(UserError, match=r"--recompute is for BDH models.*leave it out"):
         fit(trial)
     assert not trial.folder.exists()
 
 
 def test_evaluation_keeps_nothing_either_way():
-    model = vision_bdh_v2_softmax(**SMALL).eval()
+    model = v2_softmax_config(**SMALL).build().eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = model(images)

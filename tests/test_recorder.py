@@ -10,24 +10,24 @@ from torch import nn
 
 from interpretability.common.adapters import adapter_of
 from interpretability.common.recorder import record
-from models.baselines import deit_tiny_config, vit_tiny
+from models.baselines import DeiTTinyConfig, ViTConfig
 from models.bdh import BDH, BDHConfig, layer_norm
-from models.bdh_unet import bdh_unet
-from models.vision_bdh import vision_bdh_v1, vision_bdh_v2, vision_bdh_v2_softmax, vision_bdh_v3
+from models.bdh_unet import bdh_unet_config
+from models.vision_bdh import v1_config, v2_config, v2_softmax_config, v3_config
 
 BDH_SIZES = dict(img_size=8, patch_size=2, n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)  # 16 tokens
 VIT_SIZES = dict(img_size=8, patch_size=2, n_layer=3, n_embd=16, n_head=2, mlp_dim=32)
 CLASSIFIERS = {
-    "v1": lambda: vision_bdh_v1(**BDH_SIZES),
-    "v2": lambda: vision_bdh_v2(**BDH_SIZES),
-    "v2_softmax": lambda: vision_bdh_v2_softmax(**BDH_SIZES),
-    "v3": lambda: vision_bdh_v3(**BDH_SIZES),
-    "class_token": lambda: vision_bdh_v2(pool="cls", rotary="axial", **BDH_SIZES),
-    "own_weights": lambda: vision_bdh_v2(shared=False, qk="separate", gate="sigmoid", **BDH_SIZES),
-    "vit": lambda: vit_tiny(**VIT_SIZES),
+    "v1": lambda: v1_config(**BDH_SIZES).build(),
+    "v2": lambda: v2_config(**BDH_SIZES).build(),
+    "v2_softmax": lambda: v2_softmax_config(**BDH_SIZES).build(),
+    "v3": lambda: v3_config(**BDH_SIZES).build(),
+    "class_token": lambda: v2_config(pool="cls", rotary="axial", **BDH_SIZES).build(),
+    "own_weights": lambda: v2_config(shared=False, qk="separate", gate="sigmoid", **BDH_SIZES).build(),
+    "vit": lambda: ViTConfig(**VIT_SIZES).build(),
 }
 BUILDERS = CLASSIFIERS | {
-    "bdh_unet": lambda: bdh_unet(**BDH_SIZES),
+    "bdh_unet": lambda: bdh_unet_config(**BDH_SIZES).build(),
     "text": lambda: BDH(
         BDHConfig(**{key: BDH_SIZES[key] for key in BDH_SIZES if key not in ("img_size", "patch_size")})
     ),
@@ -102,7 +102,7 @@ def test_outputs_and_gradients_keep_their_bits(model, images, training):
 
 def test_timm_transformer(images):
     torch.manual_seed(0)
-    model = deit_tiny_config(img_size=8, setting="fitted").build().eval()
+    model = DeiTTinyConfig(img_size=8, setting="fitted").build().eval()
     expected = model(images)
     attention = model.blocks[5].attn
     seen = []

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from models.vision_bdh import v2_config
 from training import ClassificationConfig, Experiment, RunOptions, UserError
+from models.vision_bdh import v2_config
 from training.schedule import Job, command_now, run_jobs
 
 MODEL = v2_config()

@@ -12,16 +12,15 @@ import pytest
 import torch
 
 import training
+from training import ClassificationConfig
 from models.baselines import (
+    DeiTTinyConfig,
+    EfficientNetB0Config,
+    MobileNetV2Config,
+    ResNet20Config,
     ViTConfig,
-    deit_tiny_config,
-    efficientnet_b0_config,
-    mobilenetv2_config,
-    resnet20_config,
-    vit_tiny_config,
 )
 from models.vision_bdh import VisionBDHConfig, v1_config, v2_config, v2_softmax_config, v3_config
-from training import ClassificationConfig
 from training.runs import load_file, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -233,12 +232,12 @@ def captured_launch(call_script, monkeypatch):
         ("train_v2_softmax_cifar10.py", v2_softmax_config(), 3_562_570),
         ("train_v2_cifar100.py", v2_config(num_classes=100), 3_579_940),
         ("train_v3_cifar10.py", v3_config(), 3_565_258),
-        (VIT, vit_tiny_config(), 5_362_762),
-        ("train_vit_tiny_cifar100.py", vit_tiny_config(num_classes=100), 5_380_132),
-        ("train_resnet20_cifar100.py", resnet20_config(num_classes=100), 275_572),
-        ("train_mobilenetv2_cifar100.py", mobilenetv2_config(setting="published", num_classes=100), 2_351_972),
-        ("train_deit_tiny_cifar100.py", deit_tiny_config(setting="published", num_classes=100), 5_506_852),
-        ("train_efficientnet_cifar100.py", efficientnet_b0_config(setting="published", num_classes=100), 4_135_648),
+        (VIT, ViTConfig(), 5_362_762),
+        ("train_vit_tiny_cifar100.py", ViTConfig(num_classes=100), 5_380_132),
+        ("train_resnet20_cifar100.py", ResNet20Config(num_classes=100), 275_572),
+        ("train_mobilenetv2_cifar100.py", MobileNetV2Config(setting="published", num_classes=100), 2_351_972),
+        ("train_deit_tiny_cifar100.py", DeiTTinyConfig(setting="published", num_classes=100), 5_506_852),
+        ("train_efficientnet_cifar100.py", EfficientNetB0Config(setting="published", num_classes=100), 4_135_648),
     ],
 )
 def test_a_script_trains_the_named_variant_under_the_protocol(script, variant, parameters, captured_launch):

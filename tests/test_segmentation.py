@@ -15,9 +15,9 @@ from camvid_data import write_camvid
 
 from training import SegmentationConfig, UserError
 from training.augment import JointTransform
-from training.masks import CAMVID, find_masks
+from training.data.masks import CAMVID, find_masks
+from training.data.segmentation import MaskBatches
 from training.metrics import Sums, batch_miou, confusion_matrices, metric_of
-from training.segmentation import MaskBatches
 from training.tasks import at_size_of, dice_loss, make_task, pixel_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,11 +12,11 @@ import torch
 from camvid_data import write_camvid
 
 import training
-from models.baselines import resnet34_unet_config, resnet50_unet_config
-from models.bdh_unet import bdh_unet_config
 from training import SegmentationConfig
+from models.baselines import ResNetUNetConfig
+from models.bdh_unet import bdh_unet_config
 from training.config import ROOT
-from training.masks import CAMVID
+from training.data.masks import CAMVID
 from training.runs import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,8 +80,8 @@ def captured_launch(call_script, monkeypatch):
             4_152_235,
             dict(epochs=10, learning_rate=3e-5, start_from=ROOT / "runs/bdh_unet/seed0/best.pt"),
         ),
-        ("train_resnet34_unet.py", "resnet34_unet", resnet34_unet_config(), 24_437_819, dict(epochs=40)),
-        ("train_resnet50_unet.py", "resnet50_unet", resnet50_unet_config(), 32_522_555, dict(epochs=40)),
+        ("train_resnet34_unet.py", "resnet34_unet", ResNetUNetConfig(depth=34), 24_437_819, dict(epochs=40)),
+        ("train_resnet50_unet.py", "resnet50_unet", ResNetUNetConfig(depth=50), 32_522_555, dict(epochs=40)),
     ],
 )
 def test_the_published_configuration(script, name, model, parameters, train, captured_launch):

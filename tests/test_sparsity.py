@@ -20,6 +20,7 @@ from planted_neurons import (
     recorded,
 )
 
+from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, fit
 from interpretability.common.activity import NO_CLASS, levels_of, patch_classes
 from interpretability.common.trained import TrainedRun
 from interpretability.sparsity import (
@@ -32,10 +33,9 @@ from interpretability.sparsity import (
     share_table,
     training_table,
 )
-from models.baselines import vit_tiny_config
+from models.baselines import ViTConfig
 from models.bdh_unet import bdh_unet_config
 from models.masked_bdh import MaskedBDHConfig
-from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, fit
 from training.runs import load_model
 
 SCRIPT = "interpretability/sparsity.py"
@@ -269,7 +269,7 @@ def test_bad_input(run, data_dir, call_script, tmp_path, capsys):
     """One message each, and nothing is written."""
     vit = Experiment(
         "vit",
-        vit_tiny_config(patch_size=8, n_layer=1, n_embd=8, n_head=2, mlp_dim=16),
+        ViTConfig(patch_size=8, n_layer=1, n_embd=8, n_head=2, mlp_dim=16),
         ClassificationConfig(dataset="cifar10", epochs=1, batch_size=64, learning_rate=1e-3, weight_decay=0.0),
         RunOptions(data_dir=data_dir, runs_dir=tmp_path / "runs", device="cpu"),
     )

@@ -7,10 +7,10 @@ import pytest
 import torch
 from camvid_data import write_camvid
 
-from models.baselines import ResNetUNetConfig, vit_tiny_config
+from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, UserError, fit
+from models.baselines import ResNetUNetConfig, ViTConfig
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import interpolate_positions
-from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, UserError, fit
 from training.config import full_experiment_name, parse_experiment
 from training.runs import load_file
 from training.start import start_weights
@@ -141,10 +141,10 @@ def test_a_baseline_at_another_size_is_told_its_own(tmp_path, data_dir):
     sizes = dict(n_layer=1, n_embd=8, n_head=2, mlp_dim=8, patch_size=8)
     train = ClassificationConfig(**(TRAIN | dict(dataset="cifar10", train_limit=20, batch_size=8)))
     options = RunOptions(data_dir=data_dir, runs_dir=tmp_path, device="cpu")
-    fit(Experiment("vit", vit_tiny_config(**sizes), train, options))
+    fit(Experiment("vit", ViTConfig(**sizes), train, options))
     train = dataclasses.replace(train, start_from=tmp_path / "vit" / "seed0" / "best.pt")
     with pytest.raises(UserError, match=r"another architecture .* \(--img-size 32\), or name another file$"):
-        started(Experiment("larger", vit_tiny_config(**sizes, img_size=48), train, options))
+        started(Experiment("larger", ViTConfig(**sizes, img_size=48), train, options))
 
 
 def test_what_is_no_checkpoint(runs, camvid, tmp_path):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from models.vision_bdh import v2_config
 from training import ClassificationConfig, UserError
+from models.vision_bdh import v2_config
 from training.config import parse_experiment
 from training.sweep import SweepOptions, command_of, make_plan
 

@@ -11,12 +11,12 @@ from collections import Counter
 import pytest
 import torch
 
+from training import Experiment, RunOptions, TextConfig, UserError, fit, loop
 from analysis.analyze import analyze
 from models.bdh import BDHConfig
-from training import Experiment, RunOptions, TextConfig, UserError, fit, loop
 from training.config import ROOT, parse_experiment
+from training.data.text import TextBatches, load_text
 from training.runs import load_file, load_model
-from training.text import TextBatches, load_text
 
 CPU = torch.device("cpu")
 TINY_MODEL = dict(n_layer=1, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)  # N = 32

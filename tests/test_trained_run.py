@@ -10,15 +10,15 @@ import torch
 from camvid_data import write_camvid
 from PIL import Image
 
+from training import Experiment, RunOptions, SegmentationConfig, TextConfig, UserError, fit
 from interpretability.common.trained import RunChoice, TrainedRun, latest_run, open_run
-from models.baselines import resnet20_config
+from models.baselines import ResNet20Config
 from models.bdh import BDHConfig
 from models.bdh_unet import bdh_unet_config
-from training import Experiment, RunOptions, SegmentationConfig, TextConfig, UserError, fit
 from training.augment import normalise
 from training.data import load_dataset
+from training.data.segmentation import scale_image, scale_mask
 from training.runs import Run, load_file
-from training.segmentation import scale_image, scale_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,7 +122,7 @@ def test_what_is_refused(run, tmp_path, data_dir, experiment):
             opened.samples([0, index])
     with pytest.raises(UserError, match="is no run"):
         TrainedRun(tmp_path, None, "cpu")
-    trial = dataclasses.replace(experiment("other", epochs=1), model=resnet20_config())
+    trial = dataclasses.replace(experiment("other", epochs=1), model=ResNet20Config())
     fit(trial)
     with pytest.raises(UserError, match="ResNet20 cannot be looked into, only models of"):
         TrainedRun(trial.folder, data_dir, "cpu")

@@ -1,6 +1,5 @@
 """The loop: schedule, accumulation, best epoch, what is written, and how it stops."""
 
-import csv
 import importlib.machinery
 import importlib.util
 import json
@@ -11,8 +10,11 @@ import pytest
 import torch
 
 from training import UserError, fit, loop, seeds
+from tests.trials import read_metrics, read_rows, same_weights, snapshot, weights, with_options
 from training.data import load_dataset
-from training.runs import Run, load_file, load_model
+from training.optimiser import make_schedule, rate_factor, set_step
+from training.runs import Run, load_model
+from training.stored import load_checkpoint
 
 TINY_FLAGS = "--patch-size 8 --n-layer 1 --n-embd 8 --n-head 2 --mlp-internal-dim-multiplier 4 --epochs 1".split()
 COLUMNS = (
@@ -21,12 +23,6 @@ COLUMNS = (
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the fastest for tensors this small
-
-
-def read_metrics(folder):
-    """The rows of metrics.csv, numbers."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 # ---------------------------------------------------------------------------- schedule
@@ -44,27 +40,49 @@ def read_metrics(folder):
     ],
 )
 def test_rate_factor_of_the_published_protocol(step, factor):
-    assert loop.rate_factor(step, 62_500, 500) == pytest.approx(factor, rel=1e-6, abs=1e-15)
+    assert rate_factor(step, 62_500, 500) == pytest.approx(factor, rel=1e-6, abs=1e-15)
 
 
 @pytest.mark.parametrize("total, peak", [(1000, 100), (55, 5), (9, 0), (1, 0)])
 def test_warmup_is_capped_at_a_tenth(total, peak):
-    factors = [loop.rate_factor(step, total, 500) for step in range(total)]
+    factors = [rate_factor(step, total, 500) for step in range(total)]
     assert factors.index(max(factors)) == peak and factors[peak] == 1
     assert factors[:peak] == pytest.approx([step / peak for step in range(peak)])
     assert factors[peak:] == sorted(factors[peak:], reverse=True) and factors[-1] > 0
 
 
+def test_the_schedule_scales_each_groups_own_peak():
+    peaks = [1e-2, 3e-5]
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": peak} for peak in peaks]
+    optimizer = torch.optim.AdamW(groups)
+    schedule = make_schedule(optimizer, total_steps=40, warmup_steps=500)
+
+    def rates():
+        return [group["lr"] for group in optimizer.param_groups]
+
+    seen = []
+    for _ in range(40):
+        seen.append(rates())
+        optimizer.step()
+        schedule.step()
+    assert seen == [[peak * rate_factor(step, 40, 500) for peak in peaks] for step in range(40)]
+    for step in (17, 3):
+        set_step(schedule, step)
+        assert rates() == seen[step]
+        optimizer.step()
+        schedule.step()
+        assert rates() == seen[step + 1]
+
+
 @pytest.fixture
 def steps(monkeypatch):
-    """Every optimiser step of fit() as (gradients before clipping, rate)."""
+    """Every optimizer step of fit() as (clipped gradients, rate)."""
     seen, real = [], loop.optimizer_step
 
     def spy(session):
         gradients = {name: p.grad.clone() for name, p in session.model.named_parameters()}
-        norm = real(session)
-        seen.append((gradients, session.optimizer.param_groups[0]["lr"]))
-        return norm
+        seen.append((gradients, real(session)))
+        return seen[-1][1]
 
     monkeypatch.setattr(loop, "optimizer_step", spy)
     return seen
@@ -73,18 +91,19 @@ def steps(monkeypatch):
 def test_every_step_has_the_schedules_rate(experiment, steps):
     trial = experiment(epochs=3, grad_accum=2, learning_rate=1e-3)  # 192 images: 3 steps an epoch
     fit(trial)
-    assert [rate for _, rate in steps] == [1e-3 * loop.rate_factor(step, 9, 500) for step in range(9)]
+    assert [rate for _, rate in steps] == [1e-3 * rate_factor(step, 9, 500) for step in range(9)]
     assert [row["learning_rate"] for row in read_metrics(trial.folder)] == [rate for _, rate in steps[2::3]]
 
 
 # ---------------------------------------------------------------------------- accumulation
 
 
-@pytest.mark.parametrize("limit, n_train", [(120, 96), (100, 80), (110, 88), (95, 76)])
+@pytest.mark.parametrize("limit, n_train", [(120, 96), (110, 88), (95, 76)])
 def test_two_batches_of_16_make_the_step_of_one_of_32(limit, n_train, experiment, steps):
-    """Also where the last group is smaller: 16 = 16, 24 = 16 + 8, 12 = 12 images."""
+    """Also where the last group is smaller: 24 = 16 + 8, 12 = 12 images."""
     # so small a rate that the weights stay as they are: then all steps can be compared
-    fields = dict(train_limit=limit, epochs=1, learning_rate=1e-20, weight_decay=0.0, model={"dropout": 0.0})
+    fields = dict(train_limit=limit, epochs=1, learning_rate=1e-20, weight_decay=0.0, max_grad_norm=1e9)
+    fields |= dict(model={"dropout": 0.0})
     one, two = experiment("one", batch_size=32, **fields), experiment("two", batch_size=16, grad_accum=2, **fields)
     assert fit(one)["images"]["train"] == n_train
     fit(two)
@@ -116,7 +135,7 @@ def test_a_step_follows_the_mean_gradient_of_its_own_images(experiment, monkeypa
         return real(session)
 
     monkeypatch.setattr(loop, "optimizer_step", optimizer_step)
-    fit(experiment(epochs=2, batch_size=16, grad_accum=2, model={"dropout": 0.0}))
+    fit(experiment(epochs=2, batch_size=16, grad_accum=2, max_grad_norm=1e9, model={"dropout": 0.0}))
     assert checked == list(range(12))
 
 
@@ -175,14 +194,12 @@ def test_the_best_epoch_is_tested_once(results, best, experiment, scripted_valid
     accuracy, loss = results[best - 1]
     assert summary["best"] == {"epoch": best, "val_loss": loss, "val_accuracy": accuracy}
     assert [part for part, _ in evaluations] == ["val", "val", "val", "test"]
-    kept = load_file(trial.folder / "best.pt")
+    kept = load_checkpoint(trial.folder / "best.pt")
     assert {key: kept[key] for key in summary["best"]} == summary["best"]
-    for name, value in evaluations[best - 1][1].items():
-        assert torch.equal(kept["model"][name], value)
-        assert torch.equal(evaluations[3][1][name], value), "tested with the weights of another epoch"
+    assert same_weights(kept["model"], evaluations[best - 1][1])
+    assert same_weights(kept["model"], evaluations[3][1]), "tested with the weights of another epoch"
     model, _ = load_model(trial.folder)
-    assert not model.training
-    assert all(torch.equal(value, kept["model"][name]) for name, value in model.state_dict().items())
+    assert not model.training and same_weights(kept["model"], model.state_dict())
 
 
 # ---------------------------------------------------------------------------- what is written
@@ -197,13 +214,8 @@ def finished(experiment_in, tmp_path_factory):
 
 def test_a_run_has_its_files_and_columns(finished):
     trial, summary = finished
-    names = {path.name for path in trial.folder.iterdir()}
-    assert names == {f"{name}.pt" for name in ("last", "previous", "best")} | {
-        "config.json",
-        "metrics.csv",
-        "split.npz",
-        "summary.json",
-    }
+    names = "config.json split.npz metrics.csv last.pt previous.pt best.pt summary.json lock".split()
+    assert sorted(path.name for path in trial.folder.iterdir()) == sorted(names)
     assert trial.folder == trial.options.runs_dir / "trial" / "seed0"
     rows = read_metrics(trial.folder)
     assert list(rows[0]) == COLUMNS
@@ -220,10 +232,21 @@ def test_a_run_has_its_files_and_columns(finished):
     assert set(summary["test"]) == {"loss", "accuracy"} and 0 <= summary["test"]["accuracy"] <= 1
 
     config = json.loads((trial.folder / "config.json").read_text())
-    assert config["config"] == trial.fields() and config["model_class"] == "VisionBDHConfig"
+    fields = {"model": trial.configuration.model, "train": trial.configuration.train}
+    assert config["config"] == fields
+    assert (config["model_class"], config["train_class"]) == ("VisionBDHConfig", "ClassificationConfig")
     assert config["parameters"] == summary["parameters"] == sum(p.numel() for p in trial.model.build().parameters())
     assert config["versions"]["torch"] == torch.__version__
     assert config["hardware"]["device"] == "cpu" and "commit" in config
+
+    for name, epoch in (("last.pt", 3), ("previous.pt", 2)):
+        state = torch.load(trial.folder / name, weights_only=True)
+        assert (state["epoch"], state["step"], state["run_id"]) == (epoch, 6 * epoch, config["run_id"])
+        assert state["config"] == fields and set(state["model"]) == set(trial.model.build().state_dict())
+        assert state["optimizer"]["state"][0]["step"] == 6 * epoch
+        assert [{key: str(value) for key, value in row.items()} for row in state["history"]] == read_rows(trial.folder)[
+            :epoch
+        ]
 
 
 def test_losses_and_accuracies_are_means_over_images(finished):
@@ -251,14 +274,14 @@ def test_uneven_evaluation_batches_change_nothing(experiment):
 
 
 def test_the_same_seed_repeats_a_run_and_another_does_not(experiment):
-    def weights(name, seed):
+    def trained(name, seed):
         trial = experiment(name, epochs=1, seed=seed)
         torch.rand(3)  # the global generator's state before the run has no part in it
         fit(trial)
-        return load_file(trial.folder / "last.pt")["model"]
+        return weights(trial.folder)
 
-    one, again, other = weights("one", 1), weights("again", 1), weights("one", 2)
-    assert all(torch.equal(one[name], again[name]) for name in one)
+    one, again, other = trained("one", 1), trained("again", 1), trained("one", 2)
+    assert same_weights(one, again)
     assert not any(torch.equal(one[name], other[name]) for name in ("encoder", "decoder", "head.weight"))
 
 
@@ -272,21 +295,10 @@ def test_dropout_is_drawn_anew_each_epoch_and_seed(experiment, monkeypatch):
     assert len(set(seen)) == 4
 
 
-def test_checkpoints_hold_what_resuming_needs(finished):
-    trial, _ = finished
-    for name, epoch in (("last.pt", 3), ("previous.pt", 2)):
-        state = torch.load(trial.folder / name, weights_only=True)
-        assert state["epoch"] == epoch and state["step"] == 6 * epoch
-        assert state["config"] == trial.fields()
-        assert set(state["model"]) == set(trial.model.build().state_dict())
-        assert state["optimizer"]["state"][0]["step"] == 6 * epoch
-
-
 def test_a_cpu_does_not_compile_what_has_a_step_of_its_own(experiment, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda *args: pytest.fail("compiled"))
     fit(experiment("plain", epochs=1)), fit(experiment("compiled", epochs=1, compile=True))
-    plain, compiled = (load_file(experiment(name).folder / "last.pt")["model"] for name in ("plain", "compiled"))
-    assert all(torch.equal(value, compiled[name]) for name, value in plain.items())
+    assert same_weights(*(weights(experiment(name).folder) for name in ("plain", "compiled")))
     assert "--compile" in capsys.readouterr().out
 
 
@@ -312,12 +324,8 @@ def test_a_compiled_run_writes_plain_keys(experiment, monkeypatch):
     assert not made
     fit(trial)
     assert len(made) == 1 and made[0].calls == 6 + 1 + 1  # training, validation, test
-    expected = load_file(plain.folder / "last.pt")["model"]
     for name in ("last.pt", "previous.pt", "best.pt"):
-        assert load_file(trial.folder / name)["model"].keys() == expected.keys()
-    assert all(
-        torch.equal(value, expected[name]) for name, value in load_file(trial.folder / "last.pt")["model"].items()
-    )
+        assert same_weights(weights(trial.folder, name), weights(plain.folder, name))
     load_model(trial.folder)
 
 
@@ -325,12 +333,8 @@ def test_a_compiled_run_writes_plain_keys(experiment, monkeypatch):
 def test_precisions_train(precision, experiment):
     trial = experiment(epochs=1, precision=precision)
     fit(trial)
-    state = load_file(trial.folder / "last.pt")
-    assert {value.dtype for value in state["model"].values()} == {torch.float32}
+    assert {value.dtype for value in weights(trial.folder).values()} == {torch.float32}
     assert math.isfinite(read_metrics(trial.folder)[0]["val_loss"])
-
-
-# ---------------------------------------------------------------------------- a loss that is not finite
 
 
 def test_weights_kept_on_the_way(experiment):
@@ -339,12 +343,15 @@ def test_weights_kept_on_the_way(experiment):
     assert fit(plain)["test"] == fit(trial)["test"]
     kept = Run(trial.folder).kept_weights()
     assert {epoch: path.name for epoch, path in kept.items()} == {epoch: f"epoch_{epoch:03d}.pt" for epoch in (0, 2, 4)}
-    weights = {epoch: load_model(path)[0].encoder.detach() for epoch, path in kept.items()}
-    assert not any(torch.equal(weights[epoch], weights[epoch + 2]) for epoch in (0, 2))
-    assert torch.equal(weights[4], load_file(trial.folder / "previous.pt")["model"]["encoder"])
+    models = {epoch: load_model(path)[0].state_dict() for epoch, path in kept.items()}
+    assert not any(torch.equal(models[epoch]["encoder"], models[epoch + 2]["encoder"]) for epoch in (0, 2))
+    assert same_weights(models[4], weights(trial.folder, "previous.pt"))
     torch.manual_seed(seeds.derive("weights", trial.train.seed))
-    assert torch.equal(weights[0], trial.model.build().encoder)
+    assert same_weights(models[0], trial.model.build().state_dict())
     assert not Run(plain.folder).kept_weights()
+
+
+# ---------------------------------------------------------------------------- a loss that is not finite
 
 
 @pytest.mark.parametrize("log_every", [1, 50])
@@ -353,27 +360,26 @@ def test_training_stops_at_a_loss_that_is_not_finite(log_every, experiment):
     trial = experiment(learning_rate=1e30, options={"log_every": log_every})  # 12 steps: one of warm-up, at rate 0
     with pytest.raises(loop.TrainingError, match=r"step 2 .*not finite.*--learning-rate"):
         fit(trial)
-    good = load_file(trial.folder / "last.pt")
-    assert good["epoch"] == 0
-    assert all(value.isfinite().all() for value in good["model"].values())
+    assert load_checkpoint(trial.folder / "last.pt")["epoch"] == 0
+    assert all(value.isfinite().all() for value in weights(trial.folder).values())
     assert not (trial.folder / "metrics.csv").exists() and not (trial.folder / "summary.json").exists()
 
 
 def test_the_last_good_checkpoint_survives_a_later_epochs_failure(experiment, monkeypatch):
     """An infinite gradient in the second epoch, whose loss was finite."""
-    real = loop.optimizer_step
+    real = loop._clip
 
-    def optimizer_step(session):
+    def clip(session):
         if session.step == 9:
             session.model.head.weight.grad[0, 0] = math.inf
         return real(session)
 
-    monkeypatch.setattr(loop, "optimizer_step", optimizer_step)
+    monkeypatch.setattr(loop, "_clip", clip)
     trial = experiment(epochs=3)
     with pytest.raises(loop.TrainingError, match="step 9 "):
         fit(trial)
-    state = load_file(trial.folder / "last.pt")
-    assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["model"].values())
+    assert load_checkpoint(trial.folder / "last.pt")["epoch"] == 1
+    assert all(value.isfinite().all() for value in weights(trial.folder).values())
     assert [row["epoch"] for row in read_metrics(trial.folder)] == [1]
 
 
@@ -382,15 +388,7 @@ def test_a_validation_loss_that_is_not_finite_stops_too(experiment, scripted_val
     trial = experiment(epochs=3)
     with pytest.raises(loop.TrainingError, match="validation loss after epoch 2"):
         fit(trial)
-    assert load_file(trial.folder / "last.pt")["epoch"] == load_file(trial.folder / "best.pt")["epoch"] == 1
-
-
-def test_a_script_ends_with_exit_code_1_where_the_loss_is_not_finite(call_script, data_dir, tmp_path, capsys):
-    flags = [*TINY_FLAGS, "--learning-rate", "1e30", "--data-dir", data_dir, "--runs-dir", tmp_path, "--device", "cpu"]
-    assert call_script("train_v2_cifar10.py", *flags, "--name", "diverged") == 1
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert message.startswith("error: ") and "step 1 " in message
-    load_file(tmp_path / "diverged" / "seed0" / "last.pt")
+    assert {load_checkpoint(trial.folder / name)["epoch"] for name in ("last.pt", "best.pt")} == {1}
 
 
 # ---------------------------------------------------------------------------- trackers
@@ -455,9 +453,26 @@ def test_wandb_gets_every_row_and_is_closed_after_a_failure(experiment, monkeypa
     trial = experiment(epochs=3, options={"wandb": "project"})
     with pytest.raises(KeyboardInterrupt):
         fit(trial)
+    run_id = Run(trial.folder).read_config()["run_id"]
+    assert (asked["id"], asked["resume"]) == (run_id, "allow")  # a resumed run continues the same W&B run
     assert asked["project"] == "project" and asked["config"]["n_embd"] == 8 and asked["config"]["epochs"] == 3
     assert rows == [(row["epoch"], row["val_loss"]) for row in read_metrics(trial.folder)]
     assert ended == [True]
+    fit(with_options(trial, resume=True))
+    assert asked["id"] == run_id and [step for step, _ in rows] == [1, 2, 3]
+
+
+def test_a_failed_login_leaves_the_run_that_was_to_be_replaced(experiment, monkeypatch):
+    def init(**fields):
+        raise RuntimeError("no API key")
+
+    trial = experiment(epochs=1)
+    fit(trial)
+    before = snapshot(trial.folder)
+    fake_module(monkeypatch, "wandb", init=init)
+    with pytest.raises(UserError, match=r"no API key.*wandb login"):
+        fit(with_options(trial, overwrite=True, wandb="project"))
+    assert snapshot(trial.folder) == before
 
 
 # ---------------------------------------------------------------------------- mistakes
@@ -511,14 +526,6 @@ def fail_to_connect(*args, **kwargs):
     raise OSError("no network in tests")
 
 
-def test_a_quickstart_model_that_does_not_fit_the_digits_is_refused(call_script, tmp_path, capsys):
-    assert (
-        call_script("train_quickstart.py", "--num-classes", "7", "--device", "cpu", "--runs-dir", tmp_path / "r") == 1
-    )
-    assert "--num-classes 10" in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "r").exists()
-
-
 def test_the_vit_is_not_sent_to_a_flag_it_lacks(call_script, tmp_path, capsys):
     """Its channels are fixed, so grey images cannot be trained on, and the message must not name --in-channels."""
     flags = "--dataset digits --img-size 8 --patch-size 2 --n-layer 1 --n-embd 4 --n-head 1 --mlp-dim 4".split()
@@ -527,21 +534,25 @@ def test_the_vit_is_not_sent_to_a_flag_it_lacks(call_script, tmp_path, capsys):
     assert "channels" in message and "--in-channels" not in message
 
 
-def test_memory_errors_become_one_message(call_script, data_dir, tmp_path, monkeypatch, capsys):
-    def allocate(session):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-
-    monkeypatch.setattr(loop, "train_epoch", allocate)
-    where = ["--device", "cpu", "--data-dir", data_dir, "--runs-dir", tmp_path / "runs"]
-    assert call_script("train_v2_cifar10.py", *TINY_FLAGS, *where) == 1
-    assert "--batch-size" in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_errors_of_the_program_keep_their_traceback(call_script, data_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: tried 9 bytes"), "--batch-size"),
+        (loop.TrainingError("the loss at step 3 is not finite"), "step 3"),
+        (OSError(28, "No space left on device", "/some/file"), "/some/file: No space left on device"),
+        (RuntimeError("a bug"), None),  # keeps its traceback
+    ],
+)
+def test_an_error_in_training_is_one_message(error, words, call_script, data_dir, tmp_path, monkeypatch, capsys):
     def fail(session):
-        raise RuntimeError("a bug")
+        raise error
 
     monkeypatch.setattr(loop, "train_epoch", fail)
     where = ["--device", "cpu", "--data-dir", data_dir, "--runs-dir", tmp_path / "runs"]
-    with pytest.raises(RuntimeError, match="a bug"):
-        call_script("train_v2_cifar10.py", *TINY_FLAGS, *where)
+    if words is None:
+        with pytest.raises(RuntimeError, match="a bug"):
+            call_script("train_v2_cifar10.py", *TINY_FLAGS, *where)
+        return
+    assert call_script("train_v2_cifar10.py", *TINY_FLAGS, *where) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: ") and words in message

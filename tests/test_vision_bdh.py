@@ -25,14 +25,9 @@ from models.vision_bdh import (
     v2_config,
     v2_softmax_config,
     v3_config,
-    vision_bdh_v1,
-    vision_bdh_v2,
-    vision_bdh_v2_as_run,
-    vision_bdh_v2_softmax,
-    vision_bdh_v3,
 )
 
-BUILDERS = [vision_bdh_v1, vision_bdh_v2, vision_bdh_v2_softmax, vision_bdh_v2_as_run, vision_bdh_v3]
+BUILDERS = [v1_config, v2_config, v2_softmax_config, v2_as_run_config, v3_config]
 RESIDUALS = ["post", "pre", "true_pre", "scaled_pre", "none"]
 
 
@@ -97,7 +92,7 @@ def test_attention_weights_are_those_of_the_output(attention):
 
 @pytest.mark.parametrize("path", ["fast", "plain"])
 def test_hooks_see_the_input_of_every_level(path):
-    model = randomised(vision_bdh_v1(**SMALL))
+    model = randomised(v1_config(**SMALL).build())
     model.use_fast_path = path == "fast"
     seen = []
     model.level_input.register_forward_hook(lambda module, args, out: seen.append(out))
@@ -125,7 +120,7 @@ def test_dropout_in_training_only(build):
 def test_normalised_last_state_of_v2_is_that_of_v1(path):
     # v1 normalises at the end of a step what v2 normalises at the head of the next, and the test adds v2's last LN.
     # Each LN is applied once in both, nowhere LN(LN(x)), so eps does not enter and only rounding is left.
-    v1, v2 = randomised(vision_bdh_v1(**SMALL)), randomised(vision_bdh_v2(**SMALL))
+    v1, v2 = randomised(v1_config(**SMALL).build()), randomised(v2_config(**SMALL).build())
     v2.load_state_dict(v1.state_dict())
     v1.use_fast_path = v2.use_fast_path = path == "fast"
     images = small_images()
@@ -137,7 +132,7 @@ def test_normalised_last_state_of_v2_is_that_of_v1(path):
 
 
 def test_v2_as_run_is_v1_with_other_weights():
-    v1, as_run = randomised(vision_bdh_v1(**SMALL)), randomised(vision_bdh_v2_as_run(**SMALL))
+    v1, as_run = randomised(v1_config(**SMALL).build()), randomised(v2_as_run_config(**SMALL).build())
     as_run.load_state_dict(v1.state_dict())
     images = small_images()
     assert torch.equal(as_run(images), v1(images))
@@ -148,7 +143,7 @@ def test_v2_as_run_equals_the_published_steps():
     # LN(LN(s)) = LN(s) (1 + eps / 2 (1 / var(s) - 1)) to first order; s = x + y with x and y normalised has a variance
     # between 0.5 and 4 but for rare tokens, so a step differs by about 5e-6 or less, and steps magnify that some
     # ten times. A missing or a wrong LN would differ by more than 0.01.
-    model, images = randomised(vision_bdh_v2_as_run(**SMALL)), small_images()
+    model, images = randomised(v2_as_run_config(**SMALL).build()), small_images()
     weights = dict(model.named_parameters())
     x = reference_embedding(weights, images)
     for _ in range(SMALL["n_layer"]):
@@ -166,7 +161,7 @@ def test_v2_as_run_equals_the_published_steps():
 )
 @pytest.mark.parametrize("attention", ["raw", "softmax"])
 def test_model_sees_the_order_of_patches(attention, learned, rotary, sees_order):
-    model, images = randomised(vision_bdh_v1(**SMALL, attention=attention)), small_images()
+    model, images = randomised(v1_config(**SMALL, attention=attention).build()), small_images()
     with torch.no_grad():
         if not learned:
             model.pos_embed.zero_()
@@ -185,15 +180,15 @@ def test_model_sees_the_order_of_patches(attention, learned, rotary, sees_order)
 @pytest.mark.parametrize(
     ("build", "fields", "expected"),
     [
-        (vision_bdh_v1, {}, 3_562_570),
-        (vision_bdh_v2, {}, 3_562_570),
-        (vision_bdh_v2_softmax, {}, 3_562_570),
-        (vision_bdh_v2_as_run, {}, 3_562_570),
-        (vision_bdh_v3, {}, 3_565_258),
-        (vision_bdh_v1, dict(num_classes=100), 3_579_940),
-        (vision_bdh_v1, dict(mlp_internal_dim_multiplier=4), 465_994),
-        (vision_bdh_v1, dict(mlp_internal_dim_multiplier=16), 1_793_098),
-        (vision_bdh_v1, dict(mlp_internal_dim_multiplier=128), 14_179_402),
+        (v1_config, {}, 3_562_570),
+        (v2_config, {}, 3_562_570),
+        (v2_softmax_config, {}, 3_562_570),
+        (v2_as_run_config, {}, 3_562_570),
+        (v3_config, {}, 3_565_258),
+        (v1_config, dict(num_classes=100), 3_579_940),
+        (v1_config, dict(mlp_internal_dim_multiplier=4), 465_994),
+        (v1_config, dict(mlp_internal_dim_multiplier=16), 1_793_098),
+        (v1_config, dict(mlp_internal_dim_multiplier=128), 14_179_402),
     ],
 )
 def test_parameter_count(build, fields, expected):
@@ -202,7 +197,7 @@ def test_parameter_count(build, fields, expected):
 
 
 def test_state_dict_names_and_shapes():
-    shapes = {name: tuple(tensor.shape) for name, tensor in vision_bdh_v1(**SMALL).state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in v1_config(**SMALL).build().state_dict().items()}
     assert shapes == {
         "patch_embed.weight": (12, 2, 2, 2),
         "patch_embed.bias": (12,),
@@ -217,7 +212,7 @@ def test_state_dict_names_and_shapes():
 
 
 def test_scaled_pre_adds_one_affine_norm_a_level_and_one_at_the_end():
-    plain, scaled = vision_bdh_v1(**SMALL).state_dict(), vision_bdh_v3(**SMALL).state_dict()
+    plain, scaled = v1_config(**SMALL).build().state_dict(), v3_config(**SMALL).build().state_dict()
     added = {name: tensor for name, tensor in scaled.items() if name not in plain}
     assert len(added) == 2 * 4
     assert sorted(tensor.mean().item() for tensor in added.values()) == [0.0] * 4 + [1.0] * 4
@@ -278,7 +273,7 @@ def test_biases_start_at_zero(build):
 
 
 def test_starts_differ_from_call_to_call():
-    first, second = vision_bdh_v2(**SMALL), vision_bdh_v2(**SMALL)
+    first, second = v2_config(**SMALL).build(), v2_config(**SMALL).build()
     for name in ("encoder", "encoder_v", "decoder", "pos_embed"):
         assert not torch.equal(first.get_parameter(name), second.get_parameter(name)), name
     assert not torch.equal(first.encoder, first.encoder_v)
@@ -290,11 +285,11 @@ def test_starts_differ_from_call_to_call():
 @pytest.mark.parametrize(
     ("config", "build", "expected"),
     [
-        (v1_config, vision_bdh_v1, ("post", True, True, "raw", "normal")),
-        (v2_config, vision_bdh_v2, ("pre", True, True, "raw", "xavier")),
-        (v2_softmax_config, vision_bdh_v2_softmax, ("pre", True, True, "softmax", "xavier")),
-        (v2_as_run_config, vision_bdh_v2_as_run, ("post", True, True, "raw", "xavier")),
-        (v3_config, vision_bdh_v3, ("scaled_pre", False, False, "raw", "xavier")),
+        (v1_config, v1_config, ("post", True, True, "raw", "normal")),
+        (v2_config, v2_config, ("pre", True, True, "raw", "xavier")),
+        (v2_softmax_config, v2_softmax_config, ("pre", True, True, "softmax", "xavier")),
+        (v2_as_run_config, v2_as_run_config, ("post", True, True, "raw", "xavier")),
+        (v3_config, v3_config, ("scaled_pre", False, False, "raw", "xavier")),
     ],
 )
 def test_named_variants(config, build, expected):
@@ -348,12 +343,12 @@ def test_impossible_sizes_are_refused_by_name(fields, named):
 
 @pytest.mark.parametrize("batch", [1, 5])
 def test_shapes(batch):
-    model, images = vision_bdh_v1(**SMALL), small_images(batch).float()
+    model, images = v1_config(**SMALL).build(), small_images(batch).float()
     assert model.tokens(images).shape == (batch, 9, 12)
     assert model.features(images).shape == (batch, 12)
     assert model(images).shape == (batch, 5)
 
 
 def test_images_do_not_see_each_other():
-    model, images = randomised(vision_bdh_v2(**SMALL)), small_images(3)
+    model, images = randomised(v2_config(**SMALL).build()), small_images(3)
     assert_close(model(images), torch.cat([model(image[None]) for image in images]), 1e-12)

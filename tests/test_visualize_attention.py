@@ -10,14 +10,14 @@ from matplotlib.animation import FFMpegWriter
 from pictures import check_picture
 from PIL import Image
 
-from analysis.figures import DPI, PAGE
+from training import PretrainingConfig, fit
+from analysis.plotting.style import DPI, PAGE
 from interpretability.common.attention_figures import LARGEST_PANEL, animate, caption, draw
 from interpretability.common.trained import TrainedRun
 from interpretability.visualize_attention import Options, look, same_place, visualize
-from models.baselines import vit_tiny_config
+from models.baselines import ViTConfig
 from models.masked_bdh import MaskedBDHConfig
 from models.vision_bdh import v2_config
-from training import PretrainingConfig, fit
 from training.config import ROOT
 from training.data import load_dataset
 
@@ -35,7 +35,7 @@ def runs(tmp_path_factory, experiment_in):
     models = {
         "v2+n_embd=8": v2_config(mlp_internal_dim_multiplier=4, **sizes),
         "coarse": v2_config(mlp_internal_dim_multiplier=4, **(sizes | dict(patch_size=16, n_layer=8))),
-        "vit": vit_tiny_config(mlp_dim=16, **sizes),
+        "vit": ViTConfig(mlp_dim=16, **sizes),
     }
     for name, model in models.items():
         fit(dataclasses.replace(experiment_in(folder, name, epochs=1), model=model))

@@ -16,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from safetensors.torch import save_file
 
+from training.command_line import run_script
 from training.config import UserError
-from training.runs import EXPORTED, load_model
-from training.script import run_script
+from training.runs import load_model
+from training.stored import EXPORTED
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from training.command_line import run_script
 from training.config import UserError
 from training.data import data_folder
-from training.masks import BadFile, ColourMasks, MaskFiles, find_masks
-from training.script import run_script
-from training.segmentation import read_pair
+from training.data.masks import BadFile, ColourMasks, MaskFiles, find_masks
+from training.data.segmentation import read_pair
 
 SHOWN_SIZES = 8
 

@@ -1,5 +1,6 @@
 """Training: what a script needs."""
 
+import training.interrupts  # noqa: F401 (first, so that Ctrl-C during the other imports is one line)
 from training.config import (
     ClassificationConfig,
     Experiment,

@@ -1,13 +1,14 @@
-"""Transforms of training images.
+"""Augmentation of training images.
 
-For classification, of whole batches on the device: every image gets a draw of its own, no image passes through the
-host. Draws are made apart from their use, for a whole epoch at once, from a seeded CPU generator. For segmentation, of
-an image together with its mask, by the workers that load them.
+Classification augments whole batches on the device; each image has its own draw. All draws of an epoch are made at its
+start, from a seeded CPU generator, so that nothing waits for the device and a resumed run repeats them. Segmentation
+augments each image together with its mask, in the loader's worker processes.
 """
 
 import math
 import os
 import random
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,23 +17,109 @@ from torch import Tensor
 
 from training.config import SegmentationConfig, UserError
 
-ASPECT_RATIOS = (3 / 4, 4 / 3)  # of torchvision's RandomResizedCrop
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # as torchvision's RandomResizedCrop
 CROP_ATTEMPTS = 10
 
 
+class Augmentation(Protocol):
+    """One step of `ClassificationConfig.make_augmentations`."""
+
+    stream: str
+    """name of its random stream, an entry of `seeds.STREAMS`; each augmentation has its own, so that switching one on
+    leaves the draws of the others alone"""
+
+    def draw(self, n: int, height: int, width: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Everything random for an epoch of n images: CPU tensors (n, ...)."""
+
+    def apply(self, images: Tensor, labels: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Augments a batch. images: (B, C, H, W) in [-1, 1]; labels: (B,) or (B, classes); draws: the batch's rows.
+
+        Draws are on the device, unless the class has `draws_on_cpu = True`.
+        """
+
+
+class CropAndFlip:
+    """Random crops resized to the image's size (`draw_boxes`), and mirroring of half of the images."""
+
+    stream = "augmentation"
+
+    def __init__(self, crop_scale_min: float, flip: bool):
+        self.crop_scale_min, self.flip = crop_scale_min, flip
+
+    def draw(self, n: int, height: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        boxes = draw_boxes(n, height, width, (self.crop_scale_min, 1.0), generator)
+        if self.crop_scale_min == 1:
+            boxes[:] = boxes.new_tensor((0, 0, height, width))
+        return boxes, draw_flips(n, generator) & self.flip
+
+    def apply(self, images: Tensor, labels: Tensor, boxes: Tensor, flips: Tensor) -> tuple[Tensor, Tensor]:
+        return crop_and_flip(images, boxes, flips), labels
+
+
+class PadAndCrop:
+    """Shifts each image by up to `padding` pixels both ways; what comes into view is black."""
+
+    stream = "padding"
+
+    def __init__(self, padding: int):
+        self.padding = padding
+
+    def draw(self, n: int, height: int, width: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return (torch.randint(-self.padding, self.padding + 1, (n, 2), generator=generator),)
+
+    def apply(self, images: Tensor, labels: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = images.shape[-2:]
+        rows = torch.arange(height, device=images.device) + shifts[:, :1]  # (B, H)
+        columns = torch.arange(width, device=images.device) + shifts[:, 1:]  # (B, W)
+        inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+        batch = torch.arange(len(images), device=images.device)[:, None, None]
+        shifted = images.permute(0, 2, 3, 1)[
+            batch, rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None]
+        ]
+        return torch.where(inside[:, None], shifted.permute(0, 3, 1, 2), -1.0), labels
+
+
+class RandomErasing:
+    """Replaces a box of an image by grey with a probability: Zhong et al. 2020 (arXiv 1708.04896)."""
+
+    stream = "erasing"
+
+    def __init__(self, probability: float):
+        self.probability = probability
+
+    def draw(self, n: int, height: int, width: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        boxes = draw_boxes(n, height, width, (0.02, 1 / 3), generator, ratios=(0.3, 1 / 0.3))
+        chosen = torch.rand(n, generator=generator) < self.probability
+        return boxes, chosen & (boxes[:, 2:] < torch.tensor((height, width))).any(1)  # not the fallback, a whole image
+
+    def apply(self, images: Tensor, labels: Tensor, boxes: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(images.shape[-2], device=images.device)
+        columns = torch.arange(images.shape[-1], device=images.device)
+        top, left, h, w = (edge[:, None] for edge in boxes.unbind(1))
+        box = ((rows >= top) & (rows < top + h))[:, :, None] & ((columns >= left) & (columns < left + w))[:, None, :]
+        return images.masked_fill((box & chosen[:, None, None])[:, None], 0.0), labels
+
+
 def normalise(images: Tensor) -> Tensor:
-    """uint8 pixels to float32 in [-1, 1] (mean and deviation 0.5), the only transform of validation and test images."""
+    """uint8 pixels to float32 in [-1, 1]: all that validation and test images go through."""
     return images.float().div_(127.5).sub_(1.0)
 
 
-def draw_crops(n: int, height: int, width: int, scale_min: float, generator: torch.Generator) -> Tensor:
-    """n boxes (n, 4) of top, left, height, width, int64, distributed as torchvision's RandomResizedCrop draws them.
+def draw_boxes(
+    n: int,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    generator: torch.Generator,
+    ratios: tuple[float, float] = ASPECT_RATIOS,
+) -> Tensor:
+    """n boxes (n, 4) of top, left, height, width, int64, distributed as in torchvision's RandomResizedCrop.
 
-    Area uniform between scale_min and 1 of the image, logarithm of the aspect ratio uniform; the first of ten attempts
-    that fits, else the whole image (which is what its fallback comes to for images of moderate aspect ratio).
+    Area uniform within scale, as a share of the image; logarithm of the aspect ratio uniform; the first of ten attempts
+    that fits, else the whole image (torchvision's fallback, for images of moderate aspect ratio).
     """
-    area = height * width * torch.empty(n, CROP_ATTEMPTS).uniform_(scale_min, 1.0, generator=generator)
-    low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
+    area = height * width * torch.empty(n, CROP_ATTEMPTS).uniform_(*scale, generator=generator)
+    low, high = (math.log(ratio) for ratio in ratios)
     ratio = torch.empty(n, CROP_ATTEMPTS).uniform_(low, high, generator=generator).exp_()
     w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
     fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
@@ -47,14 +134,14 @@ def draw_crops(n: int, height: int, width: int, scale_min: float, generator: tor
 
 
 def draw_flips(n: int, generator: torch.Generator) -> Tensor:
-    """(n,) bool, each true with probability one half."""
+    """(n,) bool, true with probability 1/2."""
     return torch.rand(n, generator=generator) < 0.5
 
 
 def crop_and_flip(images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
-    """Each image's box, resized to the image's size (bilinear, pixels outside the box unseen), mirrored where flips.
+    """Resizes each image's box to the image's size (bilinear, reads no pixel outside the box); mirrors where flips.
 
-    images: (B, C, H, W) float; boxes: (B, 4) top, left, height, width; flips: (B,) bool. One grid_sample for the batch.
+    images: (B, C, H, W) float; boxes: (B, 4) top, left, height, width; flips: (B,) bool. One grid_sample per batch.
     """
     height, width = images.shape[-2:]
     top, left, h, w = boxes.to(images.dtype).unbind(1)
@@ -66,7 +153,7 @@ def crop_and_flip(images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
 
 
 def _sample_points(start: Tensor, length: Tensor, size: int) -> Tensor:
-    """(B, size) where to read a side of `size` pixels from: pixel centres of the box, in grid_sample's [-1, 1]."""
+    """(B, size) sampling points along one side: the box's pixel centres in grid_sample's coordinates [-1, 1]."""
     centres = (torch.arange(size, device=start.device, dtype=start.dtype) + 0.5) / size
     points = start[:, None] + centres * length[:, None] - 0.5
     points = points.clamp(start[:, None], (start + length - 1)[:, None])
@@ -74,27 +161,26 @@ def _sample_points(start: Tensor, length: Tensor, size: int) -> Tensor:
 
 
 class JointTransform:
-    """What changes a training image and its mask together, as a seed says.
+    """Augments an image and its mask together, by a seed; the only place that uses albumentations.
 
-    What comes into view from outside the image is black, and void in the mask. Labels are never mixed. This is the one
-    place that knows albumentations. A class, so that workers which are not forked can be given it.
+    Pixels from outside the image are black, and void in the mask. Masks are never interpolated. Picklable, for worker
+    processes that are not forked.
     """
 
     def __init__(self, config: SegmentationConfig, void: int):
-        """Raises UserError where albumentations is missing."""
-        os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else its import asks the network for a newer version
+        """Raises UserError if albumentations is missing."""
+        os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else importing it asks the network for a newer version
         try:
             import albumentations
-        except ImportError as error:  # also of OpenCV, which it needs
+        except ImportError as error:  # or of OpenCV, which it needs
             raise UserError(
-                f"images and masks are changed by albumentations, which is missing ({error}): "
-                "pip install -r requirements.txt"
+                f"segmentation needs albumentations, which is missing ({error}): pip install -r requirements.txt"
             ) from None
         self.compose = albumentations.Compose(
             [
                 albumentations.HorizontalFlip(p=config.horizontal_flip),
-                albumentations.Affine(  # with the ranges of albumentations' own ShiftScaleRotate, but the rotation's
-                    translate_percent={"x": (-0.0625, 0.0625), "y": (-0.0625, 0.0625)},  # drawn apart from each other
+                albumentations.Affine(  # ranges of albumentations' own ShiftScaleRotate, except the rotation's
+                    translate_percent={"x": (-0.0625, 0.0625), "y": (-0.0625, 0.0625)},  # x and y drawn separately
                     scale=(0.9, 1.1),
                     keep_ratio=True,
                     rotate=(-15, 15),
@@ -107,8 +193,8 @@ class JointTransform:
         )
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """image: (h, w, 3) uint8, mask: (h, w) uint8 -> the same of the changed ones."""
-        # one generator for all steps: set_random_seed would give each the same draws
+        """image: (h, w, 3) uint8, mask: (h, w) uint8 -> both augmented."""
+        # one generator for all steps: set_random_seed would give each step the same draws
         self.compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
         both = self.compose(image=image, mask=mask)
         return both["image"], both["mask"]

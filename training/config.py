@@ -1,47 +1,69 @@
-"""What defines a training run, and the command line made from it."""
+"""Configuration of a training run: the train config of each task, run options, and the experiment that holds them.
+
+This module imports neither PyTorch nor anything else of the project, so that `--help` and plans are cheap.
+"""
 
 import dataclasses
 import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from training.augment import Augmentation
+    from training.tasks import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 class UserError(Exception):
-    """A mistake or a circumstance that the user can mend; the message says how."""
+    """Something the user can fix; the message says how."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything beside the model that decides a run's result, for any task; each task adds its own."""
+    """What decides a run's result besides the model, for any task. Each task has a subclass."""
 
     epochs: int
-    """passes over the training part"""
+    """passes over the training set"""
     batch_size: int
-    """images (or texts) a forward pass"""
+    """samples per forward pass"""
     learning_rate: float
-    """peak rate of AdamW"""
+    """peak learning rate"""
     weight_decay: float
-    """decoupled weight decay of AdamW"""
+    """weight decay (decoupled; SGD: L2)"""
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
+    """muon: Muon for hidden matrices, AdamW for embeddings, norms, biases and the output layer"""
+    adamw_learning_rate: float | None = None
+    """peak rate of what muon leaves to AdamW; default: learning_rate"""
+    momentum: float = 0.95
+    """Nesterov momentum of muon and sgd"""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """decay rates of AdamW's running averages"""
+    decay: Literal["all", "matrices"] = "all"
+    """weight decay on all parameters, or not on biases, norms, positions and tokens"""
+    schedule: Literal["cosine", "linear", "constant", "trapezoid"] = "cosine"
+    """learning rate after the warm-up; trapezoid: constant, then linear to 0 over the last fifth"""
+    ema: float | None = None
+    """validate and test an exponential moving average of the weights with this decay, such as 0.999"""
     warmup_steps: int = 500
-    """optimiser steps of linear warm-up, capped at a tenth of all"""
+    """optimizer steps of linear warm-up, at most a tenth of all steps"""
     max_grad_norm: float = 1.0
-    """gradients are scaled down to this norm"""
+    """clip gradients to this norm"""
     grad_accum: int = 1
-    """batches whose gradients are averaged into one optimiser step"""
+    """batches accumulated per optimizer step"""
     precision: Literal["float32", "tf32", "bf16"] = "tf32"
-    """of matrix products; tf32 is float32 where the device has none"""
+    """matmul precision; tf32 falls back to float32 where unsupported"""
     compile: bool = False
     """run the model through torch.compile"""
     start_from: Path | None = None
-    """best.pt or last.pt of a run of the same model, whose weights the training starts from"""
+    """start from these weights of the same model: best.pt or last.pt of a run, or exported .safetensors"""
     seed: int = 0
-    """of the split, the weights, and every draw in training"""
+    """seed of the split, the initial weights and every random draw in training"""
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "grad_accum"):
@@ -50,11 +72,30 @@ class TrainConfig:
         _require(self.max_grad_norm > 0, self, "max_grad_norm", "must be above 0")
         for name in ("weight_decay", "warmup_steps", "seed"):
             _require(getattr(self, name) >= 0, self, name, "must not be negative")
+        object.__setattr__(self, "betas", tuple(self.betas))  # JSON has lists only
+        _require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "must be at least 0 and below 1")
+        _require(0 <= self.momentum < 1, self, "momentum", "must be at least 0 and below 1")
+        _require(self.ema is None or 0 < self.ema < 1, self, "ema", "must be above 0 and below 1")
+        rate, muon = self.adamw_learning_rate, self.optimizer == "muon"
+        _require(rate is None or (muon and rate > 0), self, "adamw_learning_rate", "is for muon, and above 0")
+        default = type(self).momentum
+        _require(self.optimizer != "adamw" or self.momentum == default, self, "momentum", "is for muon and sgd only")
+        _require(self.optimizer != "sgd" or self.betas == type(self).betas, self, "betas", "are for adamw and muon")
+
+    def make_task(self) -> "Task":
+        """The task this config trains: data, loss, metric."""
+        raise NotImplementedError(f"{type(self).__name__} has no make_task(): see docs/extending.md")
+
+    def make_optimizer(self, model: "nn.Module") -> "Optimizer":
+        """The optimizer over the model's parameters; each group's `lr` is its peak rate."""
+        from training.optimiser import make_optimizer  # here and below: those modules import this one
+
+        return make_optimizer(model, self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutConfig(TrainConfig):
-    """Training on data that have no validation part of their own."""
+    """Training on data without a validation set of their own."""
 
     val_fraction: float = 0.2
     """share of the training data held out for validation"""
@@ -66,31 +107,87 @@ class HeldOutConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationConfig(HeldOutConfig):
-    """Training on images with one class each."""
+    """Image classification."""
 
     dataset: Literal["digits", "cifar10", "cifar100", "folder"]
-    """images to train on; folder: those in data-dir, train/CLASS/IMAGE and test/CLASS/IMAGE"""
+    """training images; folder: your own, in DATA_DIR/train/CLASS/ and DATA_DIR/test/CLASS/"""
     crop_scale_min: float = 1.0
-    """smallest area of a random crop, as a share of the image; 1 for no crops"""
+    """smallest area of a random crop, as a share of the image; 1 turns crops off"""
     horizontal_flip: bool = False
     """mirror half of the training images"""
+    crop_padding: int = 0
+    """shift training images by up to this many pixels (black border)"""
+    randaugment: int = 0
+    """RandAugment: operations per training image; 0 turns it off"""
+    randaugment_magnitude: int = 9
+    """strength of RandAugment's operations, 0 to 30"""
+    random_erasing: float = 0.0
+    """probability of erasing a box of a training image"""
+    mixup: float = 0.0
+    """mixup: alpha of the Beta distribution, such as 0.8; with cutmix, either is chosen per batch"""
+    cutmix: float = 0.0
+    """cutmix: alpha of the Beta distribution, such as 1.0"""
+    label_smoothing: float = 0.0
+    """share of the target spread over all classes"""
+    repeat_augment: int = 1
+    """augmented copies of an image in its batch; an epoch then sees 1 / n of the images n times"""
+    eval_flip: bool = False
+    """validate and test with the mean logits of each image and its mirror image"""
     train_limit: int | None = None
-    """use only this many of the training images (validation included), drawn by the seed"""
+    """use only this many training images (validation included), drawn by the seed"""
 
     def __post_init__(self):
         super().__post_init__()
         _require(0 < self.crop_scale_min <= 1, self, "crop_scale_min", "must be above 0 and at most 1")
         _require(self.train_limit is None or self.train_limit >= 2, self, "train_limit", "must be at least 2")
+        for name in ("crop_padding", "randaugment", "mixup", "cutmix"):
+            _require(getattr(self, name) >= 0, self, name, "must not be negative")
+        _require(0 <= self.randaugment_magnitude <= 30, self, "randaugment_magnitude", "must be between 0 and 30")
+        for name in ("random_erasing", "label_smoothing"):
+            _require(0 <= getattr(self, name) < 1, self, name, "must be at least 0 and below 1")
+        _require(1 <= self.repeat_augment <= self.batch_size, self, "repeat_augment", "must be 1 to batch_size")
+        _require(self.crop_padding == 0 or self.crop_scale_min == 1, self, "crop_padding", "replaces crops by scale")
+
+    def make_task(self) -> "Task":
+        from training.tasks import Classification
+
+        return Classification(self)
+
+    def make_augmentations(self, num_classes: int) -> "list[Augmentation]":
+        """What training images and labels go through, batch by batch, in this order."""
+        from training.augment import CropAndFlip, PadAndCrop, RandomErasing
+        from training.mixing import Mix, SmoothLabels
+        from training.randaugment import RandAugment
+
+        steps = {
+            CropAndFlip: (self.crop_scale_min < 1 or self.horizontal_flip, self.crop_scale_min, self.horizontal_flip),
+            PadAndCrop: (self.crop_padding > 0, self.crop_padding),
+            RandAugment: (self.randaugment > 0, self.randaugment, self.randaugment_magnitude),
+            RandomErasing: (self.random_erasing > 0, self.random_erasing),
+            Mix: (self.mixup > 0 or self.cutmix > 0, self.mixup, self.cutmix, num_classes, self.batch_size),
+            SmoothLabels: (self.label_smoothing > 0, self.label_smoothing, num_classes),
+        }
+        return [step(*arguments) for step, (wanted, *arguments) in steps.items() if wanted]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingConfig(ClassificationConfig):
-    """Training on the same images without their classes, by filling in what is masked."""
+    """Pretraining without labels: the model reconstructs masked patches."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("mixup", "cutmix", "label_smoothing", "eval_flip"):
+            _require(not getattr(self, name), self, name, "concerns labels, which pretraining does not use")
+
+    def make_task(self) -> "Task":
+        from training.tasks import MaskedImages
+
+        return MaskedImages(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationConfig(TrainConfig):
-    """Training on images with a class for every pixel."""
+    """Semantic segmentation: a class for every pixel."""
 
     dataset: Literal["camvid", "voc", "cityscapes"] = "camvid"
     """images and masks to train on"""
@@ -99,13 +196,13 @@ class SegmentationConfig(TrainConfig):
     horizontal_flip: float = 0.0
     """probability of mirroring a training image"""
     brightness_contrast: float = 0.0
-    """probability of changing brightness and contrast, each by at most a fifth"""
+    """probability of changing brightness and contrast, each by at most 20 %"""
     shift_scale_rotate: float = 0.0
-    """probability of shifting (by at most 1/16), scaling (0.9 to 1.1) and rotating (at most 15 degrees)"""
+    """probability of a shift (up to 1/16), scaling (0.9 to 1.1) and rotation (up to 15 degrees)"""
     eval_full_size: bool = False
-    """validate against the masks at their original size, the prediction being enlarged to it"""
+    """validate against masks at their original size (predictions are upsampled)"""
     train_limit: int | None = None
-    """use only this many of the training images, drawn by the seed"""
+    """use only this many training images, drawn by the seed"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -113,17 +210,22 @@ class SegmentationConfig(TrainConfig):
             _require(0 <= getattr(self, name) <= 1, self, name, "must be between 0 and 1")
         _require(self.train_limit is None or self.train_limit >= 1, self, "train_limit", "must be at least 1")
 
+    def make_task(self) -> "Task":
+        from training.tasks import Segmentation
+
+        return Segmentation(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig(HeldOutConfig):
-    """Training a language model on the bytes of one text."""
+    """Language modelling on the bytes of one text."""
 
     text: Path | None = None
-    """file to read; default: the English text that ships with Python, pydoc_data.topics"""
+    """text file; default: the English help topics that come with Python (pydoc_data.topics)"""
     context: int = 128
-    """bytes the model sees at once"""
+    """context length in bytes"""
     test_fraction: float = 0.1
-    """share of the text, at its end, that is the test part; the validation part comes before it"""
+    """share of the text, at its end, held out for the test; validation comes before it"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -131,44 +233,47 @@ class TextConfig(HeldOutConfig):
         _require(0 < self.test_fraction < 1, self, "test_fraction", "must be above 0 and below 1")
         _require(self.test_fraction + self.val_fraction < 1, self, "test_fraction", "and val_fraction leave no text")
 
+    def make_task(self) -> "Task":
+        from training.tasks import LanguageModelling
+
+        return LanguageModelling(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Where things are and what is reported; nothing here changes a result."""
+    """Where things are and what is reported. Nothing here changes a result."""
 
     name: str | None = None
-    """folder of the run under runs-dir; default: the experiment and every field changed from its script"""
+    """run folder under runs-dir; default: the experiment and every field changed from its script"""
     resume: bool = False
-    """continue the run where it stopped"""
+    """continue the run from its last checkpoint"""
     overwrite: bool = False
-    """replace the run that is in the folder"""
+    """replace the run in the folder"""
     device: str = "auto"
     """auto, cuda, cuda:1, mps or cpu"""
     data_dir: Path | None = None
     """folder that holds data_cifar10 and the like; default: $VISION_BDH_DATA, else beside the scripts"""
     num_workers: int = 4
-    """processes that augment images with masks, or read images which do not fit in memory"""
+    """processes that augment images with masks, or read images that do not fit in memory"""
     runs_dir: Path = ROOT / "runs"
     """folder of all runs"""
     eval_batch_size: int | None = None
-    """images (or texts) a forward pass in validation and test; default: 256; segmentation takes batch_size"""
+    """samples per forward pass in validation and test; default: 256; segmentation uses batch_size"""
     recompute: bool = False
-    """of a BDH: keep little of each level for the backward pass and compute it again there; for large batches"""
+    """activation checkpointing (BDH only): less memory, more compute"""
     log_every: int = 50
-    """steps between two readings of the loss"""
+    """steps between readings of the loss"""
     keep_every: int | None = None
-    """also keep the first weights and those after every so many epochs, as epoch_<n>.pt in the run's folder"""
+    """also keep the weights of every n-th epoch and the initial ones, as epoch_<n>.pt in the run folder"""
     tensorboard: bool = False
-    """write TensorBoard events into the run's folder"""
+    """write TensorBoard events into the run folder"""
     wandb: str | None = None
-    """report to this Weights & Biases project"""
+    """log to this Weights & Biases project"""
 
     def __post_init__(self):
-        _require(
-            self.eval_batch_size is None or self.eval_batch_size >= 1, self, "eval_batch_size", "must be at least 1"
-        )
-        _require(self.log_every >= 1, self, "log_every", "must be at least 1")
-        _require(self.keep_every is None or self.keep_every >= 1, self, "keep_every", "must be at least 1")
+        for name in ("eval_batch_size", "log_every", "keep_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, self, name, "must be at least 1")
         _require(self.num_workers >= 0, self, "num_workers", "must not be negative")
         if self.name is not None and (not re.fullmatch(r"[\w+=.,-]+", self.name) or self.name in (".", "..")):
             raise ValueError(f"name = {self.name!r} must be a plain folder name of letters, digits and _ + = . , -")
@@ -177,13 +282,42 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
+class Configuration:
+    """What decides a run's result, as plain JSON values: equal configurations give runs that may be averaged.
+
+    Made by `of` from config objects or by `training.runs` from config.json, which may lack fields younger than the run:
+    `model_class` and `train_class` then fill in their defaults, which are the behaviour before the field existed.
+    """
+
+    model_class: str
+    train_class: str
+    model: dict[str, Any]
+    train: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: Any, train: TrainConfig) -> "Configuration":
+        fields = [{key: _plain(value) for key, value in dataclasses.asdict(each).items()} for each in (model, train)]
+        return cls(type(model).__name__, type(train).__name__, *fields)
+
+    def flat(self) -> dict[str, Any]:
+        """All fields in one dictionary; names are unique over model and training."""
+        return {"model_class": self.model_class} | self.model | self.train
+
+    def differences(self, other: "Configuration", ignore: frozenset[str] | set[str] = frozenset()) -> list[str]:
+        """Fields in which other differs, as "n_layer: 6 -> 12". THE answer to "the same configuration?"."""
+        before, after = self.flat(), other.flat()
+        keys = sorted((before.keys() | after.keys()) - ignore)
+        return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+
+
+@dataclass(frozen=True)
 class Experiment:
-    """One run to make: `training.loop.fit` takes it."""
+    """One run: `training.fit` trains it, `training.launch` adds the command line."""
 
     name: str
     """folder under runs_dir, shared by the seeds"""
     model: Any
-    """config of the model; has build()"""
+    """config of the model; see docs/extending.md for its contract"""
     train: TrainConfig
     options: RunOptions = field(default_factory=RunOptions)
 
@@ -191,70 +325,32 @@ class Experiment:
     def folder(self) -> Path:
         return self.options.runs_dir / self.name / f"seed{self.train.seed}"
 
-    def fields(self) -> dict[str, dict]:
-        """The fields that decide the result, as plain values; of a file its name, wherever it lies."""
-        fields = {"model": dataclasses.asdict(self.model), "train": dataclasses.asdict(self.train)}
-        return {
-            part: {key: name_of_file(value) if isinstance(value, Path) else value for key, value in of.items()}
-            for part, of in fields.items()
-        }
+    @property
+    def configuration(self) -> Configuration:
+        return Configuration.of(self.model, self.train)
 
 
-def parse_experiment(
-    name: str, model: Any, train: TrainConfig, description: str, args: list[str], options: RunOptions | None = None
-) -> Experiment:
-    """The script's experiment with the command line's changes; every field is a flag of its own name.
-
-    tyro prints help, and refuses unknown flags and values at which a config raises ValueError, with exit code 2.
-    """
-    options = options or RunOptions()
-    defaults = dataclasses.make_dataclass(
-        "Flags", [("model", type(model)), ("train", type(train)), ("options", type(options))], frozen=True
-    )
-    flags = tyro.cli(
-        defaults,
-        default=defaults(model, train, options),
-        description=description,
-        args=args,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    full_name = full_experiment_name(name, (model, train), (flags.model, flags.train))
-    # what is not read is not recorded: an encoder's checkpoint replaces the whole model's
-    start_from = None if getattr(flags.model, "encoder", None) else flags.train.start_from
-    asked = dataclasses.replace(flags.train, start_from=start_from)
-    return Experiment(flags.options.name or full_name, flags.model, asked, flags.options)
-
-
-def full_experiment_name(name: str, before: tuple, after: tuple) -> str:
-    """The experiment's name and every field but the seed that was changed in its configs; of a file its name."""
-    changed = {key: value for pair in zip(before, after, strict=True) for key, value in changed_fields(*pair).items()}
-    changed.pop("seed", None)
-    return "+".join([name, *(f"{key}={_in_a_name(value)}" for key, value in sorted(changed.items()))])
-
-
-def changed_fields(before: Any, after: Any) -> dict:
+def changed_fields(before: Any, after: Any) -> dict[str, Any]:
     """The fields of `after` that differ from `before`, two configs of one class."""
     old, new = dataclasses.asdict(before), dataclasses.asdict(after)
     return {key: new[key] for key in new if new[key] != old[key]}
 
 
-def default_fields(config: Any) -> dict[str, Any]:
-    """The defaults of a config's class as JSON gives them back, for what is stored of a run older than a field."""
-    fields = dataclasses.fields(config)
-    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-    return json.loads(json.dumps(defaults))
+def default_fields(config_class: type) -> dict[str, Any]:
+    """The defaults of a config class as plain JSON values."""
+    fields = dataclasses.fields(config_class)
+    return {each.name: _plain(each.default) for each in fields if each.default is not dataclasses.MISSING}
 
 
 def name_of_file(path: Path) -> str:
-    """What tells a file from others; of a checkpoint also its run, because all of them are called best.pt."""
-    return "-".join(path.resolve().parts[-3:]) if path.suffix == ".pt" else path.name
+    """What identifies a file wherever it lies; of a checkpoint also its run, because all are called best.pt."""
+    is_weights = path.suffix in (".pt", ".safetensors")
+    return "-".join(path.resolve().parts[-3:]) if is_weights else path.name
 
 
-def _in_a_name(value: Any) -> Any:
-    """A value as part of a folder's name."""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return name_of_file(value) if isinstance(value, Path) else value
+def _plain(value: Any) -> Any:
+    """A value as JSON gives it back: tuples are lists, a file is its name."""
+    return name_of_file(value) if isinstance(value, Path) else json.loads(json.dumps(value))
 
 
 def _require(holds: bool, config: Any, name: str, rule: str) -> None:

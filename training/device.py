@@ -1,31 +1,37 @@
-"""The device: which one, how it computes, what it has used."""
+"""The device: selection, precision, memory."""
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
-import resource
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from training.config import UserError
 
+try:
+    import resource  # Unix only
+except ImportError:
+    resource = None
+
 
 def pick_device(name: str) -> torch.device:
-    """The device called name; "auto" takes CUDA, else Apple's MPS, else the CPU. Raises UserError if there is none."""
+    """The device `name`; "auto" takes CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not available."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name} is no device: use auto, cuda, cuda:1, mps or cpu") from None
+        raise UserError(f"--device {name} is not a device: use auto, cuda, cuda:1, mps or cpu") from None
     if not available.get(device.type, False):
         raise UserError(
-            f"--device {name}: PyTorch {torch.__version__} finds no such device here. "
-            "Leave --device out to take the best one there is, or check the driver and the PyTorch build"
+            f"--device {name}: PyTorch {torch.__version__} finds no such device. "
+            "Leave --device out to take the best one available, or check the driver and the PyTorch build"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
@@ -33,14 +39,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def tune_cpu_allocator() -> bool:
-    """Makes glibc keep freed memory for the next large tensor; returns whether it does now.
+    """Makes glibc keep freed memory for the next large tensor; returns whether that worked.
 
-    As it comes, glibc gives every large tensor back to the system and faults it in anew, page by page, which on a CPU
-    costs more than half of a plain training step (benchmarks/step_time.py shows both).
+    By default glibc returns every large tensor to the system and page-faults it in again, which takes more than half of
+    a plain training step on a CPU (benchmarks/step_time.py measures both).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-        ctypes.CDLL(None).gnu_get_libc_version  # noqa: B018 (there only in glibc; the option numbers below are its own)
+        ctypes.CDLL(None).gnu_get_libc_version  # noqa: B018 (glibc only; the option numbers below are its own)
     except (AttributeError, OSError, TypeError):
         return False
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
@@ -49,7 +55,7 @@ def tune_cpu_allocator() -> bool:
 
 
 def set_precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """Sets how float32 products are made; returns the autocast context for forward passes, to be entered many times."""
+    """Sets the precision of float32 matmuls; returns the (re-usable) autocast context for forward passes."""
     if device.type == "cuda":
         tf32 = precision != "float32"
         torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -58,12 +64,20 @@ def set_precision(precision: str, device: torch.device) -> contextlib.AbstractCo
 
 
 def effective_precision(precision: str, device: torch.device) -> str:
-    """What precision comes to on the device: TF32 is there on CUDA only."""
+    """The precision that is really used: TF32 exists on CUDA only."""
     return "float32" if precision == "tf32" and device.type != "cuda" else precision
 
 
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether matmuls in bf16 are faster than in float32: on CUDA, and on CPUs with bf16 instructions."""
+    if device.type == "cpu":
+        flags = _cpu_flags()
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return device.type == "cuda"
+
+
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given, so that a clock read next tells the truth."""
+    """Waits for the device, so that a clock read next is meaningful."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -71,28 +85,32 @@ def synchronize(device: torch.device) -> None:
 
 
 def fits_in_memory(n_bytes: int, device: torch.device) -> bool:
-    """Whether data of that size take at most half of the memory that is free where they would stay."""
+    """Whether data of that size take at most half of the memory: the free memory of a GPU, all memory of a host."""
     if device.type == "cuda":
         return n_bytes <= torch.cuda.mem_get_info(device)[0] / 2
-    return n_bytes <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2  # of a CPU: half of all there is
+    if not hasattr(os, "sysconf"):  # Windows
+        return True
+    return n_bytes <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory held so far, in MB: tensors on a GPU (since the last reset), the whole process on a CPU."""
+    """Peak memory in MB: tensors on a GPU (since the last reset), the whole process on a CPU; NaN where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    if resource is None:
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether it says so: CUDA's has a class of its own, the CPU's and MPS's only their words."""
-    words = ("out of memory", "can't allocate memory")
+    """Whether memory ran out: CUDA has an exception class for it, CPU and MPS only say so."""
+    words = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
     return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
 
 
 def describe_hardware(device: torch.device) -> dict:
-    """What a reader of the results needs to know about the machine."""
+    """The hardware as config.json records it."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return {"device": "cuda", "name": properties.name, "memory_gb": round(properties.total_memory / 1e9, 1)}
@@ -100,8 +118,18 @@ def describe_hardware(device: torch.device) -> dict:
 
 
 def _cpu_name() -> str:
+    return _cpu_info().get("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> set[str]:
+    """Instruction sets of the CPU; empty where the system does not list them."""
+    return set(_cpu_info().get("flags", "").split())
+
+
+@cache
+def _cpu_info() -> dict[str, str]:
+    """The first processor in Linux's /proc/cpuinfo; empty elsewhere."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+        return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    return {}

@@ -1,54 +1,53 @@
 """From a script's experiment and the command line to a finished run: messages, exit codes, the closing table."""
 
+import signal
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from training.config import Experiment, TrainConfig, UserError, parse_experiment
+from training.command_line import INTERRUPTED, exit_with, parse_experiment
+from training.config import Experiment, UserError
+from training.console import prepare_streams
 from training.device import is_out_of_memory
 from training.loop import fit
 from training.metrics import metric_of
+from training.parent import end_with_parent
 
 
-def launch(name: str, model: Any, train: TrainConfig) -> Path:
-    """What every train_*.py calls, once: parses the command line, trains, shows the result. Returns the run's folder.
+def launch(experiment: Experiment) -> Path:
+    """Applies the command line to the experiment, trains it, prints the result; returns the run's folder.
 
-    name: of the experiment; model, train: its configuration, which flags override. Leaves the process with exit code 1
-    where the run failed, 2 where the command line is wrong, 130 after Ctrl-C, each with one message.
+    Every train_*.py calls this. Ends the process with one message: exit code 1 if the run failed, 2 for a wrong flag,
+    130 after Ctrl-C. In a notebook call `training.fit(experiment)` instead.
     """
-    description = getattr(sys.modules["__main__"], "__doc__", None) or name
-    return launch_experiment(parse_experiment(name, model, train, description, sys.argv[1:]))
+    description = getattr(sys.modules["__main__"], "__doc__", None) or experiment.name
+    return train(parse_experiment(experiment, sys.argv[1:], description))
 
 
-def launch_experiment(experiment: Experiment) -> Path:
-    """Trains and shows the result; returns the run's folder. Ends the process as `launch` says where that fails."""
+def train(experiment: Experiment) -> Path:
+    """Trains and prints the result; returns the run's folder. Ends the process as `launch` does."""
+    prepare_streams()
+    end_with_parent()
     try:
         summary = fit(experiment)
     except UserError as error:
         exit_with(str(error), 1)
+    except OSError as error:
+        exit_with(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         exit_with(
-            "the device's memory is full: try a smaller --batch-size with a larger --grad-accum (their product is what "
-            "one optimiser step sees), a smaller --eval-batch-size, --precision bf16, or, for a BDH, --recompute",
-            1,
-        )
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):  # BatchNorm's words
-            raise
-        exit_with(
-            "the last batch of an epoch holds one image, of which this model's BatchNorm cannot take a deviation: "
-            "choose a --batch-size (or --train-limit) that leaves more",
+            "out of memory: try a smaller --batch-size with a larger --grad-accum (their product is what one optimizer "
+            "step sees), a smaller --eval-batch-size, --precision bf16, for a BDH --recompute, or a smaller model",
             1,
         )
     except KeyboardInterrupt:
-        exit_with(
-            f"stopped. The same command with --resume goes on from the last finished epoch of {experiment.folder}", 130
-        )
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C changes nothing
+        exit_with(f"stopped. Add --resume to continue from the last finished epoch of {experiment.folder}", INTERRUPTED)
     show_summary(experiment, summary)
     return experiment.folder
 
@@ -59,7 +58,7 @@ def show_summary(experiment: Experiment, summary: dict[str, Any]) -> None:
     for key, value in (summary["test"] or {}).items():
         table.add_row(f"test {metric_of(key).label}", metric_of(key).show(value))
     if summary["test"] is None:
-        table.add_row("test", "the data have no test part: the validation is the result")
+        table.add_row("test", "no test set: validation is the result")
     table.add_row("best epoch", str(summary["best"]["epoch"]))
     for key, value in summary["best"].items():
         if key != "epoch":
@@ -68,9 +67,3 @@ def show_summary(experiment: Experiment, summary: dict[str, Any]) -> None:
     table.add_row("parameters", f"{summary['parameters']:,}")
     Console().print(table)
     print(f"run: {experiment.folder}")
-
-
-def exit_with(message: str, code: int) -> NoReturn:
-    """Ends the process with a message for the user."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(code)

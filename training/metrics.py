@@ -1,9 +1,8 @@
-"""Metrics: counts are summed on the device, batch by batch; ratios are taken once, at the end."""
+"""Metrics: counts are summed on the device batch by batch; ratios are computed from the sums."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is called and read; runs store it under its key, as a fraction where it is shown in percent."""
+    """Name and display of a metric; runs store it under its key, percentages as fractions."""
 
     key: str
     label: str
@@ -21,7 +20,7 @@ class Metric:
 
     @property
     def scale(self) -> int:
-        """From what is stored to what is shown."""
+        """Factor from the stored to the shown value."""
         return 100 if self.percent else 1
 
     @property
@@ -29,7 +28,7 @@ class Metric:
         return f"{self.label} (%)" if self.percent else self.label
 
     def number(self, value: float, sign: str = "") -> str:
-        """A stored value in the title's unit. sign: "+" shows it for positive values, too."""
+        """A stored value in the title's unit. sign: "+" also marks positive values."""
         return f"{self.scale * value:{sign}.{2 if self.percent else 4}f}"
 
     def show(self, value: float | None) -> str:
@@ -51,80 +50,67 @@ METRICS = {
 
 
 def metric_of(key: str) -> Metric:
-    """The metric that is stored under that key: of METRICS, or the IoU of one class, iou_<class>. Raises KeyError."""
+    """The metric stored under key: an entry of METRICS, or the IoU of one class, iou_<class>. Raises KeyError."""
     if key.startswith("iou_"):
         return Metric(key, f"IoU {key.removeprefix('iou_')}", percent=True, higher_is_better=True)
     return METRICS[key]
 
 
+class Items(NamedTuple):
+    """Counts to be gathered, not added: one row per sample, for metrics such as average precision."""
+
+    rows: Tensor
+    """(B, ...)"""
+
+
 class Sums:
-    """Named counts, summed on the device without waiting for it."""
+    """Named counts over batches, added or gathered on the device without waiting for it."""
 
     def __init__(self):
         self._sums: dict[str, Tensor] = {}
+        self._items: dict[str, list[Tensor]] = {}
 
-    def add(self, counts: dict[str, Tensor]) -> None:
+    def add(self, counts: dict[str, Tensor | Items]) -> None:
         for name, count in counts.items():
+            if isinstance(count, Items):
+                self._items.setdefault(name, []).append(count.rows.detach())
+                continue
             count = count.detach().float() if count.dtype == torch.bfloat16 else count.detach()
             self._sums[name] = self._sums[name] + count if name in self._sums else count
 
+    def read_one(self, name: str) -> float:
+        """One sum as a number; waits for the device."""
+        return self._sums[name].item()
+
     def read(self) -> dict[str, Any]:
-        """The sums as numbers, or nested lists of them; waits for the device."""
-        return {name: value.tolist() for name, value in self._sums.items()}
-
-
-def classification_ratios(sums: dict[str, float]) -> dict[str, float]:
-    """Mean loss in nats and accuracy between 0 and 1, from the sums that `tasks.Classification` counts."""
-    return {"loss": sums["loss"] / sums["images"], "accuracy": sums["correct"] / sums["images"]}
-
-
-def reconstruction_ratios(sums: dict[str, float]) -> dict[str, float]:
-    """Mean absolute error and peak signal-to-noise ratio of masked pixels, which lie in [-1, 1]."""
-    error = sums["squared_error"] / sums["images"]
-    return {"loss": sums["loss"] / sums["images"], "psnr": 10 * math.log10(2**2 / max(error, 1e-12))}
-
-
-def text_ratios(sums: dict[str, float]) -> dict[str, float]:
-    """Mean loss in nats and the same in bits a byte, from the sums that `tasks.LanguageModelling` counts."""
-    loss = sums["loss"] / sums["images"]
-    return {"loss": loss, "bits_per_byte": loss / math.log(2)}
+        """Sums as numbers or nested lists, gathered items as one CPU tensor each; waits for the device."""
+        gathered = {name: torch.cat(rows).cpu() for name, rows in self._items.items()}
+        return {name: value.tolist() for name, value in self._sums.items()} | gathered
 
 
 def confusion_matrices(predicted: Tensor, truth: Tensor, n_classes: int) -> Tensor:
     """Pixels of each image by true class (row) and predicted class (column). (B, h, w) each -> (B, n, n) int64.
 
-    predicted: 0 to n - 1. truth: 0 to n; n is void, whose pixels count nowhere.
+    predicted: 0 to n - 1. truth: 0 to n; n is void and not counted.
     """
-    cells = (truth * n_classes + predicted).flatten(1)  # void's are those from n * n on
+    cells = (truth * n_classes + predicted).flatten(1)  # void: from n * n on
     counts = torch.zeros(len(truth), n_classes * (n_classes + 1), dtype=torch.int64, device=truth.device)
     counts.scatter_add_(1, cells, torch.ones_like(cells))  # unlike bincount, it never waits for the device
     return counts[:, : n_classes**2].unflatten(1, (n_classes, n_classes))
 
 
 def batch_miou(confusion: Tensor) -> Tensor:
-    """Mean IoU over the classes that a batch's masks hold; the published numbers are means of it. (n, n) -> ()."""
+    """Mean IoU over the classes present in a batch's masks; published numbers are means of it. (n, n) -> ()."""
     hits = confusion.diagonal()
     present = confusion.sum(1) > 0
     iou = hits / (confusion.sum(0) + confusion.sum(1) - hits).clamp(min=1)
     return (iou * present).sum() / present.sum().clamp(min=1)
 
 
-def segmentation_ratios(sums: dict[str, Any], class_names: Sequence[str]) -> dict[str, float | None]:
-    """Mean loss, mean of `batch_miou`, and `confusion_ratios`, from what `tasks.Segmentation` counts."""
-    ratios = confusion_ratios(sums["confusion"], class_names)
-    return {
-        "loss": sums["loss"] / sums["images"],
-        "miou": ratios.pop("miou"),
-        "pixel_accuracy": ratios.pop("pixel_accuracy"),
-        "miou_batch": sums["miou_batch"] / sums["batches"],
-        **ratios,
-    }
-
-
 def confusion_ratios(confusion: Any, class_names: Sequence[str]) -> dict[str, float | None]:
     """mIoU, pixel accuracy and iou_<class>. confusion: (n, n) pixels by true class (row) and predicted class.
 
-    The IoU of a class that is neither there nor predicted is None, and not part of the mean.
+    The IoU of a class that is neither present nor predicted is None and left out of the mean.
     """
     confusion = np.array(confusion)
     hits = confusion.diagonal()

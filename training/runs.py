@@ -1,74 +1,132 @@
-"""A run's folder: config.json, split.npz, metrics.csv, last.pt, previous.pt, best.pt, epoch_<n>.pt, summary.json.
+"""A run's folder: writing, resuming, locking. `training.stored` reads and validates it.
 
-Every file but metrics.csv is written under a temporary name and renamed, so that whatever stops the process leaves
-whole files.
+    config.json           configuration, data, hardware, versions, commit, run_id
+    split.npz             which samples train and which validate, if that is drawn
+    metrics.csv           one row per epoch
+    last.pt, previous.pt  checkpoints of the last two epochs: model, optimizer, history
+    best.pt               weights of the best validation epoch
+    epoch_<n>.pt          weights kept by --keep-every
+    summary.json          the test result of a finished run
+    lock                  held while a process trains the run
+
+Files are written under a temporary name and renamed, so that whatever stops the process leaves whole files.
 """
 
+import contextlib
 import csv
 import json
 import os
-import pickle
 import platform
+import shutil
+import socket
 import subprocess
-import zipfile
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import torch
 import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file as load_safetensors
 from torch import nn
 
+from training import stored
 from models import build_config
-from training.config import ROOT, Experiment, UserError, default_fields
-from training.data import Split
+from training.config import ROOT, Experiment, UserError
+from training.data.batches import Split
+from training.stored import Damaged, configuration_of, first_line
 
 FILES = ("config.json", "split.npz", "metrics.csv", "last.pt", "previous.pt", "best.pt", "summary.json", "damaged.pt")
-EXPORTED = "best_bf16.safetensors"  # what tools/export_weights.py makes of best.pt
-LONGEST_NAME = 255  # bytes, in the usual file systems
-UNREADABLE = (
-    OSError,
-    RuntimeError,
-    EOFError,
-    KeyError,
-    ValueError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    SafetensorError,
-)
+LOCK = "lock"
+LONGEST_NAME = 255  # bytes, in common file systems
 
 
 class Run:
-    """The folder of one run. `prepare` first: it refuses what would lose or mix results."""
+    """The folder of one run."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def prepare(self, experiment: Experiment) -> bool:
-        """Checks the folder against what is asked; returns whether there is something to go on with. Writes nothing.
+    # ------------------------------------------------------------------------ before training
 
-        Raises UserError for a folder that holds a run (without resume or overwrite), for nothing to resume, and
-        for a resume with another configuration.
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the run for this process. Raises UserError if another process trains it.
+
+        The lock is the operating system's, so that it ends with the process, whatever ends that. Folders are made if
+        needed, and removed again if nothing else came into them.
+        """
+        path, name = self.folder / LOCK, self.folder.parent.name
+        if len(name.encode()) > LONGEST_NAME:
+            raise UserError(f"{name} is too long for a folder name: give a shorter one with --name")
+        try:
+            missing = [each for each in self.folder.parents if not each.exists()]
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(path, timeout=0)
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f"{self.folder} is being trained by another process ({self.holder()}): wait for it, stop it, or choose "
+                "another folder with --name"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written ({first_line(error)}): choose another place with --runs-dir"
+            ) from None
+        try:
+            with contextlib.suppress(OSError):
+                since = time.strftime("%Y-%m-%d %H:%M:%S")
+                path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}", encoding="utf-8")
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if [each.name for each in self.folder.iterdir()] == [LOCK]:
+                    path.unlink()
+                    for each in (self.folder, *missing):
+                        each.rmdir()
+            lock.release()
+
+    def holder(self) -> str:
+        """Who trains the run, and since when."""
+        try:
+            return (self.folder / LOCK).read_text(encoding="utf-8") or "unknown"
+        except (OSError, ValueError):
+            return "unknown"
+
+    def is_locked(self) -> bool:
+        """Whether a process trains the run now."""
+        path = self.folder / LOCK
+        if not path.exists():
+            return False
+        try:
+            with filelock.FileLock(path, timeout=0):
+                return False
+        except filelock.Timeout:
+            return True
+        except OSError:
+            return False
+
+    def prepare(self, experiment: Experiment) -> bool:
+        """Checks the folder against the experiment; returns whether to resume. Writes nothing.
+
+        Raises UserError if the folder holds a run (without resume or overwrite), if there is nothing to resume, or if
+        the run to resume has another configuration.
         """
         options = experiment.options
-        if len(experiment.name.encode()) > LONGEST_NAME:
-            raise UserError(f"{experiment.name} is too long for a folder's name: give a shorter one with --name")
         there = [name for name in FILES if (self.folder / name).exists()]
         if not options.resume:
             if there and not options.overwrite:
                 raise UserError(
-                    f"{self.folder} holds a run already: continue it with --resume, replace it with --overwrite, "
-                    "or choose another folder with --name"
+                    f"{self.folder} already holds a run: continue it with --resume, replace it with --overwrite, or "
+                    "choose another folder with --name"
                 )
             return False
         if "config.json" not in there or not {"last.pt", "previous.pt"} & set(there):
-            way = "start it anew with --overwrite" if there else "leave out --resume to start this run"
-            raise UserError(f"{self.folder} holds nothing to resume: {way}")
-        changes = self.differences(experiment)
-        if changes:
+            remedy = "start it again with --overwrite" if there else "leave out --resume to start this run"
+            raise UserError(f"{self.folder} holds nothing to resume: {remedy}")
+        if changes := self.differences(experiment):
             raise UserError(
                 f"{self.folder} was started with another configuration ({'; '.join(changes)}): resume it with its own, "
                 "or start another run without --resume under another --name"
@@ -76,61 +134,31 @@ class Run:
         return True
 
     def differences(self, experiment: Experiment) -> list[str]:
-        """Fields of the run in the folder that are others than the experiment's; those it is too old for, by default.
+        """Fields that differ from the experiment's; missing ones take their defaults. Raises Damaged."""
+        return configuration_of(self.read_config()).differences(experiment.configuration)
 
-        Raises UserError where they cannot be read.
-        """
-        try:
-            before = self.read_config()["config"]
-            configs = {"model": experiment.model, "train": experiment.train}
-            fields = {part: default_fields(config) | before[part] for part, config in configs.items()}
-        except (*UNREADABLE, TypeError):
-            raise UserError(f"{self.folder / 'config.json'} cannot be read: start again with --overwrite") from None
-        after = json.loads(json.dumps(experiment.fields()))
-        return [
-            f"{key}: {fields[part].get(key)} -> {after[part].get(key)}"
-            for part in after
-            for key in sorted(fields[part].keys() | after[part].keys())
-            if fields[part].get(key) != after[part].get(key)
-        ]
+    def is_complete(self, experiment: Experiment) -> bool:
+        """Whether this experiment is finished here. Raises UserError if another configuration is."""
+        if not self.read_summary():
+            return False
+        if changes := self.differences(experiment):
+            raise UserError(f"{self.folder} holds a run of another configuration ({'; '.join(changes)}): move it away")
+        return True
 
-    def start(
-        self, experiment: Experiment, data: Any, hardware: dict, parameters: int, origin: dict | None = None
-    ) -> None:
-        """Makes the folder, removes what an overwritten run left there, and writes config.json and split.npz.
-
-        data: `tasks.Batches`; split.npz is there if its split is. origin: of the first weights, if not drawn.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{self.folder} cannot be made ({error.strerror}): name another place with --runs-dir"
-            ) from None
-        optional = [*self.folder.glob("events.out.tfevents*"), *self.kept_weights().values()]
-        for old in (*(self.folder / name for name in FILES), *optional):
-            old.unlink(missing_ok=True)
-        config = {
-            "experiment": experiment.name,
-            "config": experiment.fields(),
-            "model_class": type(experiment.model).__name__,
-            "data": data.description,
-            "origin": origin,
-            "parameters": parameters,
-            "hardware": hardware,
-            "versions": _versions(),
-            "commit": _commit(),
-        }
-        if data.split is not None:
-            self._replace("split.npz", lambda path: _save_split(path, data.split))
-        self._write_json("config.json", config)
+    # ------------------------------------------------------------------------ reading
 
     def read_config(self) -> dict[str, Any]:
-        return json.loads((self.folder / "config.json").read_text())
+        return stored.read_config(self.folder)
+
+    def read_summary(self) -> dict[str, Any] | None:
+        return stored.read_summary(self.folder)
+
+    def read_split(self) -> Split | None:
+        return stored.read_split(self.folder, self.read_config().get("run_id"))
 
     def check_data(self, description: dict[str, Any]) -> None:
-        """Raises UserError where these are not the data that the run was started with."""
-        before, now = self.read_config().get("data", {}), json.loads(json.dumps(description))
+        """Raises UserError if these are not the data that the run was started with."""
+        before, now = self.read_config()["data"], json.loads(json.dumps(description))
         changes = [
             f"{key}: {_shorten(before.get(key))} -> {_shorten(now.get(key))}"
             for key in sorted(before.keys() | now.keys())
@@ -138,76 +166,116 @@ class Run:
         ]
         if changes:
             raise UserError(
-                f"{self.folder} was started on other data than are there now ({'; '.join(changes)}): "
-                "bring them back, or start another run without --resume under another --name"
+                f"{self.folder} was started on other data ({'; '.join(changes)}): restore them, or start another run "
+                "without --resume under another --name"
             )
 
-    def read_split(self) -> Split | None:
-        """Which images train and which validate; None for a run whose data are not split by a draw."""
-        if not (self.folder / "split.npz").exists():
-            return None
-        try:
-            with np.load(self.folder / "split.npz") as arrays:
-                return Split(train=arrays["train"], val=arrays["val"])
-        except UNREADABLE as error:
-            raise UserError(f"{self.folder / 'split.npz'} cannot be read ({error}): start with --overwrite") from None
+    def load_checkpoint(self) -> dict[str, Any]:
+        """last.pt, or previous.pt if that cannot be used. Raises UserError if neither can.
 
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """state becomes last.pt; what was last.pt becomes previous.pt. Raises UserError if the disk refuses."""
-        last = self.folder / "last.pt"
-        self._replace("last.pt", lambda path: _save(state, path), keep_old_as="previous.pt" if last.exists() else None)
+        A damaged last.pt is then renamed to damaged.pt, so that it does not become the next previous.pt.
+        """
+        problems = []
+        for name in ("last.pt", "previous.pt"):
+            path = self.folder / name
+            if not path.exists():
+                problems.append(f"{name} is missing")
+                continue
+            try:
+                state = stored.load_checkpoint(path)
+                self._check_origin(state, path)
+                if "optimizer" not in state or "step" not in state:
+                    raise Damaged(f"{path} holds weights only: start with --overwrite")
+            except Damaged as error:
+                problems.append(str(error).rpartition(": ")[0].removeprefix(f"{self.folder}{os.sep}"))
+                continue
+            if problems:
+                print(f"{problems[0]}; resuming from previous.pt, epoch {state['epoch']}")
+                with contextlib.suppress(FileNotFoundError):
+                    (self.folder / "last.pt").replace(self.folder / "damaged.pt")
+            return state
+        raise UserError(f"{self.folder} has no usable checkpoint ({'; '.join(problems)}): start with --overwrite")
 
-    def save_best(self, state: dict[str, Any]) -> None:
-        self._replace("best.pt", lambda path: _save(state, path))
+    def load_best(self) -> dict[str, Any]:
+        """best.pt. Raises Damaged."""
+        path = self.folder / "best.pt"
+        state = stored.load_checkpoint(path, remedy="start with --overwrite")
+        self._check_origin(state, path)
+        return state
 
-    def keep_weights(self, state: dict[str, Any]) -> None:
-        """state becomes epoch_<n>.pt, n being its epoch."""
-        self._replace(f"epoch_{state['epoch']:03d}.pt", lambda path: _save(state, path))
+    def _check_origin(self, state: dict[str, Any], path: Path) -> None:
+        """Raises Damaged for a checkpoint of another run."""
+        config = self.read_config()
+        theirs, ours = state.get("run_id"), config.get("run_id")
+        other_fields = configuration_of(config | {"config": state["config"]}).differences(configuration_of(config))
+        if (theirs and ours and theirs != ours) or other_fields:
+            raise Damaged(f"{path} belongs to another run: start with --overwrite")
 
     def kept_weights(self) -> dict[int, Path]:
-        """The files that `keep_weights` wrote, by epoch, 0 being before training; in order."""
+        """Files of `keep_weights` by epoch, in order; 0 is before training."""
         numbers = {path: path.stem.removeprefix("epoch_") for path in self.folder.glob("epoch_*.pt")}
         return dict(sorted((int(number), path) for path, number in numbers.items() if number.isdecimal()))
 
-    def load_checkpoint(self, say: Callable[[str], None]) -> dict[str, Any]:
-        """last.pt, or previous.pt where that cannot be read. Raises UserError where neither can.
+    # ------------------------------------------------------------------------ writing
 
-        A damaged last.pt is then set aside as damaged.pt: it must not become the next previous.pt.
+    def start(self, experiment: Experiment, config: dict[str, Any], split: Split | None, state: dict[str, Any]) -> None:
+        """Writes config.json, split.npz and the first checkpoint, then removes what an overwritten run left.
+
+        The new files are complete under temporary names before anything old is removed.
         """
-        problems, last = [], self.folder / "last.pt"
-        for name in ("last.pt", "previous.pt"):
-            try:
-                state = load_file(self.folder / name)
-            except UNREADABLE as error:
-                problems.append(f"{name}: {first_line(error)}")
-                continue
-            if problems:
-                say(f"last.pt cannot be read ({problems[0]}); going on from previous.pt, epoch {state['epoch']}")
-                if last.exists():
-                    last.replace(self.folder / "damaged.pt")
-            return state
-        raise UserError(f"no checkpoint of {self.folder} can be read ({'; '.join(problems)}): start with --overwrite")
-
-    def load_best(self) -> dict[str, Any]:
-        """best.pt. Raises UserError where it cannot be read."""
+        new: dict[str, Callable[[Path], Any]] = {
+            "split.npz": lambda path: _save_split(path, split, config["run_id"]),
+            "config.json": lambda path: _write_json(path, config),
+            "last.pt": lambda path: _save(path, state),
+        }
+        if split is None:
+            del new["split.npz"]
         try:
-            return load_file(self.folder / "best.pt")
-        except UNREADABLE as error:
-            raise UserError(
-                f"{self.folder / 'best.pt'} cannot be read ({first_line(error)}): start with --overwrite"
-            ) from None
+            for name, write in new.items():
+                self._write_partial(name, write)
+        except BaseException:
+            for name in new:
+                with contextlib.suppress(OSError):
+                    (self.folder / f"{name}.partial").unlink()
+            raise
+        events = self.folder.glob("events.out.tfevents*")
+        for old in (*(self.folder / name for name in FILES), *events, *self.kept_weights().values()):
+            try:
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)  # a folder: a damaged run
+            except OSError as error:
+                raise _disk_error(old, error) from None
+        for name in new:
+            self._finish_partial(name)
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Writes last.pt; the old last.pt becomes previous.pt. Raises UserError if the disk refuses."""
+        self._write_partial("last.pt", lambda path: _save(path, state))
+        try:
+            if (self.folder / "last.pt").exists():
+                (self.folder / "last.pt").replace(self.folder / "previous.pt")
+        except OSError as error:
+            raise _disk_error(self.folder / "previous.pt", error) from None
+        self._finish_partial("last.pt")
+
+    def save_best(self, state: dict[str, Any]) -> None:
+        self._replace("best.pt", lambda path: _save(path, state))
+
+    def keep_weights(self, state: dict[str, Any]) -> None:
+        """Writes epoch_<n>.pt, n being the state's epoch."""
+        self._replace(f"epoch_{state['epoch']:03d}.pt", lambda path: _save(path, state))
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        self._replace("summary.json", lambda path: _write_json(path, summary))
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """One line of metrics.csv, on disk when this returns."""
+        """Appends a row to metrics.csv, on disk when this returns."""
         path = self.folder / "metrics.csv"
-        header = path.read_text().partition("\n")[0].split(",") if path.exists() else [""]
-        is_new = header == [""]
         try:
-            with path.open("a", newline="") as file:
-                # an earlier version may have begun the file with fewer columns; line ends as cut_metrics leaves them
-                fields = list(row) if is_new else header
-                writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator="\n")
-                if is_new:
+            columns = _columns(path)
+            with path.open("a", newline="", encoding="utf-8") as file:
+                # an older version may have started the file with fewer columns
+                writer = csv.DictWriter(file, columns or list(row), extrasaction="ignore", lineterminator="\n")
+                if not columns:
                     writer.writeheader()
                 writer.writerow(row)
                 file.flush()
@@ -215,96 +283,128 @@ class Run:
         except OSError as error:
             raise _disk_error(path, error) from None
 
-    def cut_metrics(self, epoch: int) -> None:
-        """Drops the lines of metrics.csv after that epoch, half-written ones among them."""
-        path = self.folder / "metrics.csv"
-        if not path.exists():
+    def restore_metrics(self, epoch: int, history: list[dict[str, Any]] | None) -> None:
+        """metrics.csv as it was after that epoch, from the checkpoint's history, whatever became of the file since.
+
+        history: one row per epoch; None in checkpoints of an older version, for which the file itself is cut back.
+        """
+        if history is not None:
+            self._replace("metrics.csv", lambda path: _write_rows(path, history))
             return
-        lines = path.read_text().splitlines(keepends=True)[: epoch + 1]
-        kept = [line for line in lines if line.endswith("\n")] if epoch else []  # the header comes with the first epoch
-        self._replace("metrics.csv", lambda partial: partial.write_text("".join(kept)))
+        path = self.folder / "metrics.csv"
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[: epoch + 1] if path.exists() else []
+        except ValueError:
+            lines = []
+        if len(lines) < epoch + 1 and epoch:
+            print(f"{path} has lost rows, and the checkpoint of this older run holds no copy: its history is cut")
+        kept = [line for line in lines if line.endswith("\n")] if epoch else []  # the header comes with epoch 1
+        self._replace("metrics.csv", lambda path: path.write_text("".join(kept), encoding="utf-8"))
 
-    def write_summary(self, summary: dict[str, Any]) -> None:
-        self._write_json("summary.json", summary)
+    def _replace(self, name: str, write: Callable[[Path], Any]) -> None:
+        self._write_partial(name, write)
+        self._finish_partial(name)
 
-    def read_summary(self) -> dict[str, Any] | None:
-        """The summary of a complete run, None before the end."""
-        path = self.folder / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else None
-
-    def _write_json(self, name: str, content: dict) -> None:
-        self._replace(name, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
-
-    def _replace(self, name: str, write: Callable[[Path], Any], keep_old_as: str | None = None) -> None:
-        """Writes a whole new file beside the old one, then renames. A failure leaves the old one as it was."""
-        target, partial = self.folder / name, self.folder / f"{name}.partial"
+    def _write_partial(self, name: str, write: Callable[[Path], Any]) -> None:
+        """Writes a complete file NAME.partial. Raises UserError if the disk refuses."""
+        partial = self.folder / f"{name}.partial"
         try:
             write(partial)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
-            if keep_old_as:
-                target.replace(self.folder / keep_old_as)
-            partial.replace(target)
         except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             if isinstance(error.__context__, KeyboardInterrupt):  # torch.save turns it into a RuntimeError
                 raise KeyboardInterrupt from None
-            raise _disk_error(target, error) from None
+            raise _disk_error(self.folder / name, error) from None
+
+    def _finish_partial(self, name: str) -> None:
+        try:
+            (self.folder / f"{name}.partial").replace(self.folder / name)
+        except OSError as error:
+            raise _disk_error(self.folder / name, error) from None
 
 
-def load_file(path: Path) -> dict[str, Any]:
-    """A checkpoint, on the CPU, with nothing in it executed."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+def describe_run(experiment: Experiment, data: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    """The content of config.json. data: the source's description; facts: origin, parameters, hardware."""
+    configuration = experiment.configuration
+    return {
+        "experiment": experiment.name,
+        "config": {"model": configuration.model, "train": configuration.train},
+        "model_class": configuration.model_class,
+        "train_class": configuration.train_class,
+        "data": data,
+        **facts,
+        "versions": _versions(),
+        "commit": _commit(),
+        "run_id": uuid.uuid4().hex,  # every file of the run carries it, so that files of several runs do not mix
+    }
 
 
 def load_model(run: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a run with the weights of its best epoch, in evaluation mode, and its config.json.
 
-    run: its folder, or one of the checkpoints in it; a folder may have EXPORTED instead. Raises UserError where there
-    is no finished epoch.
+    run: its folder, or a checkpoint in it; a folder may have exported safetensors instead. Raises UserError.
     """
-    folder, checkpoint = (run.parent, run) if run.suffix == ".pt" else (run, run / "best.pt")
+    remedy = "give a folder with config.json and best.pt, such as runs/v2_cifar10/seed0"
+    folder, checkpoint = (run.parent, run) if run.suffix in (".pt", ".safetensors") else (run, run / "best.pt")
+    if not checkpoint.exists() and checkpoint.name == "best.pt":
+        checkpoint = folder / stored.EXPORTED
+    if not checkpoint.exists():
+        raise UserError(f"{run} has no weights to open: {remedy}")
+    config = stored.read_config(folder, remedy)
+    weights = stored.load_weights(checkpoint, remedy)
     try:
-        config = Run(folder).read_config()
-        exported = folder / EXPORTED
-        is_exported = exported.exists() and not checkpoint.exists()
-        weights = load_safetensors(exported) if is_exported else load_file(checkpoint)["model"]
         model = build_config(config["model_class"], config["config"]["model"]).build()
         model.load_state_dict(weights)
-    except (*UNREADABLE, TypeError, ImportError) as error:  # TypeError: a field that this version does not know
-        raise UserError(
-            f"{run} is no run whose model can be read ({first_line(error)}): "
-            "give a folder with config.json and best.pt, such as runs/v2_cifar10/seed0"
-        ) from None
+    except (KeyError, TypeError, ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"{run} holds no model that this version can build ({first_line(error)}): {remedy}") from None
     return model.eval(), config
 
 
-def _save(state: dict[str, Any], path: Path) -> None:
+def _save(path: Path, state: dict[str, Any]) -> None:
     with path.open("wb") as file:
         torch.save(state, file)
 
 
-def _save_split(path: Path, split: Split) -> None:
+def _save_split(path: Path, split: Split, run_id: str) -> None:
     with path.open("wb") as file:
-        np.savez(file, train=split.train, val=split.val)
+        np.savez(file, train=split.train, val=split.val, run_id=np.array(run_id))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        if rows:
+            writer = csv.DictWriter(file, list(rows[0]), extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def _columns(path: Path) -> list[str]:
+    """The header of a CSV file; empty if there is none."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return next(csv.reader(file), [])
 
 
 def _disk_error(path: Path, error: Exception) -> UserError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    if not path.parent.is_dir():
+        return UserError(f"{path.parent} no longer exists: it was removed during the run. Start again without --resume")
     return UserError(
-        f"{path} could not be written ({reason}); what was there before is untouched. "
-        "Free some space, then go on with --resume"
+        f"{path} could not be written ({first_line(error)}). Earlier checkpoints in {path.parent} are intact: free "
+        "space or make the folder writable, then repeat the command, with --resume if there is a last.pt"
     )
 
 
 def _shorten(value: Any, longest: int = 120) -> str:
     text = str(value)
     return text if len(text) <= longest else f"{text[:longest]}..."
-
-
-def first_line(error: Exception) -> str:
-    """What the error says in short; its class where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _versions() -> dict[str, str | None]:
@@ -318,10 +418,11 @@ def _versions() -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
-    """Commit of this repository, with "+changes" where the working tree differs; None outside git."""
+    """Commit of this repository, with "+changes" if the working tree differs; None outside git."""
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "-c", f"safe.directory={ROOT}", *args]  # also in a checkout of another owner
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")

@@ -1,9 +1,9 @@
-"""Many runs, each in a process of its own: several at once, one failing alone, stopped and continued at any time.
+"""Many runs, each a process of its own: several at once, stopped and continued at any time.
 
-What is complete is not repeated, and what was stopped goes on from its last finished epoch.
+Finished runs are skipped, stopped ones resumed from their last epoch, and a failing one does not stop the others.
 """
 
-import dataclasses
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from training.config import Experiment, UserError
+from training.parent import WATCH, heed_interrupts
 from training.runs import Run
 
-LOG = "log.txt"  # in a run's folder: what its process printed
-LOOK = 0.1  # seconds between two looks at what runs
+LOG = "log.txt"  # in a run's folder: the output of its process
+LOOK = 0.1  # seconds between two looks at the running processes
+STOP_SIGNALS = ("SIGTERM", "SIGHUP")  # SIGHUP: the terminal was closed; absent on Windows
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,9 @@ class Job:
     """A run to make."""
 
     experiment: Experiment
-    """what it is; its options say where it lies, and whether what lies there is replaced"""
+    """its options say where the run lies, and whether what lies there is replaced"""
     command: Sequence[str]
-    """the command line that makes it by itself, without resume and overwrite"""
+    """the command that makes it, without resume and overwrite"""
 
     @property
     def label(self) -> str:
@@ -45,9 +47,11 @@ class Outcome:
     """What became of the jobs."""
 
     failures: dict[str, str] = field(default_factory=dict)
-    """what could not be made, and why"""
+    """label -> reason"""
+    elsewhere: dict[str, str] = field(default_factory=dict)
+    """label -> who trains this run at the moment"""
     left: list[str] = field(default_factory=list)
-    """what is not complete because the time was over"""
+    """not complete when the time was over"""
 
 
 class Process(NamedTuple):
@@ -59,41 +63,31 @@ class Process(NamedTuple):
 def run_jobs(
     jobs: Sequence[Job], at_once: int, minutes: float | None = None, keep: Callable[[Job], Any] = lambda job: None
 ) -> Outcome:
-    """Makes every run that is not complete, in this order, so many at once.
+    """Runs incomplete jobs in order, `at_once` at a time.
 
-    A run that starts from the weights of another waits until that is complete. minutes: when they are over, what runs
-    is stopped, and the rest is left; None for no limit. keep: called for each run that is complete, also for those that
-    were so before; where it raises UserError, the run counts as failed.
+    A run that starts from another's weights waits for that one. minutes: stop after this time and leave the rest; None
+    for no limit. keep: called for each complete run, including those complete before; if it raises UserError, the run
+    counts as failed.
 
-    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, when all runs have stopped.
+    Raises KeyboardInterrupt after Ctrl-C, SIGTERM or SIGHUP, when all runs have stopped.
     """
     outcome, waiting, complete = Outcome(), [], 0
     for job in jobs:
         try:
-            if job.experiment.options.overwrite or not is_complete(job.experiment):
+            if job.experiment.options.overwrite or not Run(job.experiment.folder).is_complete(job.experiment):
                 waiting.append(job)
             else:
                 keep(job)
                 complete += 1
-        except UserError as error:  # a run of this name, but of another configuration
+        except UserError as error:  # another configuration, or a damaged run
             outcome.failures[job.label] = str(error)
     print(f"{len(jobs)} runs, {complete} of them complete", flush=True)
     _Schedule(waiting, at_once, keep, outcome).work(minutes)
     return outcome
 
 
-def is_complete(experiment: Experiment) -> bool:
-    """Whether there is a finished run of this very configuration. Raises UserError for one of another."""
-    run = Run(experiment.folder)
-    if not run.read_summary():
-        return False
-    options = dataclasses.replace(experiment.options, resume=True, overwrite=False)
-    run.prepare(dataclasses.replace(experiment, options=options))
-    return True
-
-
 def command_now(job: Job) -> list[str]:
-    """The job's command with the flag that what lies in the run's folder asks for."""
+    """The job's command with --resume or --overwrite, as the state of its folder requires."""
     folder = job.experiment.folder
     if job.experiment.options.overwrite:
         return [*job.command, "--overwrite"]
@@ -111,21 +105,20 @@ class _Schedule:
         self.ended, self.total = 0, len(waiting)
         # more threads than cores slow all runs down
         threads = {} if at_once == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))}
-        self.environment = dict(os.environ) | threads
+        self.environment = dict(os.environ) | threads | {WATCH: "1"}
 
     def work(self, minutes: float | None) -> None:
         ends = None if minutes is None else time.monotonic() + 60 * minutes
-        before = signal.signal(signal.SIGTERM, _interrupt)
-        try:
-            while self.waiting or self.running:
-                if ends is not None and time.monotonic() >= ends:
-                    break
-                self.look()
-                self.start_what_can()
-                time.sleep(LOOK)
-        finally:
-            self.stop()
-            signal.signal(signal.SIGTERM, before)
+        with _interrupted_by(STOP_SIGNALS):
+            try:
+                while self.waiting or self.running:
+                    if ends is not None and time.monotonic() >= ends:
+                        break
+                    self.look()
+                    self.start_what_can()
+                    time.sleep(LOOK)
+            finally:
+                self.stop()
         self.outcome.left += [job.label for job in self.waiting]
 
     def start_what_can(self) -> None:
@@ -134,9 +127,12 @@ class _Schedule:
             ready = next((job for job in self.waiting if job.source not in busy), None)
             if ready is None and self.running:
                 return
-            ready = ready or self.waiting[0]  # what it starts from is no run to be made: its own message says so
+            ready = ready or self.waiting[0]  # its weights come from no job here: its own message says so
             self.waiting.remove(ready)
-            self.start(ready)
+            if Run(ready.experiment.folder).is_locked():
+                self.report_elsewhere(ready)
+            else:
+                self.start(ready)
 
     def start(self, job: Job) -> None:
         log = job.experiment.folder / LOG
@@ -145,11 +141,12 @@ class _Schedule:
             with log.open("ab") as file:
                 popen = subprocess.Popen(
                     command_now(job),
+                    stdin=subprocess.PIPE,  # stays open while this process lives: see training.parent
                     stdout=file,
                     stderr=file,
                     env=self.environment,
-                    start_new_session=True,  # so that Ctrl-C reaches it once, from here
-                    preexec_fn=_heed_interrupts,
+                    start_new_session=True,  # Ctrl-C reaches it once, from here
+                    preexec_fn=heed_interrupts if os.name == "posix" else None,
                 )
         except OSError as error:
             self.report(job, f"{log} could not be written ({error.strerror})", 0.0)
@@ -160,12 +157,16 @@ class _Schedule:
         """Takes note of runs that have ended."""
         for each in [each for each in self.running if each.popen.poll() is not None]:
             self.running.remove(each)
-            problem = _problem(each.popen.returncode, each.job.experiment.folder / LOG)
+            folder = each.job.experiment.folder
+            problem = _problem(each.popen.returncode, folder / LOG)
             if problem is None:
                 try:
                     self.keep(each.job)
                 except UserError as error:
                     problem = str(error)
+            elif Run(folder).is_locked():  # another process was faster
+                self.report_elsewhere(each.job)
+                continue
             self.report(each.job, problem, time.perf_counter() - each.started)
 
     def report(self, job: Job, problem: str | None, seconds: float) -> None:
@@ -175,33 +176,45 @@ class _Schedule:
         happened = f"failed: {problem}" if problem else "done"
         print(f"[{self.ended}/{self.total}] {job.label}: {happened} ({seconds:.0f} s)", flush=True)
 
+    def report_elsewhere(self, job: Job) -> None:
+        self.ended += 1
+        self.outcome.elsewhere[job.label] = holder = Run(job.experiment.folder).holder()
+        print(f"[{self.ended}/{self.total}] {job.label}: in work elsewhere ({holder})", flush=True)
+
     def stop(self) -> None:
-        """Tells every process to stop, as Ctrl-C would, and waits; each keeps its last finished epoch."""
-        self.look()  # what has ended by itself is no longer there to be stopped
+        """Interrupts every process as Ctrl-C would, and waits; each keeps its last finished epoch."""
+        self.look()  # what has ended by itself cannot be stopped
         for each in self.running:
             each.popen.send_signal(signal.SIGINT)
         for each in self.running:
             each.popen.wait()
         stopped = [each for each in self.running if each.popen.returncode != 0]
         self.running = [each for each in self.running if each not in stopped]
-        self.look()  # those that came to their end all the same
+        self.look()  # those that finished all the same
         self.waiting[:0] = [each.job for each in stopped]
+
+
+@contextlib.contextmanager
+def _interrupted_by(names: Sequence[str]):
+    """Inside, these signals raise KeyboardInterrupt."""
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, _interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _heed_interrupts() -> None:
-    """In a new process: a shell lets what it starts in the background ignore SIGINT, and that is inherited."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def _problem(code: int, log: Path) -> str | None:
-    """What a process that ended with this code said last."""
+    """The last message of a process that ended with this code; None if it succeeded."""
     if code == 0:
         return None
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith("error: ")] or lines or ["it said nothing"]
-    how = f"killed by signal {-code}, after saying: " if code < 0 else ""
-    return f"{how}{said[-1].removeprefix('error: ')} (all of it in {log})"
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith("error: ")] or lines or ["no output"]
+    how = f"killed by signal {-code}, last output: " if code < 0 else ""
+    return f"{how}{said[-1].removeprefix('error: ')} (full log: {log})"

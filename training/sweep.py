@@ -1,7 +1,7 @@
-"""Many runs from one script: every setting of the swept fields with several seeds, each in a process of its own.
+"""Sweeps: many runs from one script, every setting of the swept fields with several seeds.
 
-A run that is complete is not repeated, one that was stopped goes on where it was, and one that fails does not stop the
-others. A run of a sweep is the same as the one that the script makes by itself with the same flags.
+Each run is a process of its own and equals the run that the script makes with the same flags. Finished runs are
+skipped, stopped ones resumed, and a failing one does not stop the others.
 """
 
 import dataclasses
@@ -10,39 +10,31 @@ import itertools
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.config import (
-    Experiment,
-    RunOptions,
-    TrainConfig,
-    UserError,
-    changed_fields,
-    full_experiment_name,
-    parse_experiment,
-)
-from training.launch import exit_with, launch_experiment
-from training.runs import Run
-from training.schedule import Job, run_jobs
+from training.command_line import INTERRUPTED, exit_with, flags_of, name_with_changes, parse_experiment
+from training.config import Experiment, RunOptions, UserError, changed_fields
+from training.launch import train
+from training.schedule import Job, Outcome, run_jobs
 
 TRUTH = {"true": True, "yes": True, "false": False, "no": False}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions(RunOptions):
-    """Options of a run, and of many."""
+    """Options of a run or of a sweep."""
 
     sweep: str | None = None
-    """fields to vary, each alone, with all values or those named: residual,init or residual=post/pre,n_layer=4/8"""
+    """fields to vary one at a time, with all values or those named: residual,init or residual=post/pre,n_layer=4/8"""
     cross: bool = False
     """sweep every combination of the fields' values instead of one change at a time"""
     seeds: int = 1
-    """runs of each setting in a sweep: with --seed, --seed + 1 and so on"""
+    """runs per setting: --seed, --seed + 1 and so on"""
     jobs: int = 1
-    """runs of a sweep at the same time"""
+    """runs at the same time"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -50,9 +42,9 @@ class SweepOptions(RunOptions):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.sweep is None and (self.cross or self.seeds > 1 or self.jobs > 1):
-            raise ValueError("cross, seeds and jobs are about a sweep: say of what with --sweep")
+            raise ValueError("cross, seeds and jobs belong to a sweep: name its fields with --sweep")
         if self.sweep is not None and self.name is not None:
-            raise ValueError("a sweep names its runs by what is changed in them: leave out --name")
+            raise ValueError("a sweep names its runs by their changes: leave out --name")
 
 
 @dataclass(frozen=True)
@@ -62,72 +54,78 @@ class Plan:
     default: str
     """name of the experiment with nothing varied"""
     experiments: list[Experiment]
-    """one for each setting and seed; all settings of a seed before those of the next"""
+    """one per setting and seed; all settings of a seed before those of the next"""
     refused: dict[str, str]
-    """settings that make no sense, and why"""
+    """invalid settings, with the reason"""
     fields: list[str]
-    """what is varied"""
+    """swept fields"""
 
 
-Report = Callable[[list[Path], str, Path], Any]  # finished runs, name of the default, file without suffix
+Report = Callable[[list[Path], str, Path], Any]  # finished runs, name of the default, output file without suffix
 
 
-def launch_sweep(name: str, model: Any, train: TrainConfig, report: Report) -> None:
-    """As `launch`, for a script that can also sweep. report: makes the table of a sweep's runs.
+def launch_sweep(experiment: Experiment, report: Report) -> None:
+    """As `launch`, for a script that can also sweep. report: writes the table of the sweep's runs.
 
-    Ends the process with exit code 1 where a run failed (after all others are done), 130 after Ctrl-C.
+    Ends the process with exit code 1 if a run failed (after all others are done), 130 after Ctrl-C.
     """
-    description = getattr(sys.modules["__main__"], "__doc__", None) or name
-    experiment = parse_experiment(name, model, train, description, sys.argv[1:], SweepOptions())
-    if experiment.options.sweep is None:
-        launch_experiment(experiment)
+    description = getattr(sys.modules["__main__"], "__doc__", None) or experiment.name
+    asked = parse_experiment(experiment, sys.argv[1:], description, SweepOptions())
+    if asked.options.sweep is None:
+        train(asked)
         return
     try:
-        plan = make_plan(name, model, train, experiment)
-        outcome = run_jobs(jobs_of(plan, model, train), experiment.options.jobs)
+        plan = make_plan(experiment, asked)
+        outcome = run_jobs(jobs_of(plan, experiment), asked.options.jobs)
     except UserError as error:
         exit_with(str(error), 1)
     except KeyboardInterrupt:
-        exit_with("stopped. The same command goes on where this one was", 130)
+        exit_with("stopped. Repeat the command to continue", INTERRUPTED)
+    _report_sweep(plan, outcome, report, asked.options.runs_dir)
+
+
+def _report_sweep(plan: Plan, outcome: Outcome, report: Report, runs_dir: Path) -> None:
     failures = plan.refused | outcome.failures
-    done = [each.folder for each in plan.experiments if Run(each.folder).read_summary()]
+    failed = {*outcome.failures, *outcome.elsewhere}
+    done = [each.folder for each in plan.experiments if Job(each, []).label not in failed]
     if done:
         try:
-            report(done, plan.default, experiment.options.runs_dir / plan.default / f"sweep_{'_'.join(plan.fields)}")
+            report(done, plan.default, runs_dir / plan.default / f"sweep_{'_'.join(plan.fields)}")
         except UserError as error:
             failures["the table"] = str(error)
     if failures:
-        exit_with("\n".join(["these did not run:", *(f"  {what}: {why}" for what, why in failures.items())]), 1)
+        exit_with("\n".join(["failed:", *(f"  {what}: {why}" for what, why in failures.items())]), 1)
 
 
-def make_plan(name: str, model: Any, train: TrainConfig, experiment: Experiment) -> Plan:
-    """Expands the sweep. name, model, train: as the script has them; experiment: with the command line's changes.
+def make_plan(experiment: Experiment, asked: Experiment) -> Plan:
+    """The runs of a sweep. experiment: the script's; asked: with the command line's changes.
 
-    Raises UserError for a field or a value that is not there.
+    Raises UserError for an unknown field or value.
     """
-    options = experiment.options
-    axes = dict(_parse_axis(text, experiment.model, experiment.train) for text in options.sweep.split(","))
-    experiments, refused = [], {}
+    options = asked.options
+    axes: dict[str, list] = {}
+    for text in filter(str.strip, options.sweep.split(",")):
+        key, values = _parse_axis(text, asked.model, asked.train)
+        axes[key] = list(dict.fromkeys([*axes.get(key, []), *values]))  # what is named twice is run once
+    experiments, refused = {}, {}
     for changes in _settings(axes, options.cross):
         try:
-            changed_model, changed_train = (
-                _replace(config, changes) for config in (experiment.model, experiment.train)
-            )
+            model, train = (_replace(config, changes) for config in (asked.model, asked.train))
         except ValueError as error:
             refused[", ".join(f"{key}={value}" for key, value in changes.items())] = str(error)
             continue
-        full_name = full_experiment_name(name, (model, train), (changed_model, changed_train))
-        experiments.append(Experiment(full_name, changed_model, changed_train, options))
+        name = name_with_changes(experiment, model, train)
+        experiments.setdefault(name, Experiment(name, model, train, options))  # one value may be the default's
     seeded = [
         dataclasses.replace(each, train=dataclasses.replace(each.train, seed=each.train.seed + k))
         for k in range(options.seeds)
-        for each in {each.name: each for each in experiments}.values()  # one value may be the default's
+        for each in experiments.values()
     ]
-    return Plan(experiments[0].name, seeded, refused, list(axes))
+    return Plan(next(iter(experiments)), seeded, refused, list(axes))
 
 
 def _settings(axes: dict[str, list], cross: bool) -> Iterator[dict[str, Any]]:
-    """Changes to make, nothing first."""
+    """Changes to make; the first makes none."""
     yield {}
     if cross:
         yield from (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
@@ -140,21 +138,27 @@ def _parse_axis(text: str, *configs: Any) -> tuple[str, list]:
     key, _, listed = text.strip().partition("=")
     key = key.replace("-", "_")
     types_of = {field: kind for config in configs for field, kind in typing.get_type_hints(type(config)).items()}
-    types_of.pop("seed", None)  # the other seeds have a flag of their own
+    types_of.pop("seed", None)  # --seeds is for that
     if key not in types_of:
         near = difflib.get_close_matches(key, types_of, n=1)
-        hint = f", did you mean {near[0]}?" if near else f": there are {', '.join(sorted(types_of))}"
-        raise UserError(f"--sweep {key}: there is no such field{hint}")
+        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(sorted(types_of))}"
+        raise UserError(f"--sweep {key}: no such field, {hint}")
     choices = _choices(types_of[key])
     if not listed:
         if choices is None:
             raise UserError(f"--sweep {key}: name the values to try, for instance --sweep {key}=1/2")
         return key, choices
-    return key, [_parse_value(key, each, types_of[key], choices) for each in listed.split("/")]
+    return key, [_parse_value(key, each, types_of[key], choices) for each in _values(listed, types_of[key])]
+
+
+def _values(listed: str, kind: Any) -> list[str]:
+    """The values between slashes; a path keeps its slashes, and is a single value."""
+    is_path = Path in (*typing.get_args(kind), kind)
+    return [listed] if is_path else listed.split("/")
 
 
 def _choices(kind: Any) -> list | None:
-    """All values of a type, None where they cannot be counted."""
+    """All values of a type, None if it has no list of them."""
     if kind is bool:
         return [True, False]
     return list(typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else None
@@ -181,26 +185,16 @@ def _replace(config: Any, changes: dict[str, Any]) -> Any:
     return dataclasses.replace(config, **{key: value for key, value in changes.items() if key in own})
 
 
-def jobs_of(plan: Plan, model: Any, train: TrainConfig) -> list[Job]:
-    """The runs of a plan. model, train: the script's own configuration."""
-    return [Job(each, command_of(each, model, train)) for each in plan.experiments]
+def jobs_of(plan: Plan, experiment: Experiment) -> list[Job]:
+    """The runs of a plan. experiment: the script's own."""
+    return [Job(each, command_of(each, experiment)) for each in plan.experiments]
 
 
-def command_of(experiment: Experiment, model: Any, train: TrainConfig) -> list[str]:
-    """The command line that makes this run by itself, from the script's own configuration."""
-    own = {field.name for field in dataclasses.fields(SweepOptions)} - {
-        field.name for field in dataclasses.fields(RunOptions)
-    }
-    changed = changed_fields(model, experiment.model) | changed_fields(train, experiment.train)
-    options = changed_fields(SweepOptions(), experiment.options)
-    options = {key: value for key, value in options.items() if key not in own | {"resume", "overwrite"}}
-    return [sys.executable, str(Path(sys.argv[0]).resolve()), *_as_flags(changed | options)]
-
-
-def _as_flags(fields: dict[str, Any]) -> Iterable[str]:
-    for key, value in fields.items():
-        flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            yield f"--{flag}" if value else f"--no-{flag}"
-        else:
-            yield from (f"--{flag}", str(value))
+def command_of(asked: Experiment, experiment: Experiment) -> list[str]:
+    """The command that makes this run by itself, with the script of the present process."""
+    sweeping = {field.name for field in dataclasses.fields(SweepOptions)}
+    sweeping -= {field.name for field in dataclasses.fields(RunOptions)}
+    changed = changed_fields(experiment.model, asked.model) | changed_fields(experiment.train, asked.train)
+    options = changed_fields(SweepOptions(), asked.options)
+    options = {key: value for key, value in options.items() if key not in sweeping | {"resume", "overwrite"}}
+    return [sys.executable, str(Path(sys.argv[0]).resolve()), *flags_of(changed | options)]

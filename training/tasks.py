@@ -1,58 +1,48 @@
-"""What differs between tasks: the data, the loss, what is counted, and the metric that picks the best epoch.
+"""What differs between tasks: data, loss, what is counted, and the metric that selects the best epoch.
 
-A task is made from its part of the configuration.
+A train config makes its task (`make_task`). docs/extending.md describes the contract.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.masked_bdh import Reconstruction
-from training.config import (
-    ClassificationConfig,
-    Experiment,
-    PretrainingConfig,
-    SegmentationConfig,
-    TextConfig,
-    TrainConfig,
-    UserError,
-)
+from training.config import ClassificationConfig, Experiment, SegmentationConfig, TextConfig, UserError
 from training.data import DataSet, ImageBatches, Split, data_folder, load_dataset, split_train
-from training.masks import CLASSES, find_masks
-from training.metrics import (
-    METRICS,
-    Metric,
-    batch_miou,
-    classification_ratios,
-    confusion_matrices,
-    reconstruction_ratios,
-    segmentation_ratios,
-    text_ratios,
-)
-from training.segmentation import MaskBatches, describe_masks, refuse
-from training.text import TextBatches, describe, load_text
+from training.data.masks import CLASSES, MaskFiles, find_masks
+from training.data.segmentation import MaskBatches, refuse
+from training.data.text import Text, TextBatches, load_text
+from training.metrics import METRICS, Items, Metric, batch_miou, confusion_matrices, confusion_ratios
 
 EVAL_BATCH_SIZE = 256
-Check = Callable[[dict[str, Any]], None]
+
+
+class Source(Protocol):
+    """Data found but not yet loaded onto the device."""
+
+    description: dict[str, Any]
+    """identifies the data: stored in config.json and compared at resume"""
 
 
 class Batches(Protocol):
-    """The data of a run on its device, given out in batches: pairs of what the model reads and what it should say."""
+    """The data of a run on its device, as batches: pairs of what the model reads and the targets."""
 
     description: dict[str, Any]
-    """name and whatever else tells these data from others; stored with the run, and compared when it is resumed"""
+    """that of the source"""
     split: Split | None
-    """which samples validate, where that is drawn"""
+    """which samples validate, if that is drawn"""
 
     def size(self, part: str) -> int:
-        """Samples of "train", "val" or "test"; 0 where there is no such part."""
+        """Samples of "train", "val" or "test"; 0 if there is no such part."""
 
     def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every training sample once, in batches of train.batch_size; draws follow from the seed and the epoch."""
+        """Every training sample once, in batches of train.batch_size; random draws depend on seed and epoch alone."""
 
     def eval_batches(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Every sample of a part once, in order."""
@@ -60,30 +50,47 @@ class Batches(Protocol):
 
 class Task(Protocol):
     metric: Metric
-    """val_<key> picks the best epoch"""
+    """its val_<key> selects the best epoch; an entry of METRICS"""
     samples: str
-    """what the samples are called"""
+    """what the samples are called in messages"""
     unit: str
-    """one of them in the progress bar"""
+    """the same, short, in the progress bar"""
+    shows_metric: bool
+    """whether the progress bar computes the ratios during training; False if they are costly"""
 
-    def load(self, experiment: Experiment, split: Split | None, device: torch.device, check: Check) -> Batches:
-        """The data. split: of the run that is resumed. Raises UserError where they are missing or the model misfits.
+    def open(self, experiment: Experiment) -> Source:
+        """Finds the data. Raises UserError if they are missing."""
 
-        check: called with their description before anything is made of them.
-        """
+    def load(self, source: Any, split: Split | None, experiment: Experiment, device: torch.device) -> Batches:
+        """split: the resumed run's, None to draw one. Raises UserError if data are damaged or do not fit the model."""
+
+    def predict(self, model: nn.Module, inputs: Tensor) -> Any:
+        """Outputs in validation and test."""
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        """What training lowers, averaged over the batch."""
+        """A mean over the batch's samples."""
 
-    def counts(self, loss: Tensor, outputs: Any, targets: Tensor) -> dict[str, Tensor]:
-        """What is summed over batches, as tensors on the device; "images" are the samples."""
+    def counts(self, outputs: Any, targets: Tensor) -> dict[str, Tensor | Items]:
+        """What the ratios need of a batch: tensors that are added over batches, or `Items` that are gathered.
+
+        Stays on the device. The loop itself adds "loss" (summed over samples) and "samples".
+        """
 
     def ratios(self, sums: dict[str, Any]) -> dict[str, float | None]:
-        """ "loss" and the metric, and whatever else is worth a column, from the sums of counts."""
+        """The metric and further columns, from the sums of `counts`, as numbers and lists."""
 
 
-class Classification:
-    """Cross-entropy and accuracy."""
+class OneForward:
+    """What most tasks share: one forward pass in validation and test, ratios cheap enough for the progress bar."""
+
+    shows_metric = True
+
+    def predict(self, model: nn.Module, inputs: Tensor) -> Any:
+        return model(inputs)
+
+
+class Classification(OneForward):
+    """Cross-entropy and accuracy; with soft targets (label smoothing, mixup, cutmix) against the heaviest class."""
 
     metric = METRICS["accuracy"]
     samples, unit = "images", "img"
@@ -91,77 +98,85 @@ class Classification:
     def __init__(self, train: ClassificationConfig):
         self.train = train
 
-    def load(self, experiment: Experiment, split: Split | None, device: torch.device, check: Check) -> ImageBatches:
+    def open(self, experiment: Experiment) -> DataSet:
+        model = experiment.model
+        return load_dataset(self.train.dataset, experiment.options.data_dir, model.img_size, model.in_channels)
+
+    def load(self, source: DataSet, split: Split | None, experiment: Experiment, device: torch.device) -> ImageBatches:
+        _check_fit(experiment.model, source)
         train, options = self.train, experiment.options
-        img_size, in_channels = experiment.model.img_size, experiment.model.in_channels
-        dataset = load_dataset(train.dataset, options.data_dir, img_size, in_channels)
-        check(dataset.description)
-        _check_fit(experiment.model, dataset)
-        split = split or split_train(dataset.train_labels, train.val_fraction, train.train_limit, train.seed)
+        split = split or split_train(source.train_labels, train.val_fraction, train.train_limit, train.seed)
         eval_batch_size = options.eval_batch_size or EVAL_BATCH_SIZE
-        return ImageBatches(dataset, split, train, eval_batch_size, device, options.num_workers)
+        return ImageBatches(source, split, train, eval_batch_size, device, options.num_workers)
+
+    def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Logits; with eval_flip the mean of those of each image and its mirror image."""
+        if not self.train.eval_flip:
+            return model(inputs)
+        return (model(inputs) + model(inputs.flip(-1))) / 2
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy in nats. logits: (B, classes), labels: (B,)."""
+        """Mean cross-entropy in nats. logits: (B, classes), labels: (B,), or (B, classes) probabilities."""
         return F.cross_entropy(logits.float(), labels)
 
-    def counts(self, loss: Tensor, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        images = torch.full_like(labels[0], len(labels))
-        return {"loss": loss * len(labels), "correct": (logits.argmax(1) == labels).sum(), "images": images}
+    def counts(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        heaviest = labels if labels.ndim == 1 else labels.argmax(1)
+        return {"correct": (logits.argmax(1) == heaviest).sum()}
 
-    def ratios(self, sums: dict[str, float]) -> dict[str, float]:
-        return classification_ratios(sums)
+    def ratios(self, sums: dict[str, Any]) -> dict[str, float | None]:
+        return {"accuracy": sums["correct"] / sums["samples"]}
 
 
 class MaskedImages(Classification):
-    """Absolute error of masked pixels (SimMIM); the classes of the images are not looked at."""
+    """Mean absolute error of masked pixels (SimMIM); class labels are not used."""
 
     metric = METRICS["psnr"]
+    predict = OneForward.predict
 
     def loss(self, outputs: Reconstruction, labels: Tensor) -> Tensor:
-        """Mean over the masked pixels of |prediction - truth|, in the images' unit, [-1, 1]."""
+        """Mean over masked pixels of |prediction - truth|, in units of the images, [-1, 1]."""
         return (outputs.predicted.float() - outputs.truth.float()).abs().mean()
 
-    def counts(self, loss: Tensor, outputs: Reconstruction, labels: Tensor) -> dict[str, Tensor]:
+    def counts(self, outputs: Reconstruction, labels: Tensor) -> dict[str, Tensor]:
         squared = (outputs.predicted.float() - outputs.truth.float()).square().mean()
-        images = torch.full_like(labels[0], len(labels))
-        return {"loss": loss * len(labels), "squared_error": squared * len(labels), "images": images}
+        return {"squared_error": squared * len(labels)}
 
     def ratios(self, sums: dict[str, Any]) -> dict[str, float | None]:
-        return reconstruction_ratios(sums)
+        """Peak signal-to-noise ratio in dB; the pixels span 2."""
+        error = sums["squared_error"] / sums["samples"]
+        return {"psnr": 10 * math.log10(2**2 / max(error, 1e-12))}
 
 
-class LanguageModelling:
+class LanguageModelling(OneForward):
     """Cross-entropy of the next byte."""
 
     metric = METRICS["bits_per_byte"]
-    samples, unit = "pieces of text", "piece"
+    samples, unit = "text pieces", "piece"
 
     def __init__(self, train: TextConfig):
         self.train = train
 
-    def load(self, experiment: Experiment, split: Split | None, device: torch.device, check: Check) -> TextBatches:
-        text, name = load_text(self.train.text)
-        check(describe(text, name))
-        if experiment.model.vocab_size < 256:
-            raise UserError(
-                f"text is bytes, and the model knows {experiment.model.vocab_size} tokens: set --vocab-size 256"
-            )
-        return TextBatches(text, name, self.train, experiment.options.eval_batch_size or EVAL_BATCH_SIZE, device)
+    def open(self, experiment: Experiment) -> Text:
+        if (vocab_size := experiment.model.vocab_size) != 256:
+            raise UserError(f"text is bytes, so the model needs 256 tokens, not {vocab_size}: set --vocab-size 256")
+        return load_text(self.train.text)
+
+    def load(self, source: Text, split: Split | None, experiment: Experiment, device: torch.device) -> TextBatches:
+        return TextBatches(source, self.train, experiment.options.eval_batch_size or EVAL_BATCH_SIZE, device)
 
     def loss(self, outputs: tuple[Tensor, Any], targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats. outputs[0]: logits (B, T, V), targets: (B, T)."""
         return F.cross_entropy(outputs[0].flatten(0, 1).float(), targets.flatten())
 
-    def counts(self, loss: Tensor, outputs: tuple[Tensor, Any], targets: Tensor) -> dict[str, Tensor]:
-        return {"loss": loss * len(targets), "images": torch.full_like(targets[0, 0], len(targets))}
+    def counts(self, outputs: tuple[Tensor, Any], targets: Tensor) -> dict[str, Tensor]:
+        return {}
 
-    def ratios(self, sums: dict[str, float]) -> dict[str, float]:
-        return text_ratios(sums)
+    def ratios(self, sums: dict[str, Any]) -> dict[str, float | None]:
+        return {"bits_per_byte": sums["loss"] / sums["samples"] / math.log(2)}
 
 
-class Segmentation:
-    """A class for every pixel: cross-entropy and Dice, and the mean IoU of one confusion matrix over the whole part."""
+class Segmentation(OneForward):
+    """Cross-entropy and Dice per pixel; mean IoU of one confusion matrix over the whole set."""
 
     metric = METRICS["miou"]
     samples, unit = "images", "img"
@@ -170,47 +185,47 @@ class Segmentation:
         self.train = train
         self.classes = CLASSES[train.dataset]
 
-    def load(self, experiment: Experiment, split: Split | None, device: torch.device, check: Check) -> MaskBatches:
-        model, options = experiment.model, experiment.options
-        for name, value in {"num_classes": len(self.classes.names), "in_channels": 3}.items():
+    def open(self, experiment: Experiment) -> MaskFiles:
+        model, options, n_classes = experiment.model, experiment.options, len(self.classes.names)
+        for name, value in {"num_classes": n_classes, "in_channels": 3}.items():
             if getattr(model, name) != value:
                 raise UserError(
-                    f"{self.train.dataset} has {len(self.classes.names)} classes and colour images, but the model has "
+                    f"{self.train.dataset} has {n_classes} classes and colour images, but the model has "
                     f"{name} = {getattr(model, name)}: set --{name.replace('_', '-')} {value}"
                 )
         if options.eval_batch_size not in (None, self.train.batch_size):
             raise UserError(
-                "segmentation validates in batches of --batch-size, because its loss and val_miou_batch depend on "
-                "them: leave out --eval-batch-size"
+                "segmentation validates in batches of --batch-size, because the loss and val_miou_batch depend on it: "
+                "leave out --eval-batch-size"
             )
         files = find_masks(self.train.dataset, data_folder(self.train.dataset, options.data_dir))
         refuse(files.problems, files.name)
-        check(describe_masks(files))
-        return MaskBatches(files, self.train, model.img_size, device, options.num_workers)
+        return files
+
+    def load(self, source: MaskFiles, split: Split | None, experiment: Experiment, device: torch.device) -> MaskBatches:
+        return MaskBatches(source, self.train, experiment.model.img_size, device, experiment.options.num_workers)
 
     def loss(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """The weighted mean of cross-entropy (nats) and Dice loss. logits: (B, classes, h, w), masks: (B, h', w')."""
+        """Weighted mean of cross-entropy (nats) and Dice loss. logits: (B, classes, h, w), masks: (B, h', w')."""
         logits = at_size_of(masks, logits)
         share = self.train.dice_weight
         return (1 - share) * pixel_cross_entropy(logits, masks) + share * dice_loss(logits, masks)
 
-    def counts(self, loss: Tensor, logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    def counts(self, logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
         predicted = at_size_of(masks, logits).argmax(1)
         confusion = confusion_matrices(predicted, masks, len(self.classes.names)).sum(0)
-        return {
-            "loss": loss * len(masks),
-            "images": torch.full_like(masks[0, 0, 0], len(masks)),
-            "confusion": confusion,
-            "miou_batch": batch_miou(confusion),
-            "batches": torch.ones_like(masks[0, 0, 0]),
-        }
+        batches = torch.ones_like(masks[0, 0, 0])
+        return {"confusion": confusion, "miou_batch": batch_miou(confusion), "batches": batches}
 
     def ratios(self, sums: dict[str, Any]) -> dict[str, float | None]:
-        return segmentation_ratios(sums, self.classes.names)
+        """`confusion_ratios`, and the mean over batches of `batch_miou`, for comparison with published numbers."""
+        ratios = confusion_ratios(sums["confusion"], self.classes.names)
+        first = {key: ratios.pop(key) for key in ("miou", "pixel_accuracy")}
+        return {**first, "miou_batch": sums["miou_batch"] / sums["batches"], **ratios}
 
 
 def at_size_of(masks: Tensor, logits: Tensor) -> Tensor:
-    """logits: (B, classes, h, w) in float32, enlarged (bilinear) where the masks, (B, h', w'), are of another size."""
+    """logits (B, classes, h, w) in float32, upsampled (bilinear) to the size of masks (B, h', w') if they differ."""
     logits = logits.float()
     if logits.shape[2:] == masks.shape[1:]:
         return logits
@@ -218,17 +233,17 @@ def at_size_of(masks: Tensor, logits: Tensor) -> Tensor:
 
 
 def pixel_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
-    """Mean over pixels but void, in nats; 0 if there are none. logits: (B, n, h, w), masks: (B, h, w), n is void."""
+    """Mean over non-void pixels, in nats; 0 if there are none. logits: (B, n, h, w), masks: (B, h, w), n is void."""
     void = logits.shape[1]
     total = F.cross_entropy(logits, masks, ignore_index=void, reduction="sum")
     return total / (masks != void).sum().clamp(min=1)
 
 
 def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """1 - 2 |P T| / (|P| + |T|), the mean over all classes of those that the batch's masks hold (others count 0).
+    """1 - 2 |P T| / (|P| + |T|), a mean over all classes; classes absent from the batch's masks count 0.
 
-    P: probabilities, T: truth, summed over all pixels of the batch but void. Milletari et al. 2016 (arXiv 1606.04797),
-    with the sums in the denominator not squared, as segmentation-models-pytorch has it.
+    P: probabilities, T: truth, summed over the batch's non-void pixels. Milletari et al. 2016 (arXiv 1606.04797), with
+    plain instead of squared sums in the denominator, as in segmentation-models-pytorch.
     logits: (B, n, h, w), masks: (B, h, w), n is void.
     """
     n = logits.shape[1]
@@ -240,20 +255,8 @@ def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
     return ((1 - dice) * (pixels > 0)).mean()
 
 
-TASKS = {
-    ClassificationConfig: Classification,
-    PretrainingConfig: MaskedImages,
-    SegmentationConfig: Segmentation,
-    TextConfig: LanguageModelling,
-}
-
-
-def make_task(train: TrainConfig) -> Task:
-    return TASKS[type(train)](train)
-
-
 def _check_fit(model: Any, dataset: DataSet) -> None:
-    """Raises UserError where the model's input or output does not suit the images."""
+    """Raises UserError if the model's input or output does not fit the images."""
     channels, height, width = dataset.train_images.shape[1:]
     images = f"the images are {height} x {width} with {channels} channels and {len(dataset.class_names)} classes"
     if height != width:
@@ -261,5 +264,5 @@ def _check_fit(model: Any, dataset: DataSet) -> None:
     for name, value in {"img_size": height, "in_channels": channels, "num_classes": len(dataset.class_names)}.items():
         if getattr(model, name, value) != value:  # pretraining has no classes
             is_flag = name in {field.name for field in dataclasses.fields(model)}
-            mend = f"set --{name.replace('_', '-')} {value}" if is_flag else "choose another --dataset or model"
-            raise UserError(f"{images}, but the model has {name} = {getattr(model, name)}: {mend}")
+            remedy = f"set --{name.replace('_', '-')} {value}" if is_flag else "choose another --dataset or model"
+            raise UserError(f"{images}, but the model has {name} = {getattr(model, name)}: {remedy}")

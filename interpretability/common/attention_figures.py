@@ -20,9 +20,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis.figures import DIVERGING, DPI, HALO, PAGE, SEQUENTIAL, outline
+from analysis.plotting.style import DIVERGING, DPI, HALO, PAGE, SEQUENTIAL, outline, plain_text
 from interpretability.common.attention_maps import Look, Patch, Show
-from interpretability.common.figures import plain_text
 from interpretability.common.trained import TrainedRun
 from training.config import UserError
 

@@ -7,9 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.figures import outline
-from analysis.plots import new_blocks
-from interpretability.common.figures import plain_text
+from analysis.plotting.style import new_blocks, outline, plain_text
 from models.vision_bdh import Grid
 
 COLUMNS = 8

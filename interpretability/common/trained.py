@@ -17,11 +17,11 @@ from models.vision_bdh import Grid, height_and_width
 from training.augment import normalise
 from training.config import ROOT, UserError, changed_fields
 from training.data import DataSet, data_folder, load_dataset
+from training.data.image_files import read_images
+from training.data.masks import CLASSES, BadFile, MaskFiles, find_masks
+from training.data.segmentation import read_pair, scale_image, scale_mask
 from training.device import pick_device, tune_cpu_allocator
-from training.folder import read_images
-from training.masks import CLASSES, BadFile, MaskFiles, find_masks
 from training.runs import Run, load_model
-from training.segmentation import read_pair, scale_image, scale_mask
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 LONGEST_STEM = 200  # characters; file systems allow names of 255 bytes

@@ -1,6 +1,6 @@
-"""Images with a class for every pixel: where the files of each data set lie, and how its masks are read.
+"""Segmentation data sets: where the files of each lie and how its masks are read.
 
-Void, the label of pixels that no class has or that do not count, is always the number after the last class.
+Void, the label of pixels that are not evaluated, is always the number after the last class.
 """
 
 import csv
@@ -8,20 +8,21 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torchvision import datasets
 
 from training.config import UserError
-from training.folder import DAMAGED
+from training.data.image_files import DAMAGED
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 PARTS = ("train", "val", "test")
 
 
 class BadFile(Exception):
-    """A file that cannot be used; the message names it and says what to do."""
+    """An unusable file; the message names it and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -112,17 +113,23 @@ class MaskFiles:
     read_mask: Callable[[Path], np.ndarray]
     """(h, w) uint8 labels of a mask; raises BadFile"""
     problems: list[str]
-    """what keeps files from being used: one message each"""
+    """one message for each unusable file"""
 
     @property
     def classes(self) -> Classes:
         return CLASSES[self.name]
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """Identifies the data: stored in config.json and compared at resume."""
+        images = {part: len(pairs) for part, pairs in self.pairs.items()}
+        return {"name": self.name, "class_names": list(self.classes.names), "images": images}
+
 
 def find_masks(name: str, folder: Path, download: bool = True) -> MaskFiles:
-    """The files of the data set called name. Raises UserError where the folder is none of its layouts.
+    """The files of the data set `name`. Raises UserError if the folder has none of its layouts.
 
-    download: Pascal VOC, where it is not there; the others cannot be.
+    download: fetch Pascal VOC if it is missing; the others cannot be downloaded.
     """
     if name == "voc":
         return _find_voc(folder, download)
@@ -130,7 +137,7 @@ def find_masks(name: str, folder: Path, download: bool = True) -> MaskFiles:
 
 
 def is_image(path: Path) -> bool:
-    """Whether its name is that of an image; those of hidden files, which some systems leave in folders, are not."""
+    """Whether the name is that of an image file; hidden files, which some systems leave behind, are not."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
@@ -138,7 +145,7 @@ def read_image(path: Path) -> np.ndarray:
     """(h, w, 3) uint8. Raises BadFile, also at 16 bits a channel."""
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":  # Pillow would cut off what is above 255, and most of the image be white
+            if image.mode[0] in "IF":  # Pillow would clip to 255: an almost white image
                 raise ValueError("it has more than 8 bits a channel")
             return np.array(image.convert("RGB"))
     except DAMAGED as error:
@@ -146,16 +153,16 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> BadFile:
-    """What to say of a file at which Pillow raised that."""
+    """The message for a file at which Pillow raised the error."""
     if isinstance(error, FileNotFoundError):
-        return BadFile(f"{path} is missing: bring it back")
-    if isinstance(error, UnidentifiedImageError):  # its words are the path once more
-        return BadFile(f"{path} cannot be read as {kind} (it is in no format of images): replace it by a whole copy")
-    return BadFile(f"{path} cannot be read as {kind} ({_in_one_line(error)}): replace it by a whole copy")
+        return BadFile(f"{path} is missing: restore it")
+    if isinstance(error, UnidentifiedImageError):  # its message only repeats the path
+        return BadFile(f"{path} cannot be read as {kind} (not an image format): replace it with an intact copy")
+    return BadFile(f"{path} cannot be read as {kind} ({_in_one_line(error)}): replace it with an intact copy")
 
 
 def _in_one_line(error: Exception) -> str:
-    """What the error says; of one of the file system not its number."""
+    """The error's message on one line, without errno."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return " ".join(str(error).split())
@@ -173,13 +180,12 @@ def _find_camvid(folder: Path) -> MaskFiles:
     if all(layouts.values()):
         both = [name for names in layouts.values() for name in names]
         raise UserError(
-            f"{folder} holds masks in both layouts of CamVid ({', '.join(both)}), and which are meant is not clear: "
-            "move those of one layout elsewhere"
+            f"{folder} holds masks in both CamVid layouts ({', '.join(both)}): move those of one layout elsewhere"
         )
     suffix = "_labels" if layouts["_labels"] else "annot"
     needed = [f"{part}{end}" for part in PARTS[:2] for end in ("", suffix)]
     if missing := [name for name in needed if not (folder / name).is_dir()]:
-        why = f"{', '.join(f'{name}/' for name in missing)} missing" if folder.is_dir() else "there is no such folder"
+        why = f"{', '.join(f'{name}/' for name in missing)} missing" if folder.is_dir() else "no such folder"
         raise UserError(
             f"{folder} does not hold CamVid ({why}): there must be train/ and val/ with images, and beside them either "
             "trainannot/ and valannot/ (masks of labels 0 to 11) or train_labels/, val_labels/ and class_dict.csv "
@@ -190,9 +196,9 @@ def _find_camvid(folder: Path) -> MaskFiles:
     for part in PARTS:
         images, masks = folder / part, folder / f"{part}{suffix}"
         pairs[part], unpaired = pair_files(images, masks)
-        if unpaired and images.is_dir() != masks.is_dir():  # of test: the others are there
+        if unpaired and images.is_dir() != masks.is_dir():  # only the test part may be absent
             there, absent = (images, masks) if images.is_dir() else (masks, images)
-            unpaired = [f"{there} is there, but {absent} is not: add it, or move {there.name}/ elsewhere"]
+            unpaired = [f"{there} exists, but {absent} does not: add it, or move {there.name}/ elsewhere"]
         problems += unpaired
         if part != "test" and not pairs[part] and not unpaired:
             problems.append(f"{images} holds no images: put the {part} part of CamVid there")
@@ -200,7 +206,7 @@ def _find_camvid(folder: Path) -> MaskFiles:
 
 
 def pair_files(images: Path, masks: Path) -> tuple[list[Pair], list[str]]:
-    """Images with the masks of the same name (or that name and _L), sorted; and a message for each that has none."""
+    """Images with the masks of the same name (or NAME_L), sorted, and a message for each file without a partner."""
     by_stem, problems = _by_stem(images, "")
     masks_by_stem, more = _by_stem(masks, "_L")
     problems += more
@@ -217,12 +223,12 @@ def pair_files(images: Path, masks: Path) -> tuple[list[Pair], list[str]]:
 
 
 def _by_stem(folder: Path, end: str) -> tuple[dict[str, Path], list[str]]:
-    """The images in a folder by their names without suffix and end; and a message for each name that two have."""
+    """Image files of a folder by name without suffix and `end`, and a message for each name used twice."""
     by_stem: dict[str, Path] = {}
     problems = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if is_image(path) and (before := by_stem.setdefault(path.stem.removesuffix(end), path)) != path:
-            problems.append(f"{before} and {path.name} go by one name: remove one of them")
+            problems.append(f"{before} and {path.name} have the same name: remove one of them")
     return by_stem, problems
 
 
@@ -231,9 +237,9 @@ def _read_camvid_labels(path: Path) -> np.ndarray:
 
 
 def read_labels(path: Path, classes: Classes, renamed: dict[int, int]) -> np.ndarray:
-    """The labels of a mask that has them as pixel values. renamed: those of the file that are other ones here.
+    """The labels of a mask that stores them as pixel values. renamed: file label -> our label.
 
-    Raises BadFile for a file that is no such mask, and for a label that is neither a class nor void.
+    Raises BadFile for a file that is no such mask, or a label that is neither a class nor void.
     """
     try:
         with Image.open(path) as image:
@@ -241,9 +247,7 @@ def read_labels(path: Path, classes: Classes, renamed: dict[int, int]) -> np.nda
     except DAMAGED as error:
         raise _unreadable(path, "a mask", error) from None
     if mode not in ("L", "P"):
-        raise BadFile(
-            f"{path} is no mask of labels (it is an image of mode {mode}, not of one byte a pixel): replace it by one"
-        )
+        raise BadFile(f"{path} is not a label mask (image mode {mode}, not one byte per pixel): replace it with one")
     table = np.full(256, 255, dtype=np.uint8)
     table[: classes.void + 1] = np.arange(classes.void + 1)
     for theirs, ours in renamed.items():
@@ -253,22 +257,22 @@ def read_labels(path: Path, classes: Classes, renamed: dict[int, int]) -> np.nda
         row, column = np.argwhere(labels == 255)[0]
         raise BadFile(
             f"{path} has the label {pixels[row, column]} in row {row}, column {column}, which is neither a class nor "
-            f"void (those are {_spans(np.flatnonzero(table != 255))}): mend the mask, or remove it with its image"
+            f"void (those are {_spans(np.flatnonzero(table != 255))}): fix the mask, or remove it with its image"
         )
     return labels
 
 
 def _spans(numbers: np.ndarray) -> str:
-    """Sorted numbers in words: 0 to 20 and 255."""
+    """Sorted numbers as ranges: "0 to 20 and 255"."""
     spans = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
     return " and ".join(f"{span[0]} to {span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans)
 
 
 class ColourMasks:
-    """Reads CamVid's masks of 32 colours as labels of the 11 classes and void."""
+    """Reads CamVid's 32-colour masks as labels of the 11 classes and void."""
 
     def __init__(self, table: Path):
-        """table: class_dict.csv with the columns name, r, g, b. Raises UserError where it is not that."""
+        """table: class_dict.csv with columns name, r, g, b. Raises UserError if it is not valid."""
         fold = {theirs: label for label, group in enumerate(CAMVID_FOLD.values()) for theirs in group}
         try:
             with table.open(newline="", encoding="utf-8-sig") as file:
@@ -276,28 +280,28 @@ class ColourMasks:
         except (OSError, ValueError, csv.Error) as error:
             why = "it is missing" if isinstance(error, FileNotFoundError) else _in_one_line(error)
             raise UserError(
-                f"{table} cannot be used ({why}): masks of colours need it. Put CamVid's own there, with the columns "
-                "name, r, g, b and a row for each of its 32 classes"
+                f"{table} cannot be used ({why}): colour masks need it. Put CamVid's own there: columns "
+                "name, r, g, b, one row per class (32)"
             ) from None
         self.table = table
-        self.labels = np.full(2**24, 255, dtype=np.uint8)  # by colour; 255 where no class has it
+        self.labels = np.full(2**24, 255, dtype=np.uint8)  # by colour; 255: no class
         self.labels[_colour_codes(np.array(list(classes)))] = [fold[name] for name in classes.values()]
 
     def __call__(self, path: Path) -> np.ndarray:
-        """(h, w) uint8 labels. Raises BadFile for a file that is no image, and for a colour that no class has."""
+        """(h, w) uint8 labels. Raises BadFile for a file that is not an image or has an unknown colour."""
         pixels = read_image(path)
         labels = self.labels[_colour_codes(pixels)]
         if (labels == 255).any():
             row, column = np.argwhere(labels == 255)[0]
             raise BadFile(
                 f"{path} has the colour {tuple(map(int, pixels[row, column]))} in row {row}, column {column}, which is "
-                f"not in {self.table}: mend the mask (was it scaled or stored as JPEG?), or remove it with its image"
+                f"not in {self.table}: fix the mask (was it resized or stored as JPEG?), or remove it with its image"
             )
         return labels
 
 
 def _read_class_dict(lines: Iterable[str], known: Container[str]) -> dict[tuple[int, ...], str]:
-    """The classes of class_dict.csv by their colours. Raises ValueError where it is not that."""
+    """The classes of class_dict.csv by colour. Raises ValueError if it is not valid."""
     rows = csv.DictReader(lines, restval="", skipinitialspace=True)
     if not {"name", *"rgb"} <= set(rows.fieldnames or ()):
         raise ValueError("its first line is not name, r, g, b")
@@ -305,9 +309,11 @@ def _read_class_dict(lines: Iterable[str], known: Container[str]) -> dict[tuple[
     for row in rows:
         name, numbers = row["name"].strip(), [row[channel].strip() for channel in "rgb"]
         if name not in known:
-            raise ValueError(f"line {rows.line_num}: {name!r} is no class of CamVid")
+            raise ValueError(f"line {rows.line_num}: {name!r} is not a CamVid class")
         if not all(number.isdecimal() and int(number) < 256 for number in numbers):
-            raise ValueError(f"line {rows.line_num}: {', '.join(numbers)} is no colour of three numbers from 0 to 255")
+            raise ValueError(
+                f"line {rows.line_num}: {', '.join(numbers)} is not a colour of three numbers from 0 to 255"
+            )
         if classes.setdefault(tuple(map(int, numbers)), name) != name:
             raise ValueError(f"line {rows.line_num}: {name} has the colour of another class")
     if not classes:
@@ -316,7 +322,7 @@ def _read_class_dict(lines: Iterable[str], known: Container[str]) -> dict[tuple[
 
 
 def _colour_codes(colours: np.ndarray) -> np.ndarray:
-    """(..., 3) RGB -> (...) one number a colour."""
+    """(..., 3) RGB -> (...), one number per colour."""
     red, green, blue = np.moveaxis(colours.astype(np.int32), -1, 0)
     return red << 16 | green << 8 | blue
 
@@ -325,7 +331,7 @@ def _colour_codes(colours: np.ndarray) -> np.ndarray:
 
 
 def _find_voc(folder: Path, download: bool) -> MaskFiles:
-    """torchvision's reader of Pascal VOC 2012, which downloads it where it is not there. The val part is its own."""
+    """Pascal VOC 2012 through torchvision, which downloads it if missing; official validation set."""
     root = folder / "VOCdevkit" / "VOC2012"
     read = partial(datasets.VOCSegmentation, folder, "2012")
     if not root.is_dir():
@@ -343,12 +349,12 @@ def _find_voc(folder: Path, download: bool) -> MaskFiles:
         parts = {part: read(part) for part in PARTS[:2]}
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{root} is not whole ({_in_one_line(error)}): unpack VOCtrainval_11-May-2012.tar in {folder} once more, "
-            "or remove the folder, and it is downloaded at the next start"
+            f"{root} is incomplete ({_in_one_line(error)}): unpack VOCtrainval_11-May-2012.tar in {folder} again, "
+            "or remove the folder to download it at the next start"
         ) from None
     pairs = {part: _usable_pairs(of.images, of.masks) for part, of in parts.items()}
     problems = [
-        f"{root / 'ImageSets' / 'Segmentation' / part}.txt names no images: unpack Pascal VOC 2012 once more"
+        f"{root / 'ImageSets' / 'Segmentation' / part}.txt lists no images: unpack Pascal VOC 2012 again"
         for part, of in pairs.items()
         if not of
     ]
@@ -357,7 +363,7 @@ def _find_voc(folder: Path, download: bool) -> MaskFiles:
 
 
 def _find_cityscapes(folder: Path) -> MaskFiles:
-    """torchvision's reader of Cityscapes' fine annotations, which have to be asked for at its web site."""
+    """Cityscapes' fine annotations through torchvision; they have to be requested at its web site."""
     try:
         parts = {
             part: datasets.Cityscapes(folder, split=part, mode="fine", target_type="semantic") for part in PARTS[:2]
@@ -368,7 +374,7 @@ def _find_cityscapes(folder: Path) -> MaskFiles:
             "gtFine_trainvaltest.zip from cityscapes-dataset.com (with an account) and unpack both there: they make "
             "leftImg8bit/ and gtFine/ with train/ and val/"
         ) from None
-    pairs = {  # sorted: torchvision has them as the file system does, which differs between machines
+    pairs = {  # sorted: torchvision keeps the file system's order, which differs between machines
         part: sorted(_usable_pairs(of.images, (targets[0] for targets in of.targets)), key=lambda pair: pair.image)
         for part, of in parts.items()
     }
@@ -386,6 +392,6 @@ def _find_cityscapes(folder: Path) -> MaskFiles:
 
 
 def _usable_pairs(images: Iterable[str], masks: Iterable[str]) -> list[Pair]:
-    """Without what torchvision takes for images: any file in a folder, an empty line in a list."""
+    """Drops what is not an image: torchvision takes any file in a folder and any line of a list."""
     pairs = [Pair(Path(image), Path(mask)) for image, mask in zip(images, masks, strict=True)]
     return [pair for pair in pairs if is_image(pair.image)]

@@ -1,4 +1,4 @@
-"""The README's section of results: it says what results/ holds, here and now, and nothing else is touched."""
+"""The generated blocks of README.md and docs/results.md: they show what is in results/, and nothing else is touched."""
 
 import json
 import re
@@ -7,11 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.update_readme import BEGIN, END
+from analysis.pages import HEADLINE
 from tests.claimed_runs import write_run, write_seeds
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = "analysis/update_readme.py"
+SCRIPT = "analysis/claims.py"
+MARKERS = {
+    name: (f"<!-- {name}: begin, made by analysis/claims.py -->", f"<!-- {name}: end -->")
+    for name in ("headline", "results")
+}
 BEFORE, AFTER = "# A title\n\nwords ± ᵀ\n\n", "\n\n## More\n\n`a | b`"
 
 
@@ -27,27 +31,30 @@ def results(tmp_path):
 
 
 @pytest.fixture
-def readme(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text(f"{BEFORE}{BEGIN}\nold\n{END}{AFTER}", encoding="utf-8")
-    return path
+def pages(tmp_path):
+    """README.md and docs/results.md with old blocks, by the name of the block."""
+    paths = {"headline": tmp_path / "README.md", "results": tmp_path / "results.md"}
+    for name, path in paths.items():
+        path.write_text(f"{BEFORE}{MARKERS[name][0]}\nold\n{MARKERS[name][1]}{AFTER}", encoding="utf-8")
+    return paths
 
 
 @pytest.fixture
-def update(results, readme, call_script, capsys):
+def update(results, pages, call_script, capsys):
     """Runs the script on them: exit code, what it printed, what it complained of."""
+    where = ["--results-dir", results, "--readme", pages["headline"], "--results-page", pages["results"]]
 
     def call(*flags):
-        code = call_script(SCRIPT, "--results-dir", results, "--readme", readme, *flags)
+        code = call_script(SCRIPT, *where, *flags)
         return code, *capsys.readouterr()
 
     return call
 
 
-def lines_between(readme):
-    text = readme.read_text(encoding="utf-8")
-    assert text.startswith(BEFORE) and text.endswith(AFTER)
-    return text.partition(BEGIN)[2].partition(END)[0].splitlines()
+def block_of(path, name):
+    """The lines between the markers."""
+    text, (begin, end) = path.read_text(encoding="utf-8"), MARKERS[name]
+    return text.partition(begin)[2].partition(end)[0].strip().splitlines()
 
 
 def test_this_repository_tells_what_its_results_are(call_script, capsys):
@@ -56,7 +63,7 @@ def test_this_repository_tells_what_its_results_are(call_script, capsys):
 
 def test_the_numbers_in_this_repository_are_those_of_its_files():
     """Read without this project's code: means and deviations of every folder of seeds, in percent."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    text = "\n".join(block_of(ROOT / "docs" / "results.md", "results"))
     folders = sorted({path.parent.parent for path in (ROOT / "results").rglob("summary.json")})
     assert folders
     for folder in folders:
@@ -77,10 +84,24 @@ def cells_with(n_seeds, text):
     return [[float(number) for number in cell if number] for cell in cells]
 
 
-def test_the_section_has_the_claims_and_every_run(update, readme, results):
+def test_the_headline_has_six_rows(update, pages, results):
+    """With the configuration of most seeds, and numbers of parameters also of what has not been run."""
+    write_seeds(results, [0.65], "train_vit_tiny_cifar10.py", "--epochs 10 --precision bf16", parameters=5_362_762)
     code, out, _ = update()
-    assert code == 0 and str(readme) in out and str(results / "CLAIMS.md") in out
-    lines = lines_between(readme)
+    assert code == 0 and all(str(path) in out for path in (*pages.values(), results / "CLAIMS.md"))
+    text = pages["headline"].read_text(encoding="utf-8")
+    assert text.startswith(BEFORE) and text.endswith(AFTER)
+    lines = block_of(pages["headline"], "headline")[2:]
+    assert [line.split("`")[1] for line in lines] == list(HEADLINE) and len(lines) == 6
+    assert lines[0] == "| `v2_cifar10` | cifar10 | 81.73 | 81.70 ± 0.10 | 3,562,570 | 3 | reproduced |"
+    assert lines[1] == "| `v1_cifar10+epochs=10` | cifar10 | 72.68 | not run yet | 3,562,570 | 0 | – |"  # noqa: RUF001
+    assert lines[2] == "| `vit_tiny_cifar10+epochs=10` | cifar10 | 65.96 | 65.00 | 5,362,762 | 1 | too few seeds |"
+    assert lines[5].endswith("| not run yet | 4,152,235 | 0 | not comparable |")
+
+
+def test_the_results_have_the_claims_and_every_run(update, pages):
+    assert update()[0] == 0
+    lines = block_of(pages["results"], "results")
     assert "| `v2_cifar10`, as documented | cifar10 | 81.73 | 81.70 ± 0.10 | 3 | reproduced |" in lines
     assert any(line.startswith("| `vit_tiny_cifar10` | cifar10 | 76.05 |") for line in lines)
     assert "| resnet50_scratch_literature | camvid | 54.1 | – | 0 | literature |" in lines  # noqa: RUF001
@@ -89,7 +110,7 @@ def test_the_section_has_the_claims_and_every_run(update, readme, results):
     )
     assert lines[main] == "`results/`" and main < small
     assert lines[small] == (
-        "`results/ablation_small_cpu/`: small runs, which reproduce no published row; all with n_embd=96"
+        "`results/ablation_small_cpu/`: reduced-size runs, not comparable with published results; all with n_embd=96"
     )
     protocol = "| 50 | 40,000 | tf32 | GPU X |"
     assert f"| v2_cifar10 | cifar10 | test accuracy (%) | 81.70 ± 0.10 | 3 {protocol}" in lines[main:small]
@@ -99,7 +120,7 @@ def test_the_section_has_the_claims_and_every_run(update, readme, results):
     ]
 
 
-def test_small_runs_on_two_data_sets_have_a_table_each(update, readme, results):
+def test_small_runs_on_two_data_sets_have_a_table_each(update, pages, results):
     for seed in (0, 1):
         flags = "--epochs 8 --img-size 96 --precision bf16"
         write_run(results / "small_cpu" / "bdh_unet" / f"seed{seed}", "train_bdh_unet.py", flags, seed)
@@ -107,79 +128,68 @@ def test_small_runs_on_two_data_sets_have_a_table_each(update, readme, results):
         write_run(results / "small_cpu" / "v2_cifar10" / f"seed{seed}", "train_v2_cifar10.py", flags, seed)
     write_run(results / "small_cpu" / "v1_cifar10" / "seed0", "train_v1_cifar10.py", flags)
     assert update()[0] == 0
-    lines = lines_between(readme)
+    lines = block_of(pages["results"], "results")
     titles = [line for line in lines if line.startswith("`results/small_cpu/`")]
     assert len(titles) == 2 and titles[1].endswith("; all with epochs=8, n_embd=96, precision=bf16")
     assert any(line.startswith("| bdh_unet, epochs=8, img_size=96, precision=bf16 | camvid |") for line in lines)
 
 
-def test_a_second_time_changes_nothing(update, readme, results):
+def test_a_second_time_changes_nothing(update, pages, results):
     update()
-    files = (readme, results / "CLAIMS.md")
+    files = (*pages.values(), results / "CLAIMS.md")
     before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
     code, out, _ = update()
-    assert code == 0 and "nothing to change" in out
+    assert code == 0 and "up to date" in out
     assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in files] == before
-    assert update("--check")[0] == 0
 
 
-def stale_block(results, readme):
-    readme.write_text(readme.read_text(encoding="utf-8").replace("81.70 ± 0.10", "81.73 ± 0.10", 1), encoding="utf-8")
+def stale_blocks(results, pages):
+    for path in pages.values():
+        path.write_text(path.read_text(encoding="utf-8").replace("81.70 ±", "81.73 ±"), encoding="utf-8")
 
 
-def stale_claims(results, readme):
-    (results / "CLAIMS.md").write_text("# other\n")
-
-
-def no_claims(results, readme):
+def no_claims(results, pages):
     (results / "CLAIMS.md").unlink()
 
 
-def another_run(results, readme):
+def another_run(results, pages):
     write_run(results / "v1_cifar10" / "seed0", "train_v1_cifar10.py")
 
 
-def another_small_run(results, readme):
+def another_small_run(results, pages):
     write_run(results / "small_cpu" / "v1_cifar10" / "seed0", "train_v1_cifar10.py", "--epochs 5")
 
 
 @pytest.mark.parametrize(
     ("change", "stale"),
     [
-        (stale_block, ["README.md"]),
-        (stale_claims, ["CLAIMS.md"]),
+        (stale_blocks, ["README.md", "results.md"]),
         (no_claims, ["CLAIMS.md"]),
-        (another_run, ["README.md", "CLAIMS.md"]),
-        (another_small_run, ["README.md"]),
+        (another_run, ["results.md", "CLAIMS.md"]),
+        (another_small_run, ["results.md"]),
     ],
 )
-def test_the_check_names_what_is_out_of_date_and_changes_nothing(change, stale, update, readme, results):
+def test_the_check_names_what_is_out_of_date_and_changes_nothing(change, stale, update, pages, results):
     update()
-    change(results, readme)
-    before = {path: path.read_bytes() for path in (readme, results / "CLAIMS.md") if path.exists()}
+    change(results, pages)
+    paths = (*pages.values(), results / "CLAIMS.md")
+    before = {path: path.read_bytes() for path in paths if path.exists()}
     code, out, err = update("--check")
     assert code == 1 and not out and len(err.splitlines()) == 1
-    assert [name for name in ("README.md", "CLAIMS.md") if name in err] == stale and SCRIPT in err
-    assert {path: path.read_bytes() for path in (readme, results / "CLAIMS.md") if path.exists()} == before
+    assert [path.name for path in paths if f"{path}" in err] == stale and SCRIPT in err
+    assert {path: path.read_bytes() for path in paths if path.exists()} == before
     assert update()[0] == 0 and update("--check")[0] == 0
 
 
-@pytest.mark.parametrize(
-    "text", ["", BEGIN, END, f"{END}\n{BEGIN}", f"{BEGIN}{END}{END}", f"{BEGIN}{BEGIN}{END}", None], ids=repr
-)
-def test_a_readme_without_its_markers_is_refused_and_left_alone(text, update, readme, results):
+@pytest.mark.parametrize("text", ["", "{0}", "{1}", "{1}\n{0}", "{0}{1}{1}", "{0}{0}{1}", None], ids=repr)
+@pytest.mark.parametrize("name", MARKERS)
+def test_a_page_without_its_markers_is_refused_and_left_alone(name, text, update, pages, results):
     if text is None:
-        readme.unlink()
+        pages[name].unlink()
     else:
-        readme.write_text(text)
-    for flags in ([], ["--check"]):
-        code, _, err = update(*flags)
-        assert code == 1 and "README.md needs these two lines" in err and BEGIN in err and END in err
-    assert text is None or readme.read_text() == text
+        pages[name].write_text(text.format(*MARKERS[name]))
+    before = {path: path.read_bytes() for path in pages.values() if path.exists()}
+    code, _, err = update()
+    assert code == 1 and f"{pages[name]} needs these two lines" in err and all(mark in err for mark in MARKERS[name])
+    assert {path: path.read_bytes() for path in pages.values() if path.exists()} == before
     assert not (results / "CLAIMS.md").exists()
-
-
-def test_results_that_are_not_there_lose_nothing(readme, tmp_path, call_script, capsys):
-    before = readme.read_bytes()
-    assert call_script(SCRIPT, "--readme", readme, "--results-dir", tmp_path / "nowhere") == 1
-    assert "nowhere is no folder" in capsys.readouterr().err and readme.read_bytes() == before

@@ -1,10 +1,9 @@
-"""Images and masks given out in batches; see training.masks for where they come from."""
+"""Batches of images with masks; `masks` says where the files lie."""
 
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,27 +12,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.vision_bdh import ImageSize, height_and_width
 from training import seeds
+from models.vision_bdh import ImageSize, height_and_width
 from training.augment import JointTransform, normalise
 from training.config import SegmentationConfig, UserError
+from training.data.masks import BadFile, MaskFiles, Pair, read_image
 from training.device import fits_in_memory
-from training.masks import BadFile, MaskFiles, Pair, read_image
 
 SHOWN_PROBLEMS = 5
 
 
-def describe_masks(files: MaskFiles) -> dict[str, Any]:
-    """What tells these data from others, for the run's config.json."""
-    images = {part: len(pairs) for part, pairs in files.pairs.items()}
-    return {"name": files.name, "class_names": list(files.classes.names), "images": images}
-
-
 class MaskPart:
-    """Decoded images and masks of a part at the model's size, and the masks at their own where asked."""
+    """Decoded images and masks of a part at the model's size, and optionally masks at their original size."""
 
     def __init__(self, files: MaskFiles, pairs: list[Pair], img_size: ImageSize, full_masks: bool):
-        """problems then has a message for each file that cannot be used."""
+        """Afterwards `problems` has a message for each unusable file."""
         height, width = height_and_width(img_size)
         self.images = np.empty((len(pairs), height, width, 3), dtype=np.uint8)
         self.masks = np.empty((len(pairs), height, width), dtype=np.uint8)
@@ -60,30 +53,28 @@ class MaskPart:
 
 
 def scale_image(image: np.ndarray, img_size: ImageSize) -> np.ndarray:
-    """(h, w, 3) uint8 brought to the model's size, stretched where its shape is another."""
+    """(h, w, 3) uint8 resized to the model's size (bilinear, aspect ratio not kept)."""
     height, width = height_and_width(img_size)
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def scale_mask(mask: np.ndarray, img_size: ImageSize) -> np.ndarray:
-    """(h, w) uint8 labels brought to the model's size; each pixel takes its nearest one's."""
+    """(h, w) uint8 labels resized to the model's size (nearest)."""
     height, width = height_and_width(img_size)
     return np.array(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
 
 
 def read_pair(pair: Pair, files: MaskFiles) -> tuple[np.ndarray, np.ndarray]:
-    """Image (h, w, 3) and mask (h, w), uint8. Raises BadFile, also where their sizes differ."""
+    """Image (h, w, 3) and mask (h, w), uint8. Raises BadFile, also if their sizes differ."""
     image, mask = read_image(pair.image), files.read_mask(pair.mask)
     if image.shape[:2] != mask.shape:
         sizes = [" x ".join(map(str, each.shape[1::-1])) for each in (image, mask)]
-        raise BadFile(
-            f"{pair.image} is {sizes[0]} pixels, but its mask {pair.mask} is {sizes[1]}: bring them to one size"
-        )
+        raise BadFile(f"{pair.image} is {sizes[0]} pixels, but its mask {pair.mask} is {sizes[1]}: resize one of them")
     return image, mask
 
 
 def refuse(problems: list[str], name: str) -> None:
-    """Raises UserError that shows the first problems, if there are any."""
+    """Raises UserError with the first problems, if there are any."""
     if problems:
         more = len(problems) - SHOWN_PROBLEMS
         shown = problems[:SHOWN_PROBLEMS] + [f"and {more} more"] * (more > 0)
@@ -92,7 +83,7 @@ def refuse(problems: list[str], name: str) -> None:
 
 
 class _Augmented(Dataset):
-    """What the workers read: an image and its mask, changed as the seed says."""
+    """Augmented images and masks, made in the loader's workers."""
 
     def __init__(self, part: MaskPart, transform: JointTransform):
         self.part, self.transform = part, transform
@@ -105,7 +96,7 @@ class _Augmented(Dataset):
 
 
 class _EpochOrder:
-    """A batch sampler: indices of the samples in the order of the current epoch, each with its own seed."""
+    """Batch sampler: sample indices in the order of the current epoch, each with its own augmentation seed."""
 
     def __init__(self, n: int, config: SegmentationConfig):
         self.n, self.config, self.epoch = n, config, 0
@@ -122,13 +113,13 @@ class _EpochOrder:
 
 
 class MaskBatches:
-    """A segmentation data set given out in batches ready for the model: `tasks.Batches`.
+    """Batches of a segmentation data set, ready for the model: `tasks.Batches`.
 
-    All images are decoded once, brought to the model's size, and kept in memory. Order and augmentation follow from the
-    run's seed and the epoch, however many workers there are; validation and test images are only normalised.
+    All images are decoded once, resized to the model's size and kept in memory. Order and augmentation depend on seed
+    and epoch alone, not on the number of workers; validation and test images are only normalised.
     """
 
-    split = None  # the data sets have validation parts of their own
+    split = None  # the data sets have official validation sets
 
     def __init__(
         self,
@@ -138,13 +129,13 @@ class MaskBatches:
         device: torch.device,
         num_workers: int = 0,
     ):
-        """Raises UserError for files that cannot be used and for data larger than half of the memory.
+        """Raises UserError for unusable files and for data larger than half of the memory.
 
-        Masks that are kept at their own size are not counted there: they are not yet read.
+        That estimate leaves out masks kept at their original size, which is not known before reading.
         """
         refuse(files.problems, files.name)
         transform = JointTransform(config, files.classes.void)
-        self.description = describe_masks(files)
+        self.description = files.description
         self.batch_size = config.batch_size
         self.device = device
         pairs = files.pairs | {"train": _limit(files.pairs["train"], config)}
@@ -152,7 +143,7 @@ class MaskBatches:
         n_bytes = sum(map(len, pairs.values())) * height * width * 4
         if not fits_in_memory(n_bytes, torch.device("cpu")):
             raise UserError(
-                f"the images of {files.name} take {n_bytes / 1e9:.0f} GB at this size, more than half of the memory: "
+                f"the images of {files.name} take {n_bytes / 1e9:.0f} GB at this size, over half of the memory: "
                 "choose a smaller --img-size"
             )
         self.parts = {
@@ -168,11 +159,11 @@ class MaskBatches:
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             worker_init_fn=_one_thread,
-            generator=torch.Generator(),  # else it draws from PyTorch's own, which dropout follows
+            generator=torch.Generator(),  # not PyTorch's default generator, which dropout uses
         )
 
     def size(self, part: str) -> int:
-        """Images of "train", "val" or "test"."""
+        """Number of images in "train", "val" or "test"."""
         return len(self.parts[part])
 
     def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -182,7 +173,7 @@ class MaskBatches:
             yield self._on_device(images, masks)
 
     def eval_batches(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image of a part once, in order; with masks of their original size, a batch holds those of one size."""
+        """Every image of a part once, in order; with masks at original size, a batch holds masks of one size."""
         of = self.parts[part]
         first = 0
         while first < len(of):
@@ -201,7 +192,7 @@ class MaskBatches:
 
 
 def _limit(pairs: list[Pair], config: SegmentationConfig) -> list[Pair]:
-    """train_limit of the pairs, drawn by the seed, in their order."""
+    """train_limit of the pairs, drawn by the seed, in their original order."""
     if config.train_limit is None or config.train_limit >= len(pairs):
         return pairs
     generator = np.random.default_rng(seeds.derive("split", config.seed))
@@ -209,7 +200,7 @@ def _limit(pairs: list[Pair], config: SegmentationConfig) -> list[Pair]:
 
 
 def _one_thread(worker: int) -> None:
-    """Workers share the processor with training; OpenCV would start a thread a core in each of them."""
+    """Keeps OpenCV from starting one thread per core in every worker."""
     import cv2
 
     cv2.setNumThreads(0)

@@ -1,0 +1,214 @@
+"""The runs behind results/: plans of published experiments and smaller versions of them, and what each run costs."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+
+from analysis.published import read_published
+from analysis.reading import SMALL
+from benchmarks.training_steps import flop_per_image, in_full, made_up_batches, training_step
+from training.config import Experiment
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An experiment and its seeds."""
+
+    script: str
+    flags: str = ""
+    seeds: Sequence[int] = (0,)
+    goes_on_from: str | None = None
+    """script whose run with the same seed gives the initial weights"""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Entries that answer one question, most valuable first."""
+
+    question: str
+    entries: Sequence[Entry]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run."""
+
+    folder: str
+    """folder under results/ for its runs"""
+    parts: Sequence[Part]
+    on_cpu: bool = False
+    """train on the CPU, in bf16 if the CPU has it, with estimates of each run's time"""
+
+
+def _entries(lines: Sequence[str], seeds: Sequence[int]) -> list[Entry]:
+    """lines: scripts with flags; all seeds of an experiment before the next one."""
+    return [Entry(*line.partition(" ")[::2], seeds) for line in lines]
+
+
+THREE = (0, 1, 2)
+MORE = (1, 2)  # the seeds after the first
+AS_RUN = "--residual post --warmup-steps 1000"  # what the published code of v2 computed
+CIFAR100_RIVALS = tuple(
+    f"train_{name}_cifar100.py" for name in ("resnet20", "efficientnet", "deit_tiny", "mobilenetv2")
+)
+UNETS = (
+    "train_bdh_unet.py",
+    "train_bdh_unet.py --skips",
+    "train_resnet34_unet.py --encoder-weights none --epochs 80",
+)
+V1_10_EPOCHS = "train_v1_cifar10.py --epochs 10"
+V1_4_TIMES = f"{V1_10_EPOCHS} --mlp-internal-dim-multiplier 4"
+VIT_10_EPOCHS = "train_vit_tiny_cifar10.py --epochs 10"
+MULTIPLIERS = (V1_10_EPOCHS, f"{V1_10_EPOCHS} --mlp-internal-dim-multiplier 128", V1_4_TIMES, VIT_10_EPOCHS)
+# Together with v1 (post, normal, 500 steps), v2 as documented (pre, xavier, 500) and v2 as its code ran (post, xavier,
+# 1000): every combination of the three choices in which they differ.
+BETWEEN_V1_AND_V2 = (
+    "train_v2_cifar10.py --residual post",
+    "train_v2_cifar10.py --init normal",
+    "train_v1_cifar10.py --warmup-steps 1000",
+    "train_v2_cifar10.py --warmup-steps 1000",
+    "train_v2_cifar10.py --init normal --warmup-steps 1000",
+)
+TRUE_PRE = ("train_v2_cifar10.py --residual true_pre", "train_v2_cifar10.py --residual true_pre --init normal")
+
+PUBLISHED = Plan(
+    "",
+    [
+        Part(
+            "The headline: is v2 better than ViT-Tiny, v1, softmax and v3 on CIFAR-10?",
+            [
+                *_entries(["train_v2_cifar10.py", "train_vit_tiny_cifar10.py", "train_v1_cifar10.py"], THREE),
+                Entry("train_v2_softmax_cifar10.py", seeds=THREE),
+                Entry("train_v3_cifar10.py"),
+            ],
+        ),
+        Part(
+            "CIFAR-100: does it hold with 100 classes, and against convolutional networks?",
+            [
+                *_entries(["train_v2_cifar100.py", "train_vit_tiny_cifar100.py"], THREE),
+                *_entries(CIFAR100_RIVALS, (0,)),
+            ],
+        ),
+        Part("CamVid: how far is BDH-UNet from a ResNet34-UNet, both from scratch?", _entries(UNETS, (0,))),
+        Part("How many neurons does it need?", _entries(MULTIPLIERS, (0,))),
+        Part(
+            "Norm and initialisation: what is each worth, beside v1 and v2?",
+            _entries([*BETWEEN_V1_AND_V2[:2], *TRUE_PRE], (0,)),
+        ),
+        Part(
+            "What made the published v2 better than v1: initialisation, warm-up, or the norm before pooling?",
+            [Entry("train_v2_cifar10.py", AS_RUN, THREE), *_entries(BETWEEN_V1_AND_V2, THREE)],
+        ),
+        Part(
+            "The other published rows, and three seeds of each",
+            [
+                *_entries([f"train_v2_cifar100.py {AS_RUN}", f"train_v2_softmax_cifar10.py {AS_RUN}"], THREE),
+                Entry("train_v3_cifar10.py", "--warmup-steps 1000", THREE),
+                Entry("train_v3_cifar10.py", seeds=MORE),
+                *_entries([*CIFAR100_RIVALS, *MULTIPLIERS, *UNETS], MORE),
+                Entry("finetune_bdh_unet.py", seeds=THREE, goes_on_from="train_bdh_unet.py"),
+                *_entries(["train_resnet34_unet.py", "train_resnet50_unet.py"], THREE),
+            ],
+        ),
+    ],
+)
+
+CPU_CIFAR100 = tuple(f"train_{name}_cifar100.py" for name in ("resnet20", "deit_tiny", "mobilenetv2", "efficientnet"))
+FULL_CPU = Plan(
+    "",
+    [
+        Part("Which published rows can a CPU repeat?", _entries([VIT_10_EPOCHS, V1_10_EPOCHS, *CPU_CIFAR100], (0,))),
+        Part("How well does v1 do with 4 instead of 32 neurons per dimension?", _entries([V1_4_TIMES], (0,))),
+        Part(
+            "Two more seeds of each: is the published number reproduced?",
+            _entries([VIT_10_EPOCHS, *CPU_CIFAR100, V1_4_TIMES, V1_10_EPOCHS], MORE),
+        ),
+        Part(
+            "The headline, one seed: is v2 better than ViT-Tiny after 50 epochs?",
+            _entries(["train_v2_cifar10.py", "train_vit_tiny_cifar10.py"], (0,)),
+        ),
+    ],
+    on_cpu=True,
+)
+
+# About two hours on two cores with bf16, two runs at once. The widths give ViT-Tiny and BDH 0.2 M weights each.
+SMALL_PROTOCOL = "--n-embd 64 --n-head 4 --train-limit 12500 --epochs 12 --learning-rate 1e-3 --precision bf16"
+SMALL_BDH = f"{SMALL_PROTOCOL} --mlp-internal-dim-multiplier 16"
+SMALL_UNET = "--img-size 96 --epochs 30 --precision bf16"
+SMALL_CIFAR10 = (
+    f"train_v2_cifar10.py {SMALL_BDH}",
+    f"train_vit_tiny_cifar10.py {SMALL_PROTOCOL} --n-layer 6 --mlp-dim 128",
+    f"train_v1_cifar10.py {SMALL_BDH}",
+    f"train_v3_cifar10.py {SMALL_BDH}",
+    f"train_v2_softmax_cifar10.py {SMALL_BDH}",
+)
+SMALL_CAMVID = (f"train_bdh_unet.py {SMALL_UNET}", f"train_resnet34_unet.py --encoder-weights none {SMALL_UNET}")
+SMALL_CPU = Plan(
+    SMALL,
+    [
+        Part(
+            "CIFAR-10 at a small size: v1, v2, v3, softmax, ViT-Tiny",
+            [entry for seed in THREE for entry in _entries(SMALL_CIFAR10, (seed,))],
+        ),
+        Part(
+            "CamVid at 96 x 96: BDH-UNet, without and with skips, and a ResNet34-UNet from scratch",
+            [
+                *(entry for seed in THREE for entry in _entries(SMALL_CAMVID, (seed,))),
+                Entry("train_bdh_unet.py", f"--skips {SMALL_UNET}"),
+            ],
+        ),
+    ],
+)
+PLANS = {"published": PUBLISHED, "full_cpu": FULL_CPU, SMALL: SMALL_CPU}
+
+
+# ---------------------------------------------------------------------------- cost
+
+
+@cache
+def published_images() -> dict[str, int]:
+    """Training images of each data set by the protocol."""
+    return {line.dataset: int(line.train_images) for line in read_published() if line.train_images}
+
+
+def training_images(experiment: Experiment) -> int:
+    """Images in an epoch of training."""
+    train = experiment.train
+    images = published_images()[train.dataset]
+    if train.train_limit is not None:
+        images = min(images, round(train.train_limit * (1 - getattr(train, "val_fraction", 0.0))))
+    return images
+
+
+def training_flop(experiment: Experiment) -> float:
+    """Operations of all matrix products and convolutions in training, forward and backward, without validation."""
+    with torch.device("meta"):
+        model = experiment.model.build()
+    images = experiment.train.epochs * training_images(experiment)
+    return images * flop_per_image(model, experiment.model.img_size)
+
+
+def measure_step(experiment: Experiment, seconds: float = 4.0) -> float:
+    """Median seconds of a training step on random images, over steps that take about this long in all, at least one."""
+    device, model = torch.device("cpu"), experiment.model
+    batches = made_up_batches(experiment.train.batch_size, model.img_size, model.num_classes, device)
+    step = in_full(training_step(model.build(), batches, experiment.train.precision, device), 1, device)
+    step()  # warm up
+    times: list[float] = []
+    while sum(times) < seconds:
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    return float(np.median(times))
+
+
+def epoch_minutes(experiment: Experiment, step_seconds: float) -> float:
+    """Estimate for an epoch with validation, whose images take a third of the time of training images."""
+    images, share = training_images(experiment), experiment.train.val_fraction
+    images += images * share / (1 - share) / 3
+    return math.ceil(images / experiment.train.batch_size) * step_seconds / 60

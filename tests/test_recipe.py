@@ -1,0 +1,340 @@
+"""Optimizers, schedules, averaging and augmentations, each held to an independent computation."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+from torch import nn
+
+from training import ClassificationConfig, PretrainingConfig, fit, loop, randaugment
+from models.baselines import ResNet20Config, ViTConfig
+from models.vision_bdh import v2_config
+from training.augment import PadAndCrop, RandomErasing
+from training.mixing import Mix, SmoothLabels
+from training.muon import MuonWithAdamW, orthogonalise
+from training.optimiser import hidden_matrices, make_average, make_optimizer, rate_factor
+from training.stored import load_checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EVERYTHING = dict(
+    optimizer="muon",
+    learning_rate=3e-3,
+    adamw_learning_rate=1e-3,
+    decay="matrices",
+    schedule="trapezoid",
+    ema=0.9,
+    horizontal_flip=True,
+    crop_padding=2,
+    randaugment=2,
+    random_erasing=0.3,
+    mixup=0.8,
+    cutmix=1.0,
+    label_smoothing=0.1,
+    repeat_augment=2,
+    eval_flip=True,
+)
+
+
+def make_train(**fields):
+    defaults = dict(dataset="cifar10", epochs=1, batch_size=8, learning_rate=0.02, weight_decay=0.1)
+    return ClassificationConfig(**(defaults | fields))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------- optimizers
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
+def test_muon_steps_as_the_library_does_on_matrices(shape):
+    start = torch.randn(shape)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    muon = MuonWithAdamW([dict(params=[ours], shapes=[shape], weight_decay=0.1)], lr=0.02)
+    library = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        muon.step()
+        library.step()
+        assert torch.allclose(ours, theirs, atol=2e-3)  # the library computes in bf16 everywhere
+    assert (ours - start).abs().max() > 0.01
+
+
+def test_orthogonalise_brings_singular_values_near_one_and_keeps_the_directions():
+    matrices = torch.randn(5, 12, 30, dtype=torch.float64)
+    u, s, vt = torch.linalg.svd(matrices, full_matrices=False)
+    inside = u.mT @ orthogonalise(matrices, torch.float64) @ vt.mT  # diagonal in the bases of the SVD
+    values = inside.diagonal(dim1=-2, dim2=-1)
+    assert ((values > 0.6) & (values < 1.3)).all() and s.max() / s.min() > 2
+    assert (inside - torch.diag_embed(values)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_each_head_and_level_of_a_bdh_is_a_matrix_of_its_own(shared):
+    model = v2_config(n_layer=2, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, shared=shared).build()
+    shapes = hidden_matrices(model)
+    assert shapes.keys() == {"encoder", "encoder_v", "decoder"}
+    for name, shape in shapes.items():
+        stack = getattr(model, name).reshape(shape)
+        assert stack.flatten(0, -3).shape == (2 if shared else 4, *((16, 8) if name == "decoder" else (8, 16)))
+    optimizer = make_optimizer(model, make_train(optimizer="muon"))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before, grad = model.decoder.detach().clone(), model.decoder.grad.clone()
+    optimizer.step()
+    head = slice(0, 16)  # the first head's neurons: moved by their own orthogonalised gradient
+    step = (model.decoder - before * (1 - 0.02 * 0.1)).view(-1, 8)[head]
+    expected = orthogonalise(grad.view(-1, 8)[head][None], torch.float32)[0]
+    assert torch.allclose(step / step.norm(), -expected / expected.norm(), atol=2e-2)
+
+
+def test_muon_leaves_embeddings_norms_and_the_head_to_adamw():
+    names = hidden_matrices(ViTConfig(n_layer=1, n_embd=12, mlp_dim=24).build())
+    assert {name.rpartition("encoder_layer_0.")[2] for name in names} == {
+        "self_attention.in_proj_weight",
+        "self_attention.out_proj.weight",
+        "mlp.0.weight",
+        "mlp.3.weight",
+    }
+    convolutions = hidden_matrices(ResNet20Config().build())
+    assert len(convolutions) == 19 and set(map(len, convolutions.values())) == {2}
+    model = v2_config(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4).build()
+    muon, adamw = make_optimizer(model, make_train(optimizer="muon", adamw_learning_rate=0.005)).param_groups
+    assert (muon["lr"], adamw["lr"]) == (0.02, 0.005)
+    twin = torch.optim.AdamW([model.head.weight.detach().clone().requires_grad_()], lr=0.005, weight_decay=0.1)
+    optimizer = make_optimizer(model, make_train(optimizer="muon", adamw_learning_rate=0.005))
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        twin.param_groups[0]["params"][0].grad = model.head.weight.grad.clone()
+        optimizer.step()
+        twin.step()
+    assert torch.allclose(model.head.weight, twin.param_groups[0]["params"][0], atol=1e-7)
+
+
+def test_decay_of_matrices_spares_biases_norms_positions_and_tokens():
+    model = ViTConfig(n_layer=1, n_embd=12, mlp_dim=24).build()
+    decayed, spared = make_optimizer(model, make_train(decay="matrices")).param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    spared = {names[id(parameter)] for parameter in spared["params"]}
+    assert spared == {n for n in names.values() if n.endswith("bias") or "ln" in n or "token" in n or "pos_" in n}
+    (single,) = make_optimizer(model, make_train()).param_groups
+    assert len(single["params"]) == len(names)
+
+
+def test_schedules():
+    def at(step, shape):
+        return rate_factor(step, 1000, 100, shape)
+
+    assert [at(50, shape) for shape in ("cosine", "linear", "constant", "trapezoid")] == [0.5] * 4
+    assert at(550, "cosine") == pytest.approx((1 + math.cos(math.pi / 2)) / 2) and at(550, "linear") == 0.5
+    assert at(999, "constant") == 1 and at(800, "trapezoid") == 1 and at(900, "trapezoid") == 0.5
+    assert at(1000, "linear") == at(1000, "trapezoid") == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        (dict(adamw_learning_rate=0.1), "adamw_learning_rate"),
+        (dict(momentum=0.9), "momentum"),
+        (dict(optimizer="sgd", betas=(0.8, 0.9)), "betas"),
+        (dict(ema=1.0), "ema"),
+        (dict(crop_padding=4, crop_scale_min=0.8), "crop_padding"),
+        (dict(randaugment_magnitude=31), "randaugment_magnitude"),
+        (dict(repeat_augment=9), "repeat_augment"),
+        (dict(label_smoothing=1.0), "label_smoothing"),
+    ],
+)
+def test_fields_are_refused_where_they_make_no_sense(fields, word):
+    with pytest.raises(ValueError, match=word):
+        make_train(**fields)
+
+
+def test_pretraining_has_no_labels_to_mix():
+    with pytest.raises(ValueError, match="mixup"):
+        PretrainingConfig(**(dataclasses.asdict(make_train()) | {"mixup": 0.8}))
+
+
+# ---------------------------------------------------------------------------- averaging
+
+
+def test_the_average_is_that_of_its_formula():
+    model = nn.Linear(3, 2)
+    average, expected = make_average(model, 0.7), None
+    for t in range(8):
+        with torch.no_grad():
+            model.weight.normal_()
+        average.update_parameters(model)
+        decay = min(0.7, (1 + t) / (10 + t))
+        expected = model.weight.detach().clone() if t == 0 else decay * expected + (1 - decay) * model.weight.detach()
+        assert torch.allclose(average.module.weight, expected, atol=1e-6)
+
+
+def test_the_averaged_weights_are_validated_tested_and_kept_as_the_best(experiment):
+    trial = experiment(ema=0.9, epochs=2)
+    seen = []
+    real = loop.evaluate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "evaluate", lambda session, part: seen.append(session) or real(session, part))
+        fit(trial)
+    best, last = (load_checkpoint(trial.folder / f"{name}.pt") for name in ("best", "last"))
+    assert not torch.equal(last["model"]["encoder"], last["average"]["module.encoder"])
+    assert torch.equal(best["model"]["encoder"], seen[-1].average.module.encoder)
+    if best["epoch"] == last["epoch"]:
+        assert torch.equal(best["model"]["encoder"], last["average"]["module.encoder"])
+
+
+# ---------------------------------------------------------------------------- augmentations
+
+
+@pytest.mark.parametrize(
+    ("name", "sign", "library"),
+    [
+        ("brightness", 1, lambda u: TF.adjust_brightness(u, 1.45)),
+        ("saturation", -1, lambda u: TF.adjust_saturation(u, 0.55)),
+        ("contrast", -1, lambda u: TF.adjust_contrast(u, 0.55)),
+        ("sharpness", 1, lambda u: TF.adjust_sharpness(u, 1.45)),
+        ("posterize", 1, lambda u: TF.posterize(u, 6)),
+        ("solarize", 1, lambda u: TF.solarize(u, 127.5)),
+        ("autocontrast", 1, TF.autocontrast),
+        ("equalize", 1, TF.equalize),
+    ],
+)
+def test_colour_operations_are_the_librarys(name, sign, library):
+    images = torch.randint(40, 200, (6, 3, 16, 16), generator=generator(), dtype=torch.uint8)
+    images[0] = 77  # a constant image
+    ours = randaugment.OPERATIONS[name](images.float(), 0.5, torch.full((6,), float(sign)))
+    assert (ours - library(images).float()).abs().max() <= 1  # a grey level, where the library rounds otherwise
+
+
+@pytest.mark.parametrize("name", randaugment.GEOMETRIC)
+def test_geometric_operations_are_the_librarys(name):
+    images = torch.rand(4, 3, 21, 21, generator=generator()) * 255
+    shear, shift = math.degrees(math.atan(0.15)), math.trunc(0.5 * 150 / 331 * 21)
+    angle, translate, shears = {
+        "rotate": (15.0, [0, 0], [0.0, 0.0]),
+        "translate_x": (0.0, [shift, 0], [0.0, 0.0]),
+        "translate_y": (0.0, [0, shift], [0.0, 0.0]),
+        "shear_x": (0.0, [0, 0], [-shear, 0.0]),
+        "shear_y": (0.0, [0, 0], [0.0, -shear]),
+    }[name]
+    bilinear = TF.InterpolationMode.BILINEAR
+    expected = TF.affine(images, angle, translate, 1.0, shears, interpolation=bilinear, fill=127.5)
+    ours = randaugment.OPERATIONS[name](images, 0.5, torch.ones(4))
+    inner = (..., slice(5, -5), slice(5, -5))  # the border blends with grey in its own way
+    assert torch.allclose(ours[inner], expected[inner], atol=0.05)
+
+
+def test_randaugment_draws_for_each_image_and_stays_in_range():
+    step = randaugment.RandAugment(number=2, magnitude=15)
+    operations, signs = step.draw(500, 32, 32, generator())
+    assert set(operations.flatten().tolist()) == set(range(14)) and set(signs.flatten().tolist()) == {-1, 1}
+    images = torch.rand(500, 3, 16, 16, generator=generator()) * 2 - 1
+    augmented, labels = step.apply(images, torch.arange(500), operations, signs)
+    assert augmented.abs().max() <= 1 + 1e-6 and torch.equal(labels, torch.arange(500))
+    alone, _ = step.apply(images[7:8], labels[7:8], operations[7:8], signs[7:8])
+    assert torch.allclose(alone, augmented[7:8], atol=1e-5)
+
+
+def test_mixup_and_cutmix_mix_targets_as_they_mix_images():
+    n, classes = 6, 4
+    images, labels = torch.rand(n, 3, 8, 8, generator=generator()), torch.tensor([0, 1, 2, 3, 0, 1])
+    one_hot = F.one_hot(labels, classes).float()
+    mixup = Mix(0.8, 0.0, classes, batch_size=n)
+    share, boxes, cut = mixup.draw(n, 8, 8, generator())
+    mixed, soft = mixup.apply(images, labels, share, boxes, cut)
+    for i in range(n):
+        j, own = n - 1 - i, share[i].item()
+        assert torch.allclose(mixed[i], own * images[i] + (1 - own) * images[j], atol=1e-6)
+        assert torch.allclose(soft[i], own * one_hot[i] + (1 - own) * one_hot[j], atol=1e-6)
+    cutmix = Mix(0.0, 1.0, classes, batch_size=n)
+    share, boxes, cut = cutmix.draw(n, 8, 8, generator(1))
+    mixed, soft = cutmix.apply(images, labels, share, boxes, cut)
+    for i in range(n):
+        from_partner = (mixed[i] == images[n - 1 - i]).all(0)
+        assert torch.equal(mixed[i][:, ~from_partner], images[i][:, ~from_partner])
+        assert share[i].item() == pytest.approx(1 - from_partner.float().mean().item(), abs=1e-6)
+    assert torch.allclose(soft.sum(1), torch.ones(n))
+
+
+def test_shares_follow_the_beta_distribution_and_either_is_chosen_by_batch():
+    share, _, cut = Mix(0.8, 0.0, 10, 32).draw(20_000, 32, 32, generator())
+    assert share.mean() == pytest.approx(0.5, abs=0.01) and share.var() == pytest.approx(
+        1 / (4 * (2 * 0.8 + 1)), rel=0.03
+    )
+    _, _, cut = Mix(0.8, 1.0, 10, 32).draw(3200, 32, 32, generator())
+    per_batch = cut.view(100, 32)
+    assert (per_batch == per_batch[:, :1]).all() and 30 < per_batch[:, 0].sum() < 70
+
+
+def test_label_smoothing_is_the_librarys():
+    logits, labels = torch.randn(5, 7), torch.randint(7, (5,))
+    _, soft = SmoothLabels(0.1, 7).apply(logits, labels)
+    assert F.cross_entropy(logits, soft).item() == pytest.approx(
+        F.cross_entropy(logits, labels, label_smoothing=0.1).item(), rel=1e-6
+    )
+
+
+def test_padding_shifts_over_black_and_erasing_replaces_a_box_by_grey():
+    images = torch.rand(3, 2, 6, 6, generator=generator())
+    shifts = torch.tensor([[0, 0], [2, -1], [-2, 2]])
+    padded, _ = PadAndCrop(2).apply(images, torch.zeros(3), shifts)
+    for image, shifted, (dy, dx) in zip(images, padded, shifts.tolist(), strict=True):
+        expected = F.pad(image, (2, 2, 2, 2), value=-1.0)[:, 2 + dy : 8 + dy, 2 + dx : 8 + dx]
+        assert torch.equal(shifted, expected)
+    step = RandomErasing(0.5)
+    boxes, chosen = step.draw(400, 16, 16, generator())
+    images = torch.rand(400, 3, 16, 16, generator=generator()) + 0.5
+    erased, _ = step.apply(images, torch.zeros(400), boxes, chosen)
+    area = (erased == 0).all(1).float().mean((1, 2))
+    assert torch.equal(area > 0, chosen) and 0.4 < chosen.float().mean() < 0.6 and area.max() < 0.5
+
+
+def test_repeated_augmentation_sees_as_many_samples_of_fewer_images(experiment_in, tmp_path, data_dir):
+    from training.data import ImageBatches, load_dataset, split_train
+
+    dataset = load_dataset("cifar10", data_dir)
+    split = split_train(dataset.train_labels, 0.2, None, 0)
+    config = make_train(repeat_augment=2, batch_size=16)
+    batches = ImageBatches(dataset, split, config, 16, torch.device("cpu"))
+    first, _ = next(iter(batches.train_batches(0)))
+    assert torch.equal(first[0::2], first[1::2])  # without augmentation the copies are equal
+    total = torch.cat([labels for _, labels in batches.train_batches(0)])
+    assert len(total) == batches.size("train")
+
+
+def test_eval_flip_is_the_mean_of_both_logits():
+    task = make_train(eval_flip=True).make_task()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 5))
+    images = torch.randn(2, 3, 4, 4)
+    assert torch.allclose(task.predict(model, images), (model(images) + model(images.flip(-1))) / 2)
+
+
+def test_with_everything_on_a_resumed_run_is_bit_identical(experiment):
+    whole, stopped = (
+        experiment(name="whole", epochs=3, **EVERYTHING),
+        experiment(name="stopped", epochs=3, **EVERYTHING),
+    )
+    fit(whole)
+    real = loop.train_epoch
+
+    def stopping(session):
+        if session.epoch == 2:
+            raise KeyboardInterrupt
+        return real(session)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "train_epoch", stopping)
+        fit(stopped)
+    options = dataclasses.replace(stopped.options, resume=True)
+    fit(dataclasses.replace(stopped, options=options))
+    ours, theirs = (load_checkpoint(each.folder / "last.pt") for each in (whole, stopped))
+    for part in ("model", "average"):
+        assert all(torch.equal(value, theirs[part][name]) for name, value in ours[part].items())

@@ -1,0 +1,62 @@
+"""Tiny runs: stopped, resumed, read, compared."""
+
+import csv
+import dataclasses
+
+import pytest
+import torch
+
+from training import fit, loop
+from training.stored import load_checkpoint
+
+MEASURED = {"epoch_time_sec", "images_per_sec", "peak_memory_mb"}  # columns that differ between equal runs
+
+
+def with_options(trial, **options):
+    return dataclasses.replace(trial, options=dataclasses.replace(trial.options, **options))
+
+
+def resumed(trial):
+    return with_options(trial, resume=True)
+
+
+def interrupt(trial, epoch=None, part="val"):
+    """Ctrl-C in the validation of that epoch (from 1), or in the test; the folder stays as it then was."""
+    real = loop.evaluate
+
+    def evaluate(session, wanted):
+        if wanted == part and epoch in (None, session.epoch + 1):
+            raise KeyboardInterrupt
+        return real(session, wanted)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "evaluate", evaluate)
+        fit(trial)
+
+
+def read_rows(folder, measured=True):
+    """The rows of metrics.csv as text, on request without the columns that are measured."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(row.keys() > MEASURED for row in rows), "the header is missing"
+    return [{key: value for key, value in row.items() if measured or key not in MEASURED} for row in rows]
+
+
+def read_metrics(folder):
+    """The rows of metrics.csv, numbers."""
+    return [{key: float(value) for key, value in row.items()} for row in read_rows(folder)]
+
+
+def weights(folder, name="last.pt"):
+    """The model's weights in a checkpoint of a run."""
+    return load_checkpoint(folder / name)["model"]
+
+
+def same_weights(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def snapshot(folder):
+    """Content and time of every file below folder but the lock, which each process that looks writes anew."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}

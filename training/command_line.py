@@ -1,0 +1,98 @@
+"""Command lines: flags from configs and back, and the experiment of a script."""
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tyro
+
+from training.config import ROOT, Experiment, RunOptions, UserError, changed_fields, name_of_file
+
+INTERRUPTED = 130  # exit code after Ctrl-C
+
+
+def parse_experiment(
+    experiment: Experiment, args: list[str], description: str = "", options: RunOptions | None = None
+) -> Experiment:
+    """The experiment with flags applied: each field of model, training and options is a flag of its name.
+
+    options: options with more fields than the experiment's own. tyro prints help; unknown flags and values that a
+    config refuses end the process with exit code 2.
+    """
+    options = options or experiment.options
+    parts = {"model": experiment.model, "train": experiment.train, "options": options}
+    flags_class = dataclasses.make_dataclass("Flags", [(key, type(of)) for key, of in parts.items()], frozen=True)
+    flags = tyro.cli(
+        flags_class,
+        default=flags_class(**parts),
+        description=description,
+        args=args,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    name = flags.options.name or name_with_changes(experiment, flags.model, flags.train)
+    # an encoder's checkpoint replaces the whole model's, which is then not read and not recorded
+    start_from = None if getattr(flags.model, "encoder", None) else flags.train.start_from
+    return Experiment(name, flags.model, dataclasses.replace(flags.train, start_from=start_from), flags.options)
+
+
+def name_with_changes(experiment: Experiment, model: Any, train: Any) -> str:
+    """The experiment's name and every field but the seed that model and train change, as v2_cifar10+epochs=5."""
+    changed = changed_fields(experiment.model, model) | changed_fields(experiment.train, train)
+    changed.pop("seed", None)
+    return "+".join([experiment.name, *(f"{key}={_in_a_name(value)}" for key, value in sorted(changed.items()))])
+
+
+def flags_of(fields: dict[str, Any]) -> list[str]:
+    """Fields as command-line arguments: --n-layer 12, --skips or --no-skips, --img-size 360 480."""
+    flags = []
+    for key, value in fields.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", *(map(str, value) if isinstance(value, list | tuple) else [str(value)])]
+    return flags
+
+
+def experiment_of(script: str, flags: str = "") -> Experiment:
+    """EXPERIMENT of a script at the top level, such as train_v2_cifar10.py, with flags applied."""
+    return parse_experiment(_defined_in(script), flags.split(), description=script)
+
+
+@cache
+def _defined_in(script: str) -> Experiment:
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.EXPERIMENT
+
+
+def run_script(main: Callable, description: str) -> None:
+    """Calls main with arguments from the command line; fields of a config argument are flags of their own name.
+
+    Ends the process with one message: exit code 1 if main raises UserError or a file cannot be read or written, 2 for a
+    wrong flag, 130 after Ctrl-C.
+    """
+    try:
+        tyro.cli(main, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    except (UserError, OSError) as error:
+        exit_with(str(error), 1)
+    except KeyboardInterrupt:
+        exit_with("stopped", INTERRUPTED)
+
+
+def exit_with(message: str, code: int) -> NoReturn:
+    """Ends the process with a message on stderr."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _in_a_name(value: Any) -> Any:
+    """A value as part of a folder name."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return name_of_file(value) if isinstance(value, Path) else value

@@ -1,0 +1,74 @@
+"""What a new model, task or data set must provide, checked before the first step. docs/extending.md explains it."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from models import CONFIG_CLASSES, build_config
+from training.config import Configuration, Experiment, UserError
+from training.metrics import METRICS, Items
+from training.tasks import Batches, Task
+
+TASK = "see the contract of a task in docs/extending.md"
+MODEL = "see the contract of a model in docs/extending.md"
+
+
+def check_experiment(experiment: Experiment) -> None:
+    """Raises UserError for a model that could not be built again from its stored config, or for a task's metric."""
+    config, name = experiment.model, type(experiment.model).__name__
+    if CONFIG_CLASSES.get(name) is not type(config):
+        raise UserError(
+            f"{name} is not registered, so its runs could not be opened again: add it to CONFIG_CLASSES in "
+            f"models/__init__.py; {MODEL}"
+        )
+    if not callable(getattr(config, "build", None)):
+        raise UserError(f"{name} has no build(): {MODEL}")
+    stored = Configuration.of(config, experiment.train)
+    try:
+        again = build_config(name, stored.model)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{name} cannot be built again from its stored fields ({error}): {MODEL}") from None
+    if changed := stored.differences(Configuration.of(again, experiment.train)):
+        raise UserError(f"{name} is another one when built from its stored fields ({'; '.join(changed)}): {MODEL}")
+
+
+def check_batches(model: nn.Module, data: Batches, task: Task, batch_size: int) -> None:
+    """Tries two validation samples: loss, counts and metric. Raises UserError where the contract of a task is broken.
+
+    Also refuses a last training batch of one sample if the model's BatchNorm cannot normalise it.
+    """
+    inputs, targets = next(iter(data.eval_batches("val")))
+    inputs, targets = inputs[:2], targets[:2]
+    model.eval()
+    with torch.no_grad():
+        outputs = task.predict(model, inputs)
+        loss = task.loss(outputs, targets)
+        counts = task.counts(outputs, targets)
+    name = type(task).__name__
+    if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.is_floating_point():
+        raise UserError(f"the loss of {name} is not a scalar tensor: {TASK}")
+    if bad := [key for key, value in counts.items() if not isinstance(value, torch.Tensor | Items)]:
+        raise UserError(f"the counts of {name} ({', '.join(bad)}) are neither tensors nor Items: {TASK}")
+    sums = {
+        key: value.rows.cpu() if isinstance(value, Items) else value.tolist()
+        for key, value in ({"loss": loss * len(targets)} | counts).items()
+    }
+    ratios = task.ratios(sums | {"samples": len(targets)})
+    if task.metric.key not in METRICS or task.metric.key not in ratios:
+        raise UserError(f"{name}.metric = {task.metric.key} must be in METRICS and among its ratios: {TASK}")
+    if data.size("train") % batch_size == 1:
+        _check_single_sample(model, inputs[:1])
+
+
+def _check_single_sample(model: nn.Module, inputs: torch.Tensor) -> None:
+    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return
+    try:
+        copy.deepcopy(model).to("meta").train()(inputs.to("meta"))
+    except ValueError:  # BatchNorm: one value per channel has no variance
+        raise UserError(
+            "the last batch of an epoch holds a single sample, whose variance this model's BatchNorm cannot compute: "
+            "choose a --batch-size (or --train-limit) that leaves more"
+        ) from None

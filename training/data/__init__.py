@@ -1,0 +1,41 @@
+"""Data sets and batches. One file per kind of data:
+
+    arrays        digits, CIFAR-10, CIFAR-100
+    folder        your own images, one folder per class
+    batches       what classification data share: data set, split, batches on the device
+    masks         where images with masks lie and how masks are read: CamVid, Pascal VOC, Cityscapes
+    segmentation  batches of images with masks
+    text          the bytes of one text
+
+A new classification data set is a function in a file of its own, a line in DATASETS, and its name in the field
+`dataset` of ClassificationConfig.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from training.data.arrays import load_cifar, load_digits
+from training.data.batches import DataSet, ImageBatches, Split, split_train
+from training.data.folder import load_folder
+from training.data.places import data_folder
+
+Loader = Callable[[Path | None, int, int], DataSet]  # data_dir, img_size, in_channels
+
+DATASETS: dict[str, Loader] = {
+    "digits": load_digits,
+    "cifar10": partial(load_cifar, "cifar10"),
+    "cifar100": partial(load_cifar, "cifar100"),
+    "folder": load_folder,
+}
+
+
+def load_dataset(name: str, data_dir: Path | None, img_size: int = 32, in_channels: int = 3) -> DataSet:
+    """The data set `name`; CIFAR is downloaded where it is missing. Raises UserError if it cannot be had.
+
+    img_size, in_channels: what images of a folder are converted to; other data sets have their own size.
+    """
+    return DATASETS[name](data_dir, img_size, in_channels)
+
+
+__all__ = ["DATASETS", "DataSet", "ImageBatches", "Split", "data_folder", "load_dataset", "split_train"]
