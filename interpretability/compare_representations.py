@@ -6,8 +6,8 @@ Linear CKA (Kornblith et al. 2019, arXiv 1905.00414; unbiased mini-batch estimat
 predicted from the other's; all count the same. Unrelated representations have a CKA of 0 on average. Their SVCCA is
 above 0, so it is also computed with the images of one side shuffled. Similarity does not show what a model uses.
 
-Level 0 is the embedding of the patches, level 1 the residual stream after the first step; features are defined in
-interpretability/common/features.py. Writes heat maps (PNG and SVG) and a table of all pairs of levels (CSV).
+Level 0 is the embedding of the patches, level 1 the residual stream after the first step (features:
+interpretability/common/features.py). Writes heat maps (PNG and SVG) and a table of all pairs of levels (CSV).
 
     python interpretability/compare_representations.py --run runs/v2_cifar10/seed0
     python interpretability/compare_representations.py --run runs/v2_cifar10/seed0 --versus runs/vit_tiny_cifar10/seed0
@@ -66,9 +66,6 @@ class Similarity:
     n_images: int
 
 
-# ---------------------------------------------------------------------------- measuring
-
-
 def draw_images(run: TrainedRun, n_images: int, batch_size: int) -> np.ndarray:
     """Numbers of images, in a fixed random order: the data may be sorted by class, and batches must not be.
 
@@ -101,24 +98,17 @@ def measure(
         if len(indices) >= IMAGES_PER_DIMENSION * largest:
             kept.append(features)
     if kept:
-        return Similarity(
-            linear_cka(hsic), *_svcca([np.concatenate(each) for each in zip(*kept, strict=True)]), len(indices)
-        )
-    fewer = ", or --tokens mean" if tokens == "all" else ""
-    print(
-        f"no SVCCA: with {len(indices)} images, even noise of {largest} features would look similar. "
-        f"Give {IMAGES_PER_DIMENSION * largest} or more --images{fewer}"
-    )
+        both = _svcca([np.concatenate(each) for each in zip(*kept, strict=True)])
+        return Similarity(linear_cka(hsic), *both, len(indices))
+    remedy = f"Give {IMAGES_PER_DIMENSION * largest} or more --images{', or --tokens mean' * (tokens == 'all')}"
+    print(f"no SVCCA: with {len(indices)} images, even noise of {largest} features would look similar. {remedy}")
     return Similarity(linear_cka(hsic), None, None, len(indices))
 
 
 def features_of(run: TrainedRun, indices: np.ndarray, tokens: Tokens, normalise: bool) -> list[np.ndarray]:
     """(n, F) for each level from 0."""
-    rows, columns = run.grid
-    passes = [
-        level_features(run.model, pixels, tokens, normalise)
-        for pixels, _ in run.batches(indices.tolist(), images_per_pass(rows * columns))
-    ]
+    batches = run.batches(indices.tolist(), images_per_pass(run.n_patches))
+    passes = [level_features(run.model, pixels, tokens, normalise) for pixels, _ in batches]
     return [np.concatenate([each.cpu().numpy() for each in level]) for level in zip(*passes, strict=True)]
 
 
@@ -140,9 +130,6 @@ def tabulate(runs: Sequence[TrainedRun], similarity: Similarity) -> pd.DataFrame
     if similarity.svcca is not None:
         table = table.assign(svcca=similarity.svcca.ravel(), svcca_shuffled=similarity.shuffled.ravel())
     return table.assign(images=similarity.n_images)
-
-
-# ---------------------------------------------------------------------------- figure
 
 
 def draw(runs: Sequence[TrainedRun], similarity: Similarity, tokens: str) -> Figure:

@@ -82,9 +82,6 @@ def look_inside(model: nn.Module, pixels: Tensor) -> Inside:
     return Inside(scores.float().cpu().numpy(), probabilities.cpu().numpy(), strongest)
 
 
-# ---------------------------------------------------------------------------- page
-
-
 def make_page(run: TrainedRun, indices: Sequence[int]) -> str:
     """The page with these test images. Raises UserError if it exceeds LARGEST_PAGE with the coarsest steps."""
     images, labels = run.samples(indices)
@@ -108,8 +105,8 @@ def make_page(run: TrainedRun, indices: Sequence[int]) -> str:
             if sizes[steps] > LARGEST_PAGE:
                 fitting = len(encoded.pop(steps)) - 1
         if not encoded:
-            limit, n_patches = f"{LARGEST_PAGE / 1e6:.0f} MB", run.grid[0] * run.grid[1]
-            what = f"{n_patches:,} patches at {frame['levels']} levels in {frame['heads']} heads"
+            limit = f"{LARGEST_PAGE / 1e6:.0f} MB"
+            what = f"{run.n_patches:,} patches at {frame['levels']} levels in {frame['heads']} heads"
             if fitting:
                 raise UserError(f"a page of {len(indices)} images ({what}) exceeds {limit}: give --images {fitting}")
             raise UserError(f"one image ({what}) exceeds {limit}: use interpretability/visualize_attention.py")

@@ -1,10 +1,9 @@
 """Shows what single neurons of a BDH respond to: their most activating patches and their selectivity for classes.
 
-Asks the BDH paper's question (arXiv 2509.26507), whether neurons are monosemantic, of images. For every neuron: the
-class selectivity index (Morcos et al. 2018, arXiv 1803.06959), the AUROC of its activity for its best class, and the
-share of that class among the patches that activate it most, each compared with shuffled labels (formulas:
-interpretability/common/selectivity.py). Almost any colour-selective neuron beats shuffled labels, so the untrained
-model is a second control, if training kept its weights (--keep-every). Writes
+Asks of images whether neurons are monosemantic (arXiv 2509.26507). For every neuron: the class selectivity index, the
+AUROC of its activity for its best class, and the share of that class among the patches that activate it most, each
+compared with shuffled labels (formulas: interpretability/common/selectivity.py). Almost any colour-selective neuron
+beats shuffled labels, so the untrained model is a second control, if training kept its weights (--keep-every). Writes
 
     neurons_<quantity>.csv             every neuron: share of patches it is active on, best class, measures, p values
     neurons_<quantity>_levels.csv      by level: how many neurons beat chance, and what chance gives
@@ -13,9 +12,9 @@ model is a second control, if training kept its weights (--keep-every). Writes
     neurons_<quantity>_by_auroc_*.png  the same by AUROC
     neurons_<quantity>_3-2-17.png      top patches of the neurons given with --neuron
 
-Only neurons that beat chance (--chance) are drawn. Ranking by index alone favours neurons that are hardly ever active:
-among thousands, a few are active for one class by luck. In segmentation p is too small, because shuffled labels lose a
-class's size and place. Only activity above 0 counts. Top patches come from the images measured, one per image.
+Only neurons that beat chance (--chance) are drawn. The index favours neurons that are hardly ever active: among
+thousands, a few are active for one class by luck. In segmentation p is too small, because shuffled labels lose a
+class's size and place. Only activity above 0 counts. Top patches come from different images.
 
     python interpretability/neurons.py
     python interpretability/neurons.py --run runs/v2_cifar10/seed0 --neuron 3 2 17 --neuron 6 1 40 --images 10000
@@ -92,17 +91,13 @@ def check(options: Options, run: TrainedRun) -> None:
             raise UserError(f"--{name} {getattr(options, name)} must be {least} or more")
     least = 1 / (options.shuffles + 1)
     if not least <= options.chance < 1:
-        raise UserError(
-            f"--chance {options.chance} must be below 1 and at least {least:.2g}, the smallest p value that "
-            f"{options.shuffles} shuffles can give: change it, or give more --shuffles"
-        )
+        limits = f"below 1 and at least {least:.2g}, the smallest p value of {options.shuffles} shuffles"
+        raise UserError(f"--chance {options.chance} must be {limits}: change it, or give more --shuffles")
     sizes, wanted = run.sizes, options.selective_for
     for level, head, number in options.neuron:
         if not (1 <= level <= sizes.n_layer and 1 <= head <= sizes.n_head and 0 <= number < sizes.n_neurons):
-            raise UserError(
-                f"--neuron {level} {head} {number} does not exist: levels go from 1 to {sizes.n_layer}, heads from 1 "
-                f"to {sizes.n_head}, neurons from 0 to {sizes.n_neurons - 1}"
-            )
+            limits = f"1 to {sizes.n_layer}, heads from 1 to {sizes.n_head}, neurons from 0 to {sizes.n_neurons - 1}"
+            raise UserError(f"--neuron {level} {head} {number} does not exist: levels go from {limits}")
     if wanted is not None and wanted not in run.class_names:
         near = difflib.get_close_matches(wanted, run.class_names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"classes are {', '.join(run.class_names)}"
@@ -132,7 +127,7 @@ class Found:
 
 
 def look(run: TrainedRun, model: nn.Module, indices: Sequence[int], options: Options, text: str) -> Found:
-    """Measures the run's model, or its untrained one, on these images. text: label of the progress bar."""
+    """Measures a model of the run on these images. text: label of the progress bar."""
     batches = batches_of_patches(run, indices, text)
     return Found.of(collect(model, batches, options.quantity, options.top), options.shuffles, options.seed)
 
@@ -218,8 +213,7 @@ def draw_measures(found: dict[str, Found], top: int, title: str) -> Figure:
                 style = dict(color=COLORS[place], linewidth=1.2, linestyle="-" if place == 0 else "--")
                 ax.stairs(_percent(values, edges), edges, label=plain_text(who), **style)
             style_axes(ax, "x")
-            if level == n_levels - 1:
-                ax.set_xlabel(label)
+            ax.set_xlabel(label if level == n_levels - 1 else "")
         row[0].set_ylabel(f"level {level + 1}\nneurons (%)")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure

@@ -91,9 +91,6 @@ def _scored(name: str, predicted: np.ndarray, truth: np.ndarray | None, classes:
     return f"{name}: {ratios['pixel_accuracy']:.0%} of pixels right, mIoU {ratios['miou']:.0%}"
 
 
-# ---------------------------------------------------------------------------- files
-
-
 def image_files(paths: tuple[Path, ...]) -> list[Path]:
     """The files, and those in the folders, each once. Raises UserError if one does not exist or there are none."""
     files = []

@@ -10,10 +10,9 @@ For each level, the test accuracy of
   weights. With shared weights this equals the read-out, except under scaled_pre, whose norms depend on the depth.
 
 A probe shows what is linearly decodable, not what the model uses. Probes learn from images that the model was trained
-on and fits better than new ones, so they score a little lower than probes trained on held-out images would. Level 0 is
-the embedding of the patches, where a transformer's class token is the same for all images; features are defined in
-interpretability/common/features.py. Intervals are 95 % (Wilson) over the choice of test images, not over seeds. Writes
-a figure (PNG and SVG) and a table (CSV).
+on and fits better than new ones, which lowers their scores a little. Level 0 is the embedding of the patches, where a
+transformer's class token is the same for all images (features: interpretability/common/features.py). Intervals are 95 %
+(Wilson) over the choice of test images, not over seeds. Writes a figure (PNG and SVG) and a table (CSV).
 
     python interpretability/probe.py --run runs/v2_cifar10/seed0
     python interpretability/probe.py --run runs/vit_tiny_cifar10/seed0 --tokens mean --train-images 10000
@@ -108,9 +107,6 @@ def choose_levels(model: nn.Module, n_trained: int, max_levels: int | None) -> i
     return max_levels or 2 * n_trained
 
 
-# ---------------------------------------------------------------------------- measuring
-
-
 @torch.no_grad()
 def collect(
     model: nn.Module,
@@ -149,10 +145,8 @@ def accuracies(train: Pass, test: Pass, neighbours: int = 20, penalty: float = 1
     Prints the levels at which the linear probe did not converge. Raises UserError if there is too little to learn from.
     """
     if len(np.unique(train.labels)) < 2 or len(train.labels) < neighbours:
-        raise UserError(
-            f"{len(train.labels)} training images are too few: give more --train-images "
-            f"(or fewer --neighbours than {neighbours})"
-        )
+        remedy = f"give more --train-images, or fewer --neighbours than {neighbours}"
+        raise UserError(f"{len(train.labels)} training images are too few: {remedy}")
     predictions, unfinished = [], []
     pairs = list(zip(train.features, test.features, strict=True))
     for level, (known, new) in enumerate(progress(pairs, unit="level", desc="probes")):
@@ -181,9 +175,6 @@ def accuracies(train: Pass, test: Pass, neighbours: int = 20, penalty: float = 1
 def chance(labels: np.ndarray) -> float:
     """Accuracy of always predicting the most frequent class. labels: (n,)."""
     return np.bincount(labels).max() / len(labels)
-
-
-# ---------------------------------------------------------------------------- figure
 
 
 def draw(table: pd.DataFrame, n_trained: int, by_chance: float, title: str) -> Figure:
@@ -224,8 +215,7 @@ def main(options: Options) -> None:
         raise UserError(f"--penalty {options.penalty} must be a number above 0")
     n_levels = choose_levels(run.model, run.adapter.n_levels, options.max_levels)
     places, indices = run.training_places(options.train_images), run.choose_images(options.images)
-    rows, columns = run.grid
-    size = images_per_pass(rows * columns)
+    size = images_per_pass(run.n_patches)
     train, test = (
         collect(run.model, batches, n_levels, options.tokens, options.normalise)
         for batches in (

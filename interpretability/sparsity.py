@@ -1,7 +1,7 @@
 """Measures how sparse a BDH is: the share of active neurons by level, head and class, and the neurons never active.
 
-Counts on how many patches x_sparse (activated by the patch itself), y_sparse (activated by attention) and gated (their
-product, the decoder's input) are above 0. Writes tables, and figures of the same names:
+Counts on how many patches x_sparse (activated by the patch itself), y_sparse (activated by attention) and gated (both
+combined, the decoder's input) are above 0. Writes tables, and figures of the same names:
 
     sparsity.csv           share of active neurons by level, head and class, and over all of them
     sparsity_neurons.csv   for every neuron, the share of patches on which it is active

@@ -117,11 +117,10 @@ def chosen_patch(patch: Patch | None, grid: Grid) -> Patch:
     """The centre by default. grid: rows and columns. Raises UserError for a patch outside it."""
     if patch is None:
         return grid[0] // 2, grid[1] // 2
-    if not all(0 <= place < size for place, size in zip(patch, grid, strict=True)):
-        raise UserError(
-            f"--patch {patch[0]} {patch[1]} is outside the grid of {grid[0]} x {grid[1]} patches: "
-            f"give a row from 0 to {grid[0] - 1} and a column from 0 to {grid[1] - 1}"
-        )
+    (row, column), (rows, columns) = patch, grid
+    if not (0 <= row < rows and 0 <= column < columns):
+        limits = f"rows go from 0 to {rows - 1}, columns from 0 to {columns - 1}"
+        raise UserError(f"--patch {row} {column} is outside the grid of {rows} x {columns} patches: {limits}")
     return patch
 
 

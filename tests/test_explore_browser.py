@@ -43,25 +43,22 @@ def browser():
 
 @pytest.fixture(scope="module")
 def opened_runs(tmp_path_factory, experiment_in, data_dir):
+    """Of each run, beside its folder the page on these images, NAME.html."""
     folders = train_runs(experiment_in, tmp_path_factory.mktemp("work") / "runs", ("v2", "vit"))
-    return {name: TrainedRun(folder, data_dir, "cpu") for name, folder in folders.items()}
-
-
-@pytest.fixture(scope="module")
-def files(opened_runs, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pages")
-    for name, run in opened_runs.items():
-        (folder / f"{name}.html").write_text(make_page(run, IMAGES), encoding="utf-8")
-    return folder
+    runs = {name: TrainedRun(folder, data_dir, "cpu") for name, folder in folders.items()}
+    for run in runs.values():
+        run.folder.with_suffix(".html").write_text(make_page(run, IMAGES), encoding="utf-8")
+    return runs
 
 
 @pytest.fixture
-def visit(browser, files):
+def visit(browser, opened_runs):
     """Opens the page of a run; keywords are those of a browser's context.
 
     Fails at the end where the page asked for anything but its own file, or its console said anything.
     """
     contexts, asked, said = [], [], []
+    urls = {name: run.folder.with_suffix(".html").as_uri() for name, run in opened_runs.items()}
 
     def open_page(name="v2", script="", **settings):
         context = browser.new_context(**settings)
@@ -71,20 +68,16 @@ def visit(browser, files):
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
-        page.goto((files / f"{name}.html").as_uri())
+        page.goto(urls[name])
+        if not script:
+            expect(page.locator("#strongest li")).to_have_count(3)
         return page
 
     yield open_page
     for context in contexts:
         context.close()
-    own = {(files / f"{name}.html").as_uri() for name in ("v2", "vit")}
-    assert asked and {url for url in asked if not url.startswith("data:")} <= own
+    assert asked and {url for url in asked if not url.startswith("data:")} <= set(urls.values())
     assert not said
-
-
-def ready(page):
-    expect(page.locator("#strongest li")).to_have_count(3)
-    return page
 
 
 def pixels(page, canvas="#map canvas"):
@@ -146,34 +139,28 @@ def check_strongest(page, values, step):
 # ---------------------------------------------------------------------------- what changes the picture
 
 
-def test_hover_changes_the_picture(visit):
-    """At every level and head; and the patch that was chosen comes back when the pointer leaves."""
-    page = ready(visit())
+def test_hover_shows_a_patch_and_a_click_keeps_it(visit):
+    """At every level and head; without a click, the patch that was chosen comes back when the pointer leaves."""
+    page = visit()
     canvases = ["#map canvas", *(f"{small_map(level, column)} canvas" for level in range(3) for column in range(3))]
     before = [pixels(page, canvas) for canvas in canvases]
     hover(page, 0, 3)
     expect(page.locator("#from")).to_have_text("row 0, column 3")
     after = [pixels(page, canvas) for canvas in canvases]
     assert all((one != other).any() for one, other in zip(before, after, strict=True))
-    hover(page, 3, 0)
-    assert (pixels(page) != after[0]).any()
     page.mouse.move(1, 1)
     expect(page.locator("#from")).to_have_text("row 2, column 2")
     assert (pixels(page) == before[0]).all()
-
-
-def test_a_click_keeps_the_patch(visit):
-    page = ready(visit())
     page.locator("#picture").click(position=at(page, "#picture", 1, 0))
     drawn = pixels(page)
     page.mouse.move(1, 1)
     expect(page.locator("#from")).to_have_text("row 1, column 0")
-    assert (pixels(page) == drawn).all()
+    assert (pixels(page) == drawn).all() and (drawn != before[0]).any()
 
 
 def test_arrow_keys(visit):
     """Over patches to the borders and no farther, over images, levels and heads; told to screen readers."""
-    page = ready(visit())
+    page = visit()
     page.locator("#picture").focus()
     before = pixels(page)
     for key, place in (("Up", "row 1, column 2"), ("Left", "row 1, column 1"), ("Down", "row 2, column 1")):
@@ -199,7 +186,7 @@ def test_arrow_keys(visit):
 
 def test_everything_is_reached_by_tab(visit):
     """With a mark on what has the focus."""
-    page = ready(visit("vit"))
+    page = visit("vit")
     reached = []
     for _ in range(6):
         page.keyboard.press("Tab")
@@ -212,7 +199,7 @@ def test_everything_is_reached_by_tab(visit):
 
 
 def test_tap(visit):
-    page = ready(visit(viewport={"width": 360, "height": 800}, has_touch=True, is_mobile=True))
+    page = visit(viewport={"width": 360, "height": 800}, has_touch=True, is_mobile=True)
     before = pixels(page)
     page.locator("#picture").tap(position=at(page, "#picture", 3, 1))
     expect(page.locator("#from")).to_have_text("row 3, column 1")
@@ -229,7 +216,7 @@ def test_tap(visit):
 @pytest.mark.parametrize("name", ["v2", "vit"])
 def test_numbers_and_colours_are_the_model_s(visit, opened_runs, name):
     """The strongest patches, and each pixel by the figures' colour map on the scale of the legend."""
-    page, run = ready(visit(name)), opened_runs[name]
+    page, run = visit(name), opened_runs[name]
     table = matplotlib.colormaps["RdBu_r" if name == "v2" else "viridis"](np.arange(256), bytes=True)[:, :3].astype(int)
     for place, (row, column) in ((1, (0, 1)), (3, (3, 3))):
         page.locator("#thumbs label").nth(place).click()
@@ -254,7 +241,7 @@ def test_numbers_and_colours_are_the_model_s(visit, opened_runs, name):
 
 def test_shares(visit, opened_runs):
     """|score| / sum of |scores| in each head, on a scale from 0 up."""
-    page = ready(visit())
+    page = visit()
     page.locator("#show label").nth(1).click()
     expect(page.locator("#low")).to_have_text("0")
     hover(page, 1, 2)
@@ -265,7 +252,7 @@ def test_shares(visit, opened_runs):
 
 
 def test_class_token(visit, opened_runs):
-    page, run = ready(visit("vit")), opened_runs["vit"]
+    page, run = visit("vit"), opened_runs["vit"]
     scores = traced_scores(traced(run, IMAGES[0])[0])[2].mean(0)
     step = scores.max() / 127
     hover(page, 0, 2)
@@ -280,7 +267,7 @@ def test_class_token(visit, opened_runs):
 
 
 def test_reading_a_value(visit, opened_runs):
-    page = ready(visit())
+    page = visit()
     values = maps_of(opened_runs["v2"], IMAGES[0], 10)[2, 0]  # of the patch in the centre
     hover(page, 3, 1, board="#map")
     expect(page.locator("#reading")).to_contain_text("row 3, column 1: ")
@@ -295,7 +282,7 @@ def test_reading_a_value(visit, opened_runs):
 
 
 def test_classes_of_levels(visit, opened_runs):
-    page, run = ready(visit()), opened_runs["v2"]
+    page, run = visit(), opened_runs["v2"]
     trace, output = traced(run, IMAGES[0])
     said, truth = int(output.argmax()), int(run.samples([IMAGES[0]]).labels[0])
     expect(page.locator("#verdict")).to_contain_text(f"True class class {truth}, predicted class {said} (")
@@ -312,7 +299,7 @@ def test_classes_of_levels(visit, opened_runs):
 
 
 def test_neurons(visit, opened_runs):
-    page = ready(visit())
+    page = visit()
     activity = traced(opened_runs["v2"], IMAGES[0])[0].activity(1)
     page.locator(f"{small_map(1, 0)} label").click()
     hover(page, 2, 1)
@@ -343,7 +330,7 @@ def contrast(one, other):
 @pytest.mark.parametrize("system", ["light", "dark"])
 def test_text_is_readable(visit, system):
     """A contrast of 4.5 at least, as WCAG 2 asks, of all text, in the system's scheme and after the switch."""
-    page = ready(visit(color_scheme=system))
+    page = visit(color_scheme=system)
     for scheme in (system, {"light": "dark", "dark": "light"}[system]):
         if scheme != system:
             page.locator("#theme").click()
@@ -359,16 +346,13 @@ def test_text_is_readable(visit, system):
 
 @pytest.mark.parametrize("name", ["v2", "vit"])
 def test_nothing_is_wider_than_the_window(visit, name):
-    page = ready(visit(name))
-    for width in (320, 360, 800, 1280):
+    """And on a phone the picture stays in view."""
+    page = visit(name)
+    for width in (1280, 800, 320, 360):
         page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         boards = [page.locator(board).bounding_box() for board in ("#picture", "#map")]
         assert all(box["width"] > 120 and box["x"] >= 0 and box["x"] + box["width"] <= width for box in boards)
-
-
-def test_the_picture_stays_in_view_on_a_phone(visit):
-    page = ready(visit(viewport={"width": 360, "height": 800}))
     page.locator("#about-neurons").scroll_into_view_if_needed()
     assert 0 <= page.locator("#picture").bounding_box()["y"] < 100
 

@@ -21,7 +21,6 @@ from interpretability.neurons import (
     neuron_table,
     top_patches,
 )
-from training.config import ROOT
 
 SCRIPT = "interpretability/neurons.py"
 LABELS = [0, 1, 2, 3] * 5
@@ -131,10 +130,8 @@ def test_sheet_shows_the_patches():
 
 
 def test_sheet_of_more_patches_than_a_row_holds():
-    image = np.zeros((1, 8, 8), np.uint8)
-    one_pixel = draw_sheet([("first", [TopPatch(image, 5, 1.0, "0")])], "title", grid=image.shape[1:], around=0)
-    assert one_pixel.axes[0].images[0].get_array().shape[:2] == (1, 1)
-    figure = draw_sheet([("first", [TopPatch(image, 0, 1.0, "0")] * 11)], "title", grid=(4, 4), around=9)
+    patches = [TopPatch(np.zeros((1, 8, 8), np.uint8), 0, 1.0, "0")] * 11
+    figure = draw_sheet([("first", patches)], "title", grid=(4, 4), around=9)
     drawn = [ax for ax in figure.subfigs[0].axes if ax.images]
     assert len(drawn) == 11 and len(figure.subfigs[0].axes) == 16 and drawn[10].images[0].get_array().shape == (8, 8)
 
@@ -170,12 +167,12 @@ def test_top_patches_of_a_run(run, data_dir):
         assert f"level {row['level']}, head 2, neuron 5, {row['best_class']}: index" in describe(row)
 
 
-def test_script(run, data_dir, run_script, tmp_path):
+def test_script(run, data_dir, call_script, tmp_path, capsys):
     flags = ("--run", run, "--data-dir", data_dir, "--output-dir", "out", "--device", "cpu", "--quantity", "x_sparse")
     more = ("--neuron", 2, 1, 3, "--neuron", 1, 2, 0, "--top", 4, "--rows", 3, "--shuffles", 100, "--images", 30)
-    done = run_script(ROOT / SCRIPT, *flags, *more, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "x_sparse, 30 test images of 16 patches" in done.stdout and "before training:" in done.stdout
+    assert call_script(SCRIPT, *flags, *more) == 0
+    said = capsys.readouterr().out
+    assert "x_sparse, 30 test images of 16 patches" in said and "before training:" in said
     output = tmp_path / "out" / "trial_seed0"
     names = {path.name.removesuffix(".png") for path in output.glob("*.png")}
     start = "neurons_x_sparse"

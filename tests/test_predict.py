@@ -64,6 +64,7 @@ def panels_of(figure):
 
 
 def test_the_prediction_is_the_models(run, trained):
+    """For images of any size."""
     model, _ = load_model(run)
     with torch.no_grad():  # after one epoch it says one class everywhere
         for weight in model.parameters():
@@ -75,12 +76,8 @@ def test_the_prediction_is_the_models(run, trained):
         logits = model(scaled.permute(2, 0, 1)[None] / 127.5 - 1)
     expected = F.interpolate(logits, size=(32, 48), mode="bilinear", align_corners=False)[0].argmax(0)
     assert np.array_equal(predicted, expected) and predicted.shape == (32, 48) and len(np.unique(predicted)) > 1
-
-
-@pytest.mark.parametrize("size", [(10, 70), (200, 33)])
-def test_images_of_any_size(run, size):
-    model, _ = load_model(run)
-    assert predict(model, np.zeros((*size, 3), dtype=np.uint8), (32, 40), CPU).shape == size
+    for size in ((10, 70), (200, 33)):
+        assert predict(model, np.zeros((*size, 3), dtype=np.uint8), (32, 40), CPU).shape == size
 
 
 def truth_of(path, data_dir, name="camvid"):
@@ -136,17 +133,19 @@ def test_panels_have_the_colours_of_the_classes():
     assert figure.axes[1].get_title() == "prediction: 100% of pixels right, mIoU 100%"  # void counts nowhere
 
 
-def test_scores_are_of_this_image():
-    image, truth = np.zeros((32, 48, 3), dtype=np.uint8), stripes([3])
-    predicted = truth.copy()
+@pytest.mark.parametrize(
+    ("truth", "titles"),
+    [
+        ([3], ["image", "prediction: 75% of pixels right, mIoU 38%", "truth"]),  # road 75, sky 0
+        ([CAMVID.void], ["image", "prediction", "truth"]),
+        (None, ["image", "prediction"]),
+    ],
+)
+def test_scores_are_of_this_image_if_it_has_a_truth(truth, titles):
+    predicted = stripes([3])
     predicted[:8] = 0
-    title = draw(image, predicted, truth, CAMVID, "")
-    assert title.axes[1].get_title() == "prediction: 75% of pixels right, mIoU 38%"  # road 75, sky 0
-
-
-def test_a_truth_of_void_alone_has_no_score():
-    figure = draw(np.zeros((32, 48, 3), dtype=np.uint8), stripes([3]), stripes([CAMVID.void]), CAMVID, "")
-    assert [ax.get_title() for ax in figure.axes] == ["image", "prediction", "truth"]
+    figure = draw(np.zeros((32, 48, 3), dtype=np.uint8), predicted, truth and stripes(truth), CAMVID, "")
+    assert [ax.get_title() for ax in figure.axes] == titles
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 900), (900, 2)])
@@ -170,36 +169,27 @@ def test_the_legend_of_all_classes_fits_in(name, with_truth):
     assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0 and box.y1 <= panel.y0
 
 
-def test_no_truth_no_third_panel():
-    figure = draw(np.zeros((32, 48, 3), dtype=np.uint8), stripes([3, 4]), None, CAMVID, "a title")
-    assert [ax.get_title() for ax in figure.axes] == ["image", "prediction"]
-
-
 # ---------------------------------------------------------------------------- the script
 
 
 def test_a_folder_and_a_file(call, run, trained, tmp_path, capsys):
+    """Each picture has the colours of the classes in its prediction and truth."""
     other = tmp_path / "other" / "street.jpg"
     other.parent.mkdir()
-    Image.open(trained / "data_camvid" / "val" / "val_000.png").resize((90, 50)).save(other)
-    code, output = call(trained / "data_camvid" / "val", other, "--run", run)
+    folder = trained / "data_camvid" / "val"
+    Image.open(folder / "val_000.png").resize((90, 50)).save(other)
+    code, output = call(folder, other, "--run", run)
     assert code == 0 and f"-> {output}: 3 pictures, 2 with ground truth" in capsys.readouterr().out
     assert sorted(path.name for path in output.iterdir()) == ["other_street.png", "val_val_000.png", "val_val_001.png"]
-    for path in output.iterdir():
-        assert imread(path).std() > 0.05
-    assert imread(output / "val_val_000.png").shape[1] > 1.3 * imread(output / "other_street.png").shape[1]
-
-
-def test_the_picture_shows_the_prediction_in_its_classes_colours(call, run, trained):
-    path = trained / "data_camvid" / "val" / "val_000.png"
-    output = call(path, "--run", run)[1]
-    picture = {
-        tuple(pixel) for pixel in (imread(output / "val_val_000.png") * 255).round().astype(int)[..., :3].reshape(-1, 3)
-    }
+    pictures = {path.name: imread(path) for path in output.iterdir()}
+    assert all(picture.std() > 0.05 for picture in pictures.values())
+    picture = pictures["val_val_000.png"]
+    assert picture.shape[1] > 1.3 * pictures["other_street.png"].shape[1]  # which has no third panel
+    colours = set(map(tuple, (picture * 255).round().astype(int)[..., :3].reshape(-1, 3).tolist()))
     model, _ = load_model(run)
-    predicted = predict(model, read_image(path), (32, 40), CPU)
-    shown = set(np.unique(predicted)) | set(np.unique(truth_of(path, trained)))
-    assert {label for label in shown if tuple(map(int, CAMVID.palette[label])) not in picture} == set()
+    predicted = predict(model, read_image(folder / "val_000.png"), (32, 40), CPU)
+    shown = set(np.unique(predicted)) | set(np.unique(truth_of(folder / "val_000.png", trained)))
+    assert {tuple(CAMVID.palette[label].tolist()) for label in shown} <= colours
 
 
 def test_every_image_has_a_picture_of_its_own(call, run, trained, tmp_path, capsys):
@@ -228,12 +218,12 @@ def test_a_resnet_unet(trained, call_script, tmp_path):
     assert imread(tmp_path / "out" / "resnet_seed0" / "val_val_000.png").std() > 0.05
 
 
-@pytest.mark.parametrize(("name", "ending"), [("best.pt", ""), ("last.pt", "_last"), ("previous.pt", "_previous")])
-def test_any_checkpoint_has_a_folder_of_its_own(name, ending, call, run, trained):
-    code, output = call(trained / "data_camvid" / "val" / "val_000.png", "--run", run / name)
-    assert code == 0
-    assert [path.name for path in output.parent.iterdir()] == [f"unet+a=1_seed0{ending}"]
-    assert (output.parent / f"unet+a=1_seed0{ending}" / "val_val_000.png").is_file()
+def test_any_checkpoint_has_a_folder_of_its_own(call, run, trained):
+    for name in ("best.pt", "last.pt", "previous.pt"):
+        code, output = call(trained / "data_camvid" / "val" / "val_000.png", "--run", run / name)
+        assert code == 0
+    names = {path.parent.name for path in output.parent.glob("*/val_val_000.png")}
+    assert names == {"unet+a=1_seed0", "unet+a=1_seed0_last", "unet+a=1_seed0_previous"}
 
 
 def test_bad_input(call, run, trained, tmp_path, experiment, capsys):

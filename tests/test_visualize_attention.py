@@ -208,12 +208,16 @@ def test_defaults(runs, data_dir, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("versus", ["vit", "coarse"])
 def test_side_by_side(call, runs, capsys, versus):
-    code, files = call("v2", "--versus", runs[versus], "--show", "rollout", "--all-levels", "--patch", 1, 3)
-    assert code == 0, capsys.readouterr().err
+    """The animation has all levels, the picture the usual three."""
+    animation = ["--animate", "gif", "--images", 1] if versus == "coarse" else ["--all-levels"]
+    code, files = call("v2", "--versus", runs[versus], "--show", "rollout", "--patch", 1, 3, *animation)
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
     assert files[".png"].name == f"attention_rollout_patch1-3_versus_{versus}_seed0.png"
     check_picture(files[".png"])
-    said = capsys.readouterr().out
-    assert str(runs["v2"]) in said and str(runs[versus]) in said
+    assert str(runs["v2"]) in captured.out and str(runs[versus]) in captured.out
+    if versus == "coarse":
+        assert Image.open(files[".gif"]).n_frames == 8
 
 
 def test_checkpoints_of_a_run_are_told_apart(data_dir, tmp_path, experiment, call_script):
@@ -265,13 +269,6 @@ def test_gif(view, tmp_path):
         assert away[place] < min(4, 0.7 * min(np.delete(away, place)))  # of 255; a palette has 256 colours
 
 
-def test_animations(call):
-    """Of all levels where none are named, while the picture has the usual three."""
-    code, files = call("coarse", "--animate", "gif", "--images", 1)
-    assert code == 0 and Image.open(files[".gif"]).n_frames == 8
-    check_picture(files[".png"])
-
-
 def test_mp4(call):
     """Where ffmpeg is missing, skipped, but not in CI, which has to install it."""
     if not FFMpegWriter.isAvailable():
@@ -308,7 +305,7 @@ def test_ffmpeg_that_is_missing_or_fails(call, tmp_path, monkeypatch, capsys):
         (["--images", 0], "no images chosen"),
         (["--indices"], "no images chosen"),
         (["--indices", 3, 40], "no test image 40"),
-        (["--versus", "digits"], "was trained on digits, not on cifar10: give two runs on one data set"),
+        (["--versus", "digits"], "was trained on digits, not on cifar10: give another run"),
         (["--output-dir", "a-file"], "a-file"),
     ],
 )

@@ -41,21 +41,18 @@ class LevelActivity(NamedTuple):
 def choose_images(run: TrainedRun, n: int | None) -> list[int]:
     """Numbers of n evenly spaced images; None: as many as have DEFAULT_PATCHES patches. Raises UserError if no BDH."""
     run.require(*QUANTITIES)
-    rows, columns = run.grid
-    return run.choose_images(max(1, DEFAULT_PATCHES // (rows * columns)) if n is None else n)
+    return run.choose_images(max(1, DEFAULT_PATCHES // run.n_patches) if n is None else n)
 
 
 def measured_on(run: TrainedRun, n_images: int) -> str:
     """For titles: how many images and patches were measured, which numbers of dead neurons depend on; note on GELU."""
-    rows, columns = run.grid
-    images = f"{n_images:,} {run.part} image{'s' * (n_images != 1)} of {rows * columns:,} patches"
+    images = f"{n_images:,} {run.part} image{'s' * (n_images != 1)} of {run.n_patches:,} patches"
     return f"{images}; {GELU_NOTE}" if run.sizes.activation == "gelu" else images
 
 
 def batches_of_patches(run: TrainedRun, indices: Sequence[int], text: str) -> Iterator[tuple[Tensor, Tensor]]:
     """The model's input and the class of each patch (B, T), in order. text: label of the progress bar."""
-    rows, columns = run.grid
-    per_image = rows * columns * run.sizes.n_head * run.sizes.n_neurons
+    per_image = run.n_patches * run.sizes.n_head * run.sizes.n_neurons
     batch_size = min(max(1, BATCH_NUMBERS // per_image), LARGEST_BATCH)
     for pixels, labels in run.batches(indices, batch_size, text):
         yield pixels, patch_classes(labels, run.grid, len(run.class_names))

@@ -59,7 +59,6 @@ class View:
 
     @property
     def quantity(self) -> str:
-        """Label of the maps' values."""
         scores = "raw score" if self.signed else "softmax weight"
         return {"scores": scores, "shares": "share of attention", "rollout": "share in rollout"}[self.show]
 
@@ -70,7 +69,6 @@ class View:
 
     @property
     def levels(self) -> list[int]:
-        """From 0."""
         return list(self.looks[0].maps)
 
     @property
@@ -97,7 +95,6 @@ class Block(NamedTuple):
     text: list[str]  # lines left of the image
 
     def height(self, panel: float) -> float:
-        """panel: width of a map."""
         maps = self.view.title_height + panel * self.look.image.shape[1] / self.look.image.shape[2] + GAP
         return max(self.view.title_height + LINE * len(self.text) + GAP, len(self.view.rows) * maps)
 
@@ -109,9 +106,6 @@ def blocks_of(view: View) -> list[Block]:
         parts = (view.name, f"{view.run.part} image {number}", f"true: {look.truth}", predicted)
         blocks.append(Block(view, look, _wrapped(parts, TEXT_CHARACTERS)))
     return blocks
-
-
-# ---------------------------------------------------------------------------- text
 
 
 def caption(views: Sequence[View]) -> list[str]:
@@ -144,26 +138,17 @@ def _plain(value: float) -> str:
     return np.format_float_positional(float(f"{value:.2g}"), trim="-")
 
 
-# ---------------------------------------------------------------------------- drawing
+def _add_axes(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Axes placed in inches from the figure's upper left corner."""
+    w, h = figure.get_size_inches()
+    return figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
 
 
-class Sheet:
-    """A figure on which things are placed in inches from the upper left corner."""
-
-    def __init__(self, figure: Figure, width: float, height: float):
-        self.figure, self.width, self.height = figure, width, height
-        figure.set_size_inches(width, height)
-
-    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        bottom = self.height - top - height
-        box = (left / self.width, bottom / self.height, width / self.width, height / self.height)
-        return self.figure.add_axes(box)
-
-    def text(self, left: float, top: float, lines: Sequence[str]) -> None:
-        """Line by line, because matplotlib spaces the lines of one text unevenly."""
-        for place, line in enumerate(lines):
-            y = 1 - (top + place * LINE) / self.height
-            self.figure.text(left / self.width, y, plain_text(line), va="top")
+def _add_text(figure: Figure, left: float, top: float, lines: Sequence[str]) -> None:
+    """Line by line, because matplotlib spaces the lines of one text unevenly. left, top: inches."""
+    w, h = figure.get_size_inches()
+    for place, line in enumerate(lines):
+        figure.text(left / w, 1 - (top + place * LINE) / h, plain_text(line), va="top")
 
 
 def draw(views: Sequence[View], figure: Figure | None = None) -> Figure:
@@ -186,27 +171,28 @@ def draw(views: Sequence[View], figure: Figure | None = None) -> Figure:
     block_width = beside + columns * (panel + GAP)
     title = _wrapped(caption(views), int(abreast * block_width * CHARACTERS))
     tops = 1.5 * GAP + LINE * len(title) + np.cumsum([0, *heights(panel)])
-    sheet = Sheet(figure or Figure(), abreast * block_width, tops[-1] + BELOW_MAPS)
-    sheet.text(GAP / 2, GAP / 2, title)
+    figure = figure or Figure()
+    figure.set_size_inches(abreast * block_width, tops[-1] + BELOW_MAPS)
+    _add_text(figure, GAP / 2, GAP / 2, title)
     for line, top in zip(lines, tops, strict=False):
         for place, block in enumerate(line):
-            _draw_block(sheet, block, place * block_width, top, panel)
+            _draw_block(figure, block, place * block_width, top, panel)
     for place, view in enumerate({view.quantity: view for view in views}.values()):
-        _draw_bar(sheet, view, BAR_LEFT + place * (BAR_WIDTH + 2 * BAR_LEFT), tops[-1])
-    return sheet.figure
+        _draw_bar(figure, view, BAR_LEFT + place * (BAR_WIDTH + 2 * BAR_LEFT), tops[-1])
+    return figure
 
 
-def _draw_block(sheet: Sheet, block: Block, left: float, top: float, panel: float) -> None:
+def _draw_block(figure: Figure, block: Block, left: float, top: float, panel: float) -> None:
     view, image = block.view, block.look.image.permute(1, 2, 0).squeeze(-1).numpy()  # 1 or 3 channels
     first, height = left + TEXT + panel + GAP + LEVEL_NAME * view.per_head, panel * image.shape[0] / image.shape[1]
     top += view.title_height
-    sheet.text(left + GAP / 2, top, block.text)
-    ax = sheet.axes(left + TEXT, top, panel, height)
+    _add_text(figure, left + GAP / 2, top, block.text)
+    ax = _add_axes(figure, left + TEXT, top, panel, height)
     ax.imshow(image, cmap="gray", vmin=0, vmax=255)
     _outline(ax, view.patch, view.run.sizes.patch_size, panel / image.shape[1])
     for row in view.rows:
         for place, (level, head) in enumerate(row):
-            ax = sheet.axes(first + place * (panel + GAP), top, panel, height)
+            ax = _add_axes(figure, first + place * (panel + GAP), top, panel, height)
             _draw_map(ax, view, level, head, block.look.maps[level][head].numpy())
             _outline(ax, view.patch, 1, panel / view.run.grid[1])
             if view.per_head and place == 0:
@@ -238,18 +224,15 @@ def _outline(ax: Axes, patch: Patch, side: int, unit: float) -> None:
     outline(ax, (patch[1] * side - 0.5 - out, patch[0] * side - 0.5 - out), side + 2 * out)
 
 
-def _draw_bar(sheet: Sheet, view: View, left: float, top: float) -> None:
+def _draw_bar(figure: Figure, view: View, left: float, top: float) -> None:
     """Colour bar below the maps."""
-    ax = sheet.axes(left, top + 0.02, BAR_WIDTH, BAR_HEIGHT)
+    ax = _add_axes(figure, left, top + 0.02, BAR_WIDTH, BAR_HEIGHT)
     ticks = {-1: "\N{MINUS SIGN}limit", 0: "0", 1: "limit"} if view.signed else {0: "0", 1: "limit"}
     colors = ScalarMappable(Normalize(min(ticks), 1), view.colors)
-    sheet.figure.colorbar(colors, cax=ax, orientation="horizontal", ticks=list(ticks))
+    figure.colorbar(colors, cax=ax, orientation="horizontal", ticks=list(ticks))
     ax.set_xticklabels(ticks.values())
     ax.tick_params(length=2, pad=1)
     ax.set_xlabel(f"{view.quantity}; the limit is above each map", labelpad=0)
-
-
-# ---------------------------------------------------------------------------- animation
 
 
 def check_writer(kind: str) -> None:

@@ -6,8 +6,8 @@
     trace.x_sparse(0)    # (B, H, T, N), neurons that the tokens themselves activate in the first level
 
 Fast paths never hold scores or neurons as tensors, and asking a library's attention for its weights changes what it
-computes. So the hooks keep only the input of each level (and its output, if needed). Everything else is computed from
-them on request, one level at a time, with the model's current weights and in their precision.
+computes. So hooks keep only the input of each level (and its output, if needed). The rest is computed from them on
+request, one level at a time, with the model's current weights and in their precision.
 """
 
 import contextlib
@@ -45,18 +45,14 @@ class Trace:
         return self._recorded("state", self.outputs, level)
 
     @torch.no_grad()
-    def scores(self, level: int, queries: slice = ALL, patches_only: bool = False) -> Tensor:
-        """(B, H, T, T), attention of a level, query by key.
+    def scores(self, level: int, queries: slice = ALL) -> Tensor:
+        """(B, H, T, T), attention of a level, query by key; with queries these rows only, (B, H, Q, T).
 
-        BDH: signed raw scores, or softmax weights if the model uses softmax. ViT: softmax weights. queries: compute
-        these rows only, (B, H, Q, T). patches_only: leave out the class token (queries then count from the first
-        patch), so that softmax weights of a query sum to less than 1.
+        BDH: signed raw scores, or softmax weights if the model uses softmax. ViT: softmax weights.
         """
         x = self._recorded("scores", self.inputs, level)
-        first = self.adapter.class_tokens if patches_only else 0
-        start, stop, _ = queries.indices(x.shape[1] - first)
         with _no_autocast(x):
-            return self.adapter.scores(level, x, slice(start + first, stop + first))[..., first:]
+            return self.adapter.scores(level, x, queries)
 
     def x_sparse(self, level: int) -> Tensor:
         """(B, H, T, N), neurons activated by the token itself."""

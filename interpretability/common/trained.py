@@ -1,5 +1,6 @@
 """Opens a finished run for inspection: its model and the images that it was tested on."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -102,6 +103,10 @@ class TrainedRun:
         return height // self.sizes.patch_size, width // self.sizes.patch_size
 
     @property
+    def n_patches(self) -> int:
+        return math.prod(self.grid)
+
+    @property
     def labels_pixels(self) -> bool:
         """Whether this is a segmentation run."""
         return self.train.get("dataset") in CLASSES
@@ -171,7 +176,6 @@ class TrainedRun:
 
     @property
     def n_images(self) -> int:
-        """Number of images in that part."""
         return len(self._part[1])
 
     def choose_images(self, n: int | None, indices: Sequence[int] | None = None) -> list[int]:
@@ -262,9 +266,7 @@ def open_runs(choice: PairChoice) -> list[TrainedRun]:
     first, second = runs
     name, other = first.train["dataset"], second.train["dataset"]
     if name != other:
-        raise UserError(
-            f"--versus {second.checkpoint} was trained on {other}, not on {name}: give two runs on one data set"
-        )
+        raise UserError(f"--versus {second.checkpoint} was trained on {other}, not on {name}: give another run")
     drawn = first.part == "validation" and not first.labels_pixels  # other parts are fixed by the data set
     if drawn and not np.array_equal(*(Run(run.folder).read_split().val for run in runs)):
         raise UserError(f"--versus {second.checkpoint} has another validation part: give two runs with the same seed")
