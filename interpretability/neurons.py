@@ -45,16 +45,16 @@ from interpretability.common.trained import RunChoice, TrainedRun, open_run, pro
 from training.command_line import run_script
 from training.config import UserError
 
-SHEET_NOTE = (
-    "outlined: the patch that activates the neuron; above it: its class and the activity; for each neuron: best class, "
-    "how many top patches belong to it, share of all patches on which the neuron is active"
+SHEET_NOTE = (  # explains the contact sheets
+    "above each outlined patch: its class and the neuron's activity\n"
+    "for each neuron: best class, how many top patches belong to it, share of patches it is active on"
 )
 LONGEST_NAME = 100  # characters, of the neurons in a file name
 Neuron = tuple[int, int, int]  # level and head, from 1, and number in the head, from 0
 MEASURES = {
     "index": "class selectivity index",
     "auroc": "AUROC for the best class",
-    "precision": "share of the best class in the top patches",
+    "precision": "best class among the top patches",
 }
 
 
@@ -275,7 +275,7 @@ def main(options: Options) -> None:
     check(options, run)
     title = f"{run.title}: {options.quantity}, {measured_on(run, len(indices))}"
     if run.labels_pixels:
-        title += "; p values are too small, because shuffled labels lose a class's size and place"
+        title += "; p is too small: shuffling ignores class size and place"
     output = options.output_dir / run.stem
     output.mkdir(parents=True, exist_ok=True)
     name = f"{run.file_name('neurons')}_{options.quantity}"

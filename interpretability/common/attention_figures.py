@@ -103,7 +103,8 @@ def blocks_of(view: View) -> list[Block]:
     blocks = []
     for number, look in zip(view.numbers, view.looks, strict=True):
         predicted = f"predicted: {look.predicted} ({look.certainty:.0%})"
-        parts = (view.name, f"{view.run.part} image {number}", f"true: {look.truth}", predicted)
+        image = f"{view.run.part} image {number}".replace("validation", "val")
+        parts = (view.name, image, f"true: {look.truth}", predicted)
         blocks.append(Block(view, look, _wrapped(parts, TEXT_CHARACTERS)))
     return blocks
 

@@ -343,7 +343,7 @@ function makeSwitches() {
 }
 
 function makePage() {
-  document.title = `${data.title}: attention and neurons`;
+  document.title = `${data.title}: inside the model`;
   find("run").textContent = `${data.title} \u00b7 ${data.model}`;
   for (const name of ["levels", "neurons"]) find(`about-${name}`).textContent = data.notes[name];
   find("about-steps").textContent = `Scores are stored in steps of 1/${data.steps} of each query's largest score.`;
