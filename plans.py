@@ -11,7 +11,8 @@ import torch
 
 from analysis.published import read_published
 from analysis.reading import SMALL
-from benchmarks.training_steps import flop_per_image, in_full, made_up_batches, training_step
+from benchmarks.measure import in_full
+from benchmarks.training_steps import flop_per_image, made_up_batches, training_step
 from training.config import Experiment
 
 

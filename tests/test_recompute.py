@@ -102,7 +102,7 @@ def test_training_with_recompute(experiment, monkeypatch):
     plain, trial = experiment("plain", epochs=2), experiment("again", epochs=2, options={"recompute": True})
     excitements, excite = [], kernels._excite
     monkeypatch.setattr(kernels, "_excite", lambda *args, **kwargs: excitements.append(1) or excite(*args, **kwargs))
-    assert fit(plain) == fit(trial) and plain.fields() == trial.fields()
+    assert fit(plain) == fit(trial) and plain.configuration.fields() == trial.configuration.fields()
     once, again = (load_file(each.folder / "last.pt")["model"] for each in (plain, trial))
     assert all(torch.equal(once[key], again[key]) for key in once)
     n_batches = 2 * 6  # two epochs of 192 images; validation and test add the same to both

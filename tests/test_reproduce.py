@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from analysis.published import asked_of, read_published
+from analysis.published import read_published
 from benchmarks import reproduce
 from benchmarks.plans import PLANS, PUBLISHED, SMALL_CPU, Entry, Part, Plan, training_flop
 from benchmarks.reproduce import Options, main, planned_runs
+from training.command_line import experiment_of
 
 TINY = "--patch-size 8 --n-layer 1 --n-embd 8 --n-head 2 --mlp-internal-dim-multiplier 4 --epochs 2"
 
@@ -21,7 +22,7 @@ def options_in(tmp_path, **changed):
 
 def decisive(experiment):
     """Without what runs of one row may differ in."""
-    fields = experiment.fields()
+    fields = experiment.configuration.fields()
     for key in ("seed", "start_from"):
         del fields["train"][key]
     return json.dumps(fields), experiment.train.start_from is None
@@ -37,7 +38,7 @@ def test_three_seeds_of_every_published_row_are_planned(tmp_path):
     rows = [(line.script, flags) for line in read_published() if line.script for _, flags in line.settings]
     assert len(rows) > 20
     for script, flags in rows:
-        assert sorted(seeds[decisive(asked_of(script, flags))]) == [0, 1, 2], (script, flags)
+        assert sorted(seeds[decisive(experiment_of(script, flags))]) == [0, 1, 2], (script, flags)
 
 
 def test_no_run_is_planned_twice_and_the_most_valuable_come_first(tmp_path):
@@ -68,7 +69,7 @@ def test_what_v1_and_v2_differ_in_is_planned_in_every_combination(tmp_path):
         seen.setdefault(decisive(each.job.experiment), []).append(each.job.experiment.train.seed)
     for residual, init, steps in product(("post", "pre"), ("normal", "xavier"), (500, 1000)):
         flags = f"--residual {residual} --init {init} --warmup-steps {steps}"
-        assert sorted(seen[decisive(asked_of("train_v1_cifar10.py", flags))]) == [0, 1, 2], flags
+        assert sorted(seen[decisive(experiment_of("train_v1_cifar10.py", flags))]) == [0, 1, 2], flags
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -78,7 +79,7 @@ def test_each_command_makes_the_run_that_is_planned(name, tmp_path):
     planned = {each.job.experiment.name: each for each in planned_runs(PLANS[name], options)}  # one seed of each
     for each in planned.values():
         _, script, *flags = each.job.command
-        made = asked_of(script, " ".join(flags))
+        made = experiment_of(script, " ".join(flags))
         assert made == each.job.experiment
         assert made.folder == each.job.experiment.folder
         assert each.kept.relative_to(tmp_path / "results" / PLANS[name].folder).parts == made.folder.parts[-2:]
@@ -100,13 +101,15 @@ def test_small_runs_are_kept_where_they_never_count_as_reproductions(tmp_path):
 
 
 def test_the_work_of_a_training():
-    v2 = training_flop(asked_of("train_v2_cifar10.py", ""))
+    v2 = training_flop(experiment_of("train_v2_cifar10.py", ""))
     assert v2 == pytest.approx(9.2e9 * 40_000 * 50, rel=0.01)
-    assert training_flop(asked_of("train_v2_cifar10.py", "--epochs 5 --train-limit 5000")) == pytest.approx(v2 / 100)
+    assert training_flop(experiment_of("train_v2_cifar10.py", "--epochs 5 --train-limit 5000")) == pytest.approx(
+        v2 / 100
+    )
     # a softmax adds no products
-    assert training_flop(asked_of("train_v2_softmax_cifar10.py", "")) == pytest.approx(v2, rel=0.01)
-    unet = training_flop(asked_of("train_bdh_unet.py", "--img-size 96"))
-    assert training_flop(asked_of("train_bdh_unet.py", "--img-size 96 --train-limit 36")) == pytest.approx(
+    assert training_flop(experiment_of("train_v2_softmax_cifar10.py", "")) == pytest.approx(v2, rel=0.01)
+    unet = training_flop(experiment_of("train_bdh_unet.py", "--img-size 96"))
+    assert training_flop(experiment_of("train_bdh_unet.py", "--img-size 96 --train-limit 36")) == pytest.approx(
         unet * 36 / 367
     )
 
@@ -180,7 +183,7 @@ def test_kept_files_of_another_configuration_are_left_alone(small_plan, tmp_path
     options = options_in(tmp_path, plan="small_cpu", only="v2", budget_minutes=1e-6)
     kept = planned_runs(small_plan, options)[0].kept
     kept.mkdir(parents=True)
-    fields = planned_runs(small_plan, options)[0].job.experiment.fields()
+    fields = planned_runs(small_plan, options)[0].job.experiment.configuration.fields()
     fields["model"]["n_layer"] = 3
     del fields["model"]["qk"]  # a field younger than the run
     (kept / "config.json").write_text(json.dumps({"config": fields}))

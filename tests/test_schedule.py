@@ -50,7 +50,7 @@ def make_job(tmp_path):
         train = ClassificationConfig(seed=seed, start_from=start_from, **TRAIN)
         options = RunOptions(runs_dir=tmp_path / "runs", overwrite=overwrite)
         experiment = Experiment(name, v2_config(**model), train, options)
-        config = json.dumps({"config": experiment.fields()})
+        config = json.dumps({"config": experiment.configuration.fields()})
         return Job(experiment, [sys.executable, "-c", STAND_IN, str(experiment.folder), config, what])
 
     return make

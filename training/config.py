@@ -299,6 +299,10 @@ class Configuration:
         fields = [{key: _plain(value) for key, value in dataclasses.asdict(each).items()} for each in (model, train)]
         return cls(type(model).__name__, type(train).__name__, *fields)
 
+    def fields(self) -> dict[str, dict[str, Any]]:
+        """As config.json and checkpoints store them."""
+        return {"model": self.model, "train": self.train}
+
     def flat(self) -> dict[str, Any]:
         """All fields in one dictionary; names are unique over model and training."""
         return {"model_class": self.model_class} | self.model | self.train

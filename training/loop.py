@@ -69,9 +69,7 @@ class Session:
 
     def weights(self, model: nn.Module | None = None) -> dict[str, Any]:
         """Content of best.pt and epoch_<n>.pt. model: default, what is evaluated."""
-        configuration = self.experiment.configuration
-        fields = {"model": configuration.model, "train": configuration.train}
-        weights = (model or self.evaluated).state_dict()
+        weights, fields = (model or self.evaluated).state_dict(), self.experiment.configuration.fields()
         return {"epoch": self.epoch, "model": weights, "config": fields, "run_id": self.run_id}
 
     def load_state(self, state: dict[str, Any]) -> None:

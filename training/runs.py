@@ -331,7 +331,7 @@ def describe_run(experiment: Experiment, data: dict[str, Any], **facts: Any) -> 
     configuration = experiment.configuration
     return {
         "experiment": experiment.name,
-        "config": {"model": configuration.model, "train": configuration.train},
+        "config": configuration.fields(),
         "model_class": configuration.model_class,
         "train_class": configuration.train_class,
         "data": data,
