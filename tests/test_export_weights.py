@@ -48,11 +48,11 @@ def test_a_checkpoint_is_preferred_to_what_was_exported_from_it(run_and_copy, ca
 def test_what_cannot_be_exported_or_opened_is_refused_with_one_message(run_and_copy, call_script, tmp_path, capsys):
     run, copy = run_and_copy
     assert call_script(SCRIPT, tmp_path, "--to", copy) == 1
-    assert "has no weights to open" in capsys.readouterr().err
+    assert "config.json and best.pt" in capsys.readouterr().err
     (copy / "config.json").unlink()
     assert call_script(SCRIPT, run, "--to", copy) == 1
     assert "has no config.json: copy that of" in capsys.readouterr().err
     shutil.copy(run / "config.json", copy)
     (copy / EXPORTED).write_bytes(b"damaged")
     assert call_script("interpretability/visualize_attention.py", "--run", copy) == 1
-    assert "has no weights to open" in capsys.readouterr().err
+    assert "config.json and best.pt" in capsys.readouterr().err
