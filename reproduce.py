@@ -22,6 +22,7 @@ import dataclasses
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -33,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from analysis.published import asked_of
-from analysis.reading import read_runs
+from analysis.reading import RunFiles, read_runs
 from plans import PLANS, Entry, Part, Plan, cpu_has_bf16, epoch_minutes, measure_step, training_flop
 from training.config import ROOT, RunOptions, UserError
 from training.device import describe_hardware, tune_cpu_allocator
@@ -103,11 +104,11 @@ class Planned:
             raise UserError(f"{self.kept} holds a run of another configuration ({'; '.join(changes)}): move it away")
         return True
 
-    def epochs_done(self) -> int:
-        """Epochs of the run so far, 0 if it has not started or cannot be read."""
+    def run(self) -> RunFiles | None:
+        """The run so far; None if it has not started or cannot be read."""
         folder = self.job.experiment.folder
         started = (folder / "config.json").exists() and (folder / "metrics.csv").exists()
-        return len(read_runs([folder])[0].epochs) if started and read_runs([folder]) else 0
+        return next(iter(read_runs([folder] * started)), None)
 
     def keep(self) -> None:
         """Copies the files from the run. Raises UserError if that fails."""
@@ -190,7 +191,8 @@ def choose_runs(planned: Sequence[Planned], epoch: dict[str, float], left: float
     """
     fitting, longer = [], []
     for each in planned:
-        minutes = epoch[each.job.label] * (each.job.experiment.train.epochs - each.epochs_done())
+        run = each.run()
+        minutes = epoch[each.job.label] * (each.job.experiment.train.epochs - (len(run.epochs) if run else 0))
         if minutes <= left:
             fitting.append(each)
             left -= minutes
@@ -229,10 +231,9 @@ def state_of(planned: Planned) -> tuple[str, str]:
         kept = planned.is_kept()
     except UserError:
         return "other or damaged run", ""
-    folder = planned.kept if kept else planned.job.experiment.folder
-    if not kept and not planned.epochs_done():
+    run = read_runs([planned.kept])[0] if kept else planned.run()
+    if run is None:
         return "", ""
-    (run,) = read_runs([folder])
     if run.summary is None:
         return f"epoch {len(run.epochs)} of {planned.job.experiment.train.epochs}", ""
     return "kept" if kept else "complete", f"{run.seconds / 60:.1f}"
@@ -264,12 +265,15 @@ def make(plan: Plan, planned: Sequence[Planned], options: Options) -> None:
     print(
         f"{len(planned)} runs in the plan, {len(planned) - len(todo) - len(failures)} already in {options.results_dir}"
     )
-    chosen = list(todo.values())
-    if plan.on_cpu and options.budget_minutes and chosen:
-        chosen = choose_runs(chosen, estimate(chosen, options), options.budget_minutes * options.jobs)
+    chosen, budget = list(todo.values()), options.budget_minutes
+    if plan.on_cpu and budget and chosen:
+        started = time.monotonic()
+        epoch = estimate(chosen, options)
+        budget -= (time.monotonic() - started) / 60
+        chosen = choose_runs(chosen, epoch, budget * options.jobs)
     try:
         jobs = [each.job for each in chosen]
-        outcome = run_jobs(jobs, options.jobs, options.budget_minutes, keep=lambda job: todo[job.label].keep())
+        outcome = run_jobs(jobs, options.jobs, budget, keep=lambda job: todo[job.label].keep())
     except KeyboardInterrupt:
         exit_with("stopped; the same command continues", 130)
     started = {each.job.label for each in chosen}
