@@ -228,44 +228,33 @@ def files_of(folder):
 
 
 def test_a_plan_carried_out(small_plan, data_dir, tmp_path, capsys):
-    """The failing run is reported and stops nothing; what is kept is small, and is not made again."""
+    """The failing run is reported and stops nothing; small files are kept; complete runs are not made again."""
     options = options_in(tmp_path, plan="small_cpu", data_dir=data_dir, jobs=2)
     with pytest.raises(SystemExit) as end:
         main(options)
     shown = capsys.readouterr()
     assert end.value.code == 1 and "nowhere.pt" in shown.err and "v1_cifar10" in shown.err
-    kept = files_of(tmp_path / "results" / "small_cpu")
-    (name,) = {path.split("/")[0] for path in kept}
+    results, runs = tmp_path / "results" / "small_cpu", tmp_path / "runs"
+    (name,) = (path.name for path in results.iterdir())
     assert name.startswith("v2_cifar10+epochs=2+")
-    assert kept.keys() == {
-        f"{name}/seed{seed}/{file}" for seed in (0, 1) for file in ("config.json", "metrics.csv", "summary.json")
-    }
-    for seed in (0, 1):
-        run = tmp_path / "runs" / name / f"seed{seed}"
-        for file in reproduce.KEPT:
-            copy = tmp_path / "results" / "small_cpu" / name / f"seed{seed}" / file
-            assert copy.read_bytes() == (run / file).read_bytes()
+    names = {f"{name}/seed{seed}/{file}" for seed in (0, 1) for file in reproduce.KEPT}
+    assert files_of(results).keys() == names
+    assert all((results / each).read_bytes() == (runs / each).read_bytes() for each in names)
 
-    shutil.rmtree(tmp_path / "runs")
-    with pytest.raises(SystemExit):
-        main(options)
-    assert "3 runs in the plan, 2 already in" in capsys.readouterr().out
-    assert files_of(tmp_path / "results" / "small_cpu") == kept
-    assert not list((tmp_path / "runs").glob("v2*"))
+    shutil.rmtree(results)
+    before, only = files_of(runs), options_in(tmp_path, plan="small_cpu", data_dir=data_dir, only="v2")
+    main(only)
+    assert files_of(runs) == before and files_of(results).keys() == names
+
+    shutil.rmtree(runs)
+    kept = files_of(results)
+    main(only)
+    assert "2 runs in the plan, 2 already in" in capsys.readouterr().out
+    assert files_of(results) == kept and not runs.exists()
 
     main(options_in(tmp_path, plan="small_cpu", list=True))
     shown = capsys.readouterr().out
     assert shown.count("kept") == 2 and "does it fail?" in shown
-
-
-def test_a_complete_run_that_was_not_kept_is_kept_without_being_made_again(small_plan, data_dir, tmp_path):
-    options = options_in(tmp_path, plan="small_cpu", data_dir=data_dir, only="v2")
-    main(options)
-    before = files_of(tmp_path / "runs")
-    shutil.rmtree(tmp_path / "results")
-    main(options)
-    assert files_of(tmp_path / "runs") == before
-    assert len(files_of(tmp_path / "results")) == 6
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""Writes a run's best weights in a form small enough to be kept beside its results: safetensors, weights in bf16.
+"""Exports a run's best weights as a small file to keep beside its results: safetensors, weights in bf16.
 
-The file holds no code and half the bytes of float32; buffers (rotary frequencies, statistics of BatchNorm) keep their
-precision. With config.json beside it, every script of interpretability/ opens the folder as it opens a run.
+Half the size of float32, and no code in the file. Buffers (rotary frequencies, BatchNorm statistics) keep their
+precision. With config.json beside it, every script in interpretability/ opens the folder like a run.
 
     python tools/export_weights.py --run runs/v2_cifar10/seed0 --to results/v2_cifar10/seed0
     python interpretability/visualize_attention.py --run results/v2_cifar10/seed0
@@ -23,18 +23,18 @@ from training.script import run_script
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """From where, and to where."""
+    """Source and destination."""
 
     run: Path
     """folder of a run"""
     to: Path
-    """folder for the file; it needs the run's config.json, too"""
+    """folder for the file; it must hold the run's config.json"""
 
 
 def main(options: Options) -> None:
     model, _ = load_model(options.run)
     if not (options.to / "config.json").is_file():
-        raise UserError(f"{options.to} has no config.json: copy that of {options.run} there first")
+        raise UserError(f"{options.to} has no config.json: copy that of {options.run} first")
     weights = {name for name, _ in model.named_parameters()}
     tensors = {
         name: (tensor.to(torch.bfloat16) if name in weights else tensor).contiguous()
