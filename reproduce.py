@@ -82,7 +82,7 @@ class Options:
     @property
     def threads(self) -> int:
         """Threads of each run on a CPU."""
-        return max(1, (os.cpu_count() or 1) // self.jobs)
+        return torch.get_num_threads() if self.jobs == 1 else max(1, (os.cpu_count() or 1) // self.jobs)
 
 
 @dataclass(frozen=True)
