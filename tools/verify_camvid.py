@@ -1,8 +1,8 @@
-"""Checks a folder of CamVid, in either layout, before anything is trained on it, and prints what it found.
+"""Checks a CamVid folder, in either layout, before training.
 
-For each part: how many images have a mask, their sizes, how many pixels each class has. Then one line for every file
-that is broken, lacks its image or mask, differs from it in size, or has a label or a colour that no class has. Ends
-with exit code 1 if there is such a file.
+Prints for each part the number of images with a mask, their sizes, and the share of each class. Then a line for every
+file that is damaged, has no image or mask, has a mask of another size, or an unknown label or colour; exit code 1 if
+there is one.
 
     python tools/verify_camvid.py
     python tools/verify_camvid.py --data-dir /data/CamVid
@@ -31,7 +31,7 @@ SHOWN_SIZES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Where to look."""
+    """Where the data are."""
 
     data_dir: Path | None = None
     """folder of CamVid, or the one that holds data_camvid; default: $VISION_BDH_DATA, else beside the scripts"""
@@ -39,17 +39,17 @@ class Options:
 
 @dataclass
 class Found:
-    """What a part of the data holds."""
+    """Contents of a part of the data."""
 
     pixels: np.ndarray
-    """(classes + 1,) pixels by label, void last"""
+    """(classes + 1,) pixels of each label, void last"""
     pairs: int = 0
     sizes: Counter[str] = field(default_factory=Counter)
-    """images by width x height"""
+    """width x height -> images"""
 
 
 def verify(files: MaskFiles) -> tuple[dict[str, Found], list[str]]:
-    """What each part holds, from reading every file; and a message for each that cannot be used."""
+    """Reads every file. Returns the contents of each part, and a message for each file that cannot be used."""
     found, problems = {}, list(files.problems)
     for part, pairs in files.pairs.items():
         found[part] = here = Found(np.zeros(len(files.classes.names) + 1, dtype=np.int64))
@@ -66,7 +66,7 @@ def verify(files: MaskFiles) -> tuple[dict[str, Found], list[str]]:
 
 
 def show(files: MaskFiles, found: dict[str, Found]) -> None:
-    """The tables: images and sizes, then the share of each class."""
+    """Prints two tables: images and sizes, and the share of each class."""
     console = Console(width=100)
     table = Table("part", "usable pairs", "sizes (images)")
     for part, here in found.items():

@@ -6,7 +6,6 @@ on every platform; the run reads the end of the file and interrupts itself as Ct
 
 import os
 import signal
-import sys
 import threading
 import time
 
@@ -21,7 +20,7 @@ def end_with_parent() -> None:
 
 
 def _wait_for_end() -> None:
-    while sys.stdin.buffer.read(1):
+    while os.read(0, 1):  # not through sys.stdin, whose lock a thread must not hold when the interpreter ends
         pass
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(PATIENCE)
