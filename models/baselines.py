@@ -93,7 +93,8 @@ class DeiTTinyConfig(BaselineConfig):
     """
 
     setting: Setting = "published"
-    """published: 16 x 16 pixel patches, 4 tokens for a 32 x 32 image; fitted: 4 x 4 pixel patches, 64 tokens"""
+    """published: patches of 16 x 16 pixels, 4 tokens for a 32 x 32 image;
+    fitted: patches of 4 x 4 pixels, 64 tokens"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -124,8 +125,8 @@ class MobileNetV2Config(BaselineConfig):
     """MobileNetV2 (torchvision), untrained."""
 
     setting: Setting = "published"
-    """published: the library's strides, which reduce 32 x 32 pixels to a 1 x 1 feature map; fitted: the first two
-    strides are 1 instead of 2, which leaves 4 x 4"""
+    """published: the library's strides, which leave 1 x 1 of 32 x 32 pixels;
+    fitted: the first two strides are 1 instead of 2, which leaves 4 x 4"""
     dropout: float = 0.2
     """dropout probability before the classification head"""
 
@@ -139,8 +140,8 @@ class EfficientNetB0Config(BaselineConfig):
     """EfficientNet-B0 (torchvision), untrained."""
 
     setting: Setting = "published"
-    """published: the library's strides, which reduce 32 x 32 pixels to a 1 x 1 feature map; fitted: the first two
-    strides are 1 instead of 2, which leaves 4 x 4"""
+    """published: the library's strides, which leave 1 x 1 of 32 x 32 pixels;
+    fitted: the first two strides are 1 instead of 2, which leaves 4 x 4"""
     dropout: float = 0.2
     """dropout probability before the classification head"""
     stochastic_depth_prob: float = 0.2

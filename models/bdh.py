@@ -41,27 +41,31 @@ class CoreConfig:
     dropout: float = 0.1
     """dropout probability of the gated neurons"""
     residual: Literal["post", "pre", "true_pre", "scaled_pre", "none"] = "post"
-    """residual connection around the step f: post is x = LN(x + f(x)); pre is x = LN(x), then x = x + f(x);
-    true_pre is x = x + f(LN(x)); scaled_pre is x = x + f(LN(x) / sqrt(level)) with a learned LN per level;
-    none is x = x + f(x)"""
+    """how the step f updates the residual stream x:
+    post: x = LN(x + f(x));
+    pre: x = LN(x), then x = x + f(x);
+    true_pre: x = x + f(LN(x));
+    scaled_pre: x = x + f(LN(x) / sqrt(level)), with a learned LN per level;
+    none: x = x + f(x)"""
     attn_norm: bool = True
     """apply LayerNorm to the attention output"""
     update_norm: bool = True
     """apply LayerNorm to the update before it is added to x"""
     attention: Literal["raw", "softmax"] = "raw"
-    """attention weights: raw is q k^T without scale or softmax; softmax is softmax(q k^T / sqrt(N))"""
+    """attention weights: q k^T without scale (raw), or softmax(q k^T / sqrt(N))"""
     qk: Literal["tied", "separate"] = "tied"
-    """tied uses the queries as keys; separate computes keys with a second encoder"""
+    """use the queries as keys (tied), or compute keys with a second encoder"""
     gate: Literal["multiplicative", "sigmoid", "none"] = "multiplicative"
-    """factor on the attention-driven neurons: multiplicative is the token-driven neurons, sigmoid is sigmoid(x E),
-    none is 1"""
+    """what multiplies the attention-driven neurons: the token-driven neurons, sigmoid(x E), or nothing"""
     activation: Literal["relu", "relu2", "gelu"] = "relu"
-    """activation function of the neurons; relu2 is relu squared"""
+    """activation function of the neurons; relu2 is the square of relu"""
     init: Literal["normal", "xavier", "xavier_per_head"] = "normal"
-    """initial encoders and decoder: normal is N(0, 0.02); xavier is uniform, with fan-in and fan-out of the stacked
-    weight tensors; xavier_per_head is uniform, with those of one head"""
+    """initial encoders and decoder:
+    normal: N(0, 0.02);
+    xavier: uniform, with fan-in and fan-out of the stacked weight tensors;
+    xavier_per_head: uniform, with those of one head"""
     rotary: Literal["raster", "axial", "none"] = "raster"
-    """rotary position embedding: raster by token index, axial by row and column of the patch, none without"""
+    """rotary positions: by token index (raster), by row and column of the patch (axial), or none"""
     shared: bool = True
     """use the same weights at every level instead of separate weights per level"""
 

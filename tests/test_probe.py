@@ -116,11 +116,7 @@ def test_what_is_collected(name, images):
 
 
 def test_fixed_depth(capsys):
-    for config in (
-        VARIANTS["scaled_pre"](n_layer=3, **SIZES),
-        VARIANTS["own_weights"](n_layer=3, **SIZES),
-        ViTConfig(),
-    ):
+    for config in (*(VARIANTS[name](n_layer=3, **SIZES) for name in FIXED), ViTConfig()):
         model = config.build()
         n_trained = 12 if hasattr(model, "heads") else 3
         assert choose_levels(model, n_trained, None) == choose_levels(model, n_trained, n_trained) == n_trained
