@@ -1,22 +1,21 @@
-"""What single neurons of a BDH stand for: the patches that excite them most, and how selective they are for a class.
+"""Shows what single neurons of a BDH respond to: their most activating patches and their selectivity for classes.
 
-The question of the BDH paper (arXiv 2509.26507), whether neurons are monosemantic, put to images. Every neuron has the
-class selectivity index of Morcos et al. 2018 (arXiv 1803.06959), the AUROC of its activity for its best class, and the
-share of that class among the patches that excite it most; each beside what shuffled labels give. Against those almost
-any neuron stands out that sees colour: so, where training kept the weights from before it (--keep-every), the same is
-drawn for them. interpretability/common/selectivity.py has the formulas. Writes
+Asks the BDH paper's question (arXiv 2509.26507), whether neurons are monosemantic, of images. For every neuron: the
+class selectivity index (Morcos et al. 2018, arXiv 1803.06959), the AUROC of its activity for its best class, and the
+share of that class among the patches that activate it most, each compared with shuffled labels (formulas:
+interpretability/common/selectivity.py). Almost any colour-selective neuron beats shuffled labels, so the untrained
+model is a second control, if training kept its weights (--keep-every). Writes
 
-    neurons_<quantity>.csv             every neuron: how often it is active, best class, measures and their p
+    neurons_<quantity>.csv             every neuron: share of patches it is active on, best class, measures, p values
     neurons_<quantity>_levels.csv      by level: how many neurons beat chance, and what chance gives
-    neurons_<quantity>.png             how the measures are distributed; of shuffled labels, and before training
-    neurons_<quantity>_by_index_*.png  patches that excite the neurons most selective for each class, or for one
-    neurons_<quantity>_by_auroc_*.png  the same, selective by AUROC
-    neurons_<quantity>_3-2-17.png      patches that excite the neurons that --neuron names
+    neurons_<quantity>.png             distributions of the measures: trained, shuffled labels, untrained
+    neurons_<quantity>_by_index_*.png  top patches of the neurons with the highest index, for each class or for one
+    neurons_<quantity>_by_auroc_*.png  the same by AUROC
+    neurons_<quantity>_3-2-17.png      top patches of the neurons given with --neuron
 
-Selective are neurons that beat chance (--chance), once in the order of their index, once in that of their AUROC. The
-index alone finds neurons that are hardly ever active: among thousands, a few of these are active for one class by luck.
-Of segmentation models p is too small, since shuffled labels lose a class's size and place (selectivity.py).
-Of a patch's activity only what lies above 0 counts. Patches are looked for in the images looked at, one of each image.
+Only neurons that beat chance (--chance) are drawn. Ranking by index alone favours neurons that are hardly ever active:
+among thousands, a few are active for one class by luck. In segmentation p is too small, because shuffled labels lose a
+class's size and place. Only activity above 0 counts. Top patches come from the images measured, one per image.
 
     python interpretability/neurons.py
     python interpretability/neurons.py --run runs/v2_cifar10/seed0 --neuron 3 2 17 --neuron 6 1 40 --images 10000
@@ -25,7 +24,6 @@ Of a patch's activity only what lies above 0 counts. Patches are looked for in t
 
 import difflib
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,76 +36,77 @@ import pandas as pd
 import tyro
 from matplotlib.figure import Figure
 from torch import nn
-from tqdm import tqdm
 
-from analysis.plotting.style import COLORS, PAGE, TITLE, new_figure, save_figure, style_axes
-from interpretability.common.activity import (
-    GELU_NOTE,
-    batches_of_patches,
-    choose_images,
-    core_sizes,
-    kept_model,
-    seen_text,
-)
-from interpretability.common.contact_sheet import Excited, draw_sheet
-from interpretability.common.selectivity import Measures, Null, Responses, collect, measures, p_values, ranked, shuffled
-from interpretability.common.trained import RESULTS, RunChoice, TrainedRun, open_run
-from models.bdh import CoreConfig
+from analysis.plotting.style import COLORS, PAGE, plain_text, save_figure, style_axes
+from interpretability.common.activity import batches_of_patches, choose_images, kept_model, measured_on
+from interpretability.common.contact_sheet import TopPatch, draw_sheet
+from interpretability.common.figures import titled_figure
+from interpretability.common.selectivity import Measures, Responses, collect, measures, p_values, ranked, shuffled
+from interpretability.common.trained import RunChoice, TrainedRun, open_run, progress
 from training.command_line import run_script
 from training.config import UserError
 
 SHEET_NOTE = (
-    "the patch that excites a neuron, outlined; above it its class and the activity; of a neuron: best class, how many "
-    "top patches are of it, share of all patches on which it is active"
+    "outlined: the patch that activates the neuron; above it: its class and the activity; for each neuron: best class, "
+    "how many top patches belong to it, share of all patches on which the neuron is active"
 )
-LONGEST_NAME = 100  # characters, of neurons in a file's name
-Neuron = tuple[int, int, int]  # level and head, from 1, and its number in the head, from 0
+LONGEST_NAME = 100  # characters, of the neurons in a file name
+Neuron = tuple[int, int, int]  # level and head, from 1, and number in the head, from 0
 MEASURES = {
     "index": "class selectivity index",
     "auroc": "AUROC for the best class",
-    "precision": "share of the top patches",
+    "precision": "share of the best class in the top patches",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunChoice):
-    """Which neurons, on which images."""
+    """Which neurons to draw, and on which images."""
 
     quantity: Literal["x_sparse", "y_sparse", "gated"] = "gated"
-    """the activity: what the patch itself excites, what attention excites, or both together, which the decoder reads"""
+    """x_sparse: activated by the patch itself; y_sparse: by attention; gated: both combined, the decoder's input"""
     neuron: Annotated[tuple[Neuron, ...], tyro.conf.UseAppendAction] = ()
-    """level and head, from 1, and number in the head, from 0, of a neuron to draw; may be given several times"""
+    """draw this neuron: level and head (from 1), number in the head (from 0); repeatable"""
     selective_for: str | None = None
-    """draw the most selective neurons of this class; default: the most selective one of every class, in order"""
+    """draw the neurons most selective for this class; default: the most selective one for each class"""
     rows: int = 10
-    """so many selective neurons are drawn, at most"""
+    """draw at most this many selective neurons"""
     top: int = 8
-    """so many patches are drawn of each neuron, and count for its precision"""
+    """patches drawn per neuron, which also determine its precision"""
     around: int = 3
-    """so many patches are shown on each side of the patch meant"""
+    """patches shown on each side of a top patch"""
     images: int | None = None
-    """number of test images, spread over the test set; default: as many as have 64,000 patches, 1,000 of CIFAR-10"""
+    """number of test images, evenly spaced; default: 64,000 patches in total, 1,000 images of CIFAR-10"""
     shuffles: int = 200
-    """how often the labels are shuffled"""
+    """number of label shuffles"""
     chance: float = 0.01
-    """a neuron beats chance where its p is at most this"""
+    """a neuron beats chance if its p value is at most this"""
     seed: int = 0
-    """of the shuffles"""
-    output_dir: Path = RESULTS
-    """tables and figures go into a folder of the run's name in it"""
+    """seed of the shuffles"""
 
 
-def check(options: Options) -> None:
-    """Raises UserError for numbers that make no sense."""
+def check(options: Options, run: TrainedRun) -> None:
+    """Raises UserError for numbers out of range, and neurons or classes that do not exist."""
     for name, least in (("rows", 1), ("top", 1), ("around", 0), ("shuffles", 1), ("seed", 0)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} {getattr(options, name)} must be {least} or more")
     least = 1 / (options.shuffles + 1)
     if not least <= options.chance < 1:
         raise UserError(
-            f"--chance {options.chance} has to lie between {least:.2g}, the smallest p that {options.shuffles} "
-            "shuffles give, and 1: give another, or more --shuffles"
+            f"--chance {options.chance} must be below 1 and at least {least:.2g}, the smallest p value that "
+            f"{options.shuffles} shuffles can give: change it, or give more --shuffles"
         )
+    sizes, wanted = run.sizes, options.selective_for
+    for level, head, number in options.neuron:
+        if not (1 <= level <= sizes.n_layer and 1 <= head <= sizes.n_head and 0 <= number < sizes.n_neurons):
+            raise UserError(
+                f"--neuron {level} {head} {number} does not exist: levels go from 1 to {sizes.n_layer}, heads from 1 "
+                f"to {sizes.n_head}, neurons from 0 to {sizes.n_neurons - 1}"
+            )
+    if wanted is not None and wanted not in run.class_names:
+        near = difflib.get_close_matches(wanted, run.class_names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"classes are {', '.join(run.class_names)}"
+        raise UserError(f"--selective-for {wanted}: there is no such class; {hint}")
 
 
 # ---------------------------------------------------------------------------- tables
@@ -115,43 +114,49 @@ def check(options: Options) -> None:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found of one model."""
+    """A model's responses and, for each level, the measures with the true labels and with shuffled ones."""
 
     responses: Responses
-    by_level: list[tuple[Measures, Null]]
+    by_level: list[tuple[Measures, Measures]]
 
     @classmethod
     def of(cls, responses: Responses, n_shuffles: int, seed: int) -> "Found":
-        """Raises UserError where the images are of one class: selective for it would be every neuron."""
+        """Raises UserError if the images are all of one class."""
         if len(np.unique(responses.labels)) < 2:
-            raise UserError("the images are all of one class, and selectivity compares classes: give more --images")
+            raise UserError("the images are all of one class, but selectivity compares classes: give more --images")
         rng, by_level = np.random.default_rng(seed), []
-        for level in tqdm(range(len(responses.means)), desc="shuffles", unit="level", leave=False, disable=None):
-            of = ranked(responses, level)
-            by_level.append((measures(of, responses.labels), shuffled(of, responses.labels, n_shuffles, rng)))
+        for level in progress(range(len(responses.means)), desc="shuffles", unit="level"):
+            data = ranked(responses, level)
+            by_level.append((measures(data, responses.labels), shuffled(data, responses.labels, n_shuffles, rng)))
         return cls(responses, by_level)
 
 
-def neuron_table(found: Found, class_names: Sequence[str]) -> pd.DataFrame:
-    """A row for each level, head and neuron; what the columns hold is said in `selectivity`.
+def look(run: TrainedRun, model: nn.Module, indices: Sequence[int], options: Options, text: str) -> Found:
+    """Measures the run's model, or its untrained one, on these images. text: label of the progress bar."""
+    batches = batches_of_patches(run, indices, text)
+    return Found.of(collect(model, batches, options.quantity, options.top), options.shuffles, options.seed)
 
-    active: share of the patches. top_patches: how many were kept of it, fewer than asked for where fewer excite it.
+
+def neuron_table(found: Found, class_names: Sequence[str]) -> pd.DataFrame:
+    """A row per level, head and neuron; `selectivity` explains the measures.
+
+    active: share of the patches. top_patches: how many were found, fewer than asked for if fewer activate the neuron.
     """
-    tables = []
-    for level, (of, null) in enumerate(found.by_level):
-        M, H = len(of.best), found.responses.n_heads
-        never = np.isnan(of.index)
+    tables, H = [], found.responses.n_heads
+    for level, (found_here, null) in enumerate(found.by_level):
+        M = len(found_here.best)
+        never = np.isnan(found_here.index)
         table = {
             "level": level + 1,
             "head": np.arange(M) // (M // H) + 1,
             "neuron": np.arange(M) % (M // H),
             "active": found.responses.active[level],
-            "best_class": np.where(never, None, np.array(class_names, dtype=object)[of.best]),
-            "index": of.index,
-            "index_p": p_values(of.index, null.index),
-            "auroc": of.auroc,
-            "auroc_p": p_values(of.auroc, null.auroc),
-            "precision": of.precision,
+            "best_class": np.where(never, None, np.array(class_names, dtype=object)[found_here.best]),
+            "index": found_here.index,
+            "index_p": p_values(found_here.index, null.index),
+            "auroc": found_here.auroc,
+            "auroc_p": p_values(found_here.auroc, null.auroc),
+            "precision": found_here.precision,
             "top_patches": (found.responses.top[level].values > 0).sum(0),
         }
         tables.append(pd.DataFrame(table))
@@ -159,83 +164,75 @@ def neuron_table(found: Found, class_names: Sequence[str]) -> pd.DataFrame:
 
 
 def level_table(found: Found, chance: float) -> pd.DataFrame:
-    """By level: for how many neurons a measure beats chance, and would by luck; medians, also over shuffles.
+    """By level: numbers of neurons that beat chance, and that would by luck; medians, also with shuffled labels.
 
-    one_class: neurons whose top patches are as many as are kept, and all of the best class; one_class_shuffled: of
-    shuffled labels, on average.
+    one_class: neurons with all top patches found, all of the best class; one_class_shuffled: mean over shuffles.
     """
     rows = []
-    for level, ((of, null), top) in enumerate(zip(found.by_level, found.responses.top, strict=True), start=1):
-        full = (top.values > 0).all(0)
-        rows.append(
-            {
-                "level": level,
-                "neurons": of.index.size,
-                "never_active": np.isnan(of.index).sum(),
-                "index_beats": (p_values(of.index, null.index) <= chance).sum(),
-                "auroc_beats": (p_values(of.auroc, null.auroc) <= chance).sum(),
-                "by_luck": chance * (~np.isnan(of.index)).sum(),
-                "index": pd.Series(of.index).median(),
-                "index_shuffled": pd.Series(null.index.ravel()).median(),
-                "auroc": pd.Series(of.auroc).median(),
-                "auroc_shuffled": pd.Series(null.auroc.ravel()).median(),
-                "one_class": (full & (of.precision == 1)).sum(),
-                "one_class_shuffled": (full & (null.precision == 1)).sum(1).mean(),
-            }
-        )
+    for level, ((found_here, null), top) in enumerate(zip(found.by_level, found.responses.top, strict=True), start=1):
+        full, never = (top.values > 0).all(0), np.isnan(found_here.index)
+        row = {"level": level, "neurons": never.size, "never_active": never.sum()}
+        for name in ("index", "auroc"):
+            row[f"{name}_beats"] = (p_values(getattr(found_here, name), getattr(null, name)) <= chance).sum()
+        row["by_luck"] = chance * (~never).sum()
+        for name in ("index", "auroc"):
+            row[name] = pd.Series(getattr(found_here, name)).median()
+            row[f"{name}_shuffled"] = pd.Series(getattr(null, name).ravel()).median()
+        row["one_class"] = (full & (found_here.precision == 1)).sum()
+        row["one_class_shuffled"] = (full & (null.precision == 1)).sum(1).mean()
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
 def most_selective(
     table: pd.DataFrame, by: str, chance: float, n: int, class_names: Sequence[str], wanted: str | None = None
 ) -> pd.DataFrame:
-    """n rows of the neuron table, of neurons that beat chance: of the class wanted, or the first of every class.
+    """n rows of the neuron table that beat chance: the best for the wanted class, or the best one for each class.
 
-    by: the measure that orders them and that has to beat chance, index or auroc.
+    by: the measure to rank by and to beat chance with, index or auroc.
     """
     falling = table[table[f"{by}_p"] <= chance].sort_values(by, ascending=False, kind="stable")
     if wanted is not None:
         return falling[falling["best_class"] == wanted].head(n)
-    first = falling.drop_duplicates("best_class")
-    return first.sort_values("best_class", key=lambda names: names.map(list(class_names).index)).head(n)
+    best = falling.drop_duplicates("best_class")
+    return best.sort_values("best_class", key=lambda names: names.map(list(class_names).index)).head(n)
 
 
 # ---------------------------------------------------------------------------- figures
 
 
 def draw_measures(found: dict[str, Found], top: int, title: str) -> Figure:
-    """Distributions over neurons, a row a level. found: by name; of the first, shuffled labels are shown, too."""
+    """Distributions over neurons, a row per level. found: by name; shuffled labels are shown for the first."""
     first = next(iter(found.values()))
     n_levels = len(first.by_level)
-    figure = new_figure(PAGE, 1.2 + 0.75 * n_levels)
-    figure.suptitle(textwrap.fill(title, TITLE))
+    figure = titled_figure(PAGE, 1.05 + 0.75 * n_levels, title)
     axes = figure.subplots(n_levels, len(MEASURES), squeeze=False, sharex="col")
-    step = 1 / top  # of the precision, where all top patches excite the neuron
+    step = 1 / top  # of the precision, if all top patches were found
     bins = [np.linspace(0, 1, 41), np.linspace(0, 1, 41), np.linspace(-step / 2, 1 + step / 2, top + 2)]
     for level, row in enumerate(axes):
-        for ax, (name, says), edges in zip(row, MEASURES.items(), bins, strict=True):
+        for ax, (name, label), edges in zip(row, MEASURES.items(), bins, strict=True):
             null = getattr(first.by_level[level][1], name)
             ax.stairs(_percent(null, edges), edges, fill=True, color="0.8", label="labels shuffled")
             for place, (who, each) in enumerate(found.items()):
                 values = getattr(each.by_level[level][0], name)
-                look = dict(color=COLORS[place], linewidth=1.2, linestyle="-" if place == 0 else "--")
-                ax.stairs(_percent(values, edges), edges, label=who, **look)
+                style = dict(color=COLORS[place], linewidth=1.2, linestyle="-" if place == 0 else "--")
+                ax.stairs(_percent(values, edges), edges, label=plain_text(who), **style)
             style_axes(ax, "x")
             if level == n_levels - 1:
-                ax.set_xlabel(says)
+                ax.set_xlabel(label)
         row[0].set_ylabel(f"level {level + 1}\nneurons (%)")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
 def _percent(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """How many of the values that are there lie in each bin, as a percentage."""
-    counts = np.histogram(values, edges)[0]  # NaN falls into none
+    """Share of the values in each bin, in percent, without NaN."""
+    counts = np.histogram(values, edges)[0]
     return 100 * counts / max(counts.sum(), 1)
 
 
 def describe(neuron: pd.Series) -> str:
-    """What the table says of a neuron, for people."""
+    """A neuron's row of the table as a caption."""
     name = f"level {neuron['level']}, head {neuron['head']}, neuron {neuron['neuron']}"
     active = f"active {100 * neuron['active']:.3g}\N{NO-BREAK SPACE}%"
     if pd.isna(neuron["index"]):
@@ -247,8 +244,8 @@ def describe(neuron: pd.Series) -> str:
     )
 
 
-def excited(run: TrainedRun, indices: Sequence[int], responses: Responses, neuron: pd.Series) -> list[Excited]:
-    """The patches that excite a neuron most. indices: of the images looked at; neuron: its row of the table."""
+def top_patches(run: TrainedRun, indices: Sequence[int], responses: Responses, neuron: pd.Series) -> list[TopPatch]:
+    """The patches that activate a neuron most. indices: images measured; neuron: its row in the table."""
     top = responses.top[neuron["level"] - 1]
     N = top.values.shape[1] // responses.n_heads
     column = (neuron["head"] - 1) * N + neuron["neuron"]
@@ -256,19 +253,19 @@ def excited(run: TrainedRun, indices: Sequence[int], responses: Responses, neuro
     for value, unit, patch in zip(*(each[:, column] for each in top), strict=True):
         if value > 0:
             image = run.samples([indices[responses.images[unit]]]).images[0].numpy()
-            patches.append(Excited(image, int(patch), float(value), run.class_names[responses.labels[unit]]))
+            patches.append(TopPatch(image, int(patch), float(value), run.class_names[responses.labels[unit]]))
     return patches
 
 
-# ---------------------------------------------------------------------------- the script
+# ---------------------------------------------------------------------------- script
 
 
 def chosen(table: pd.DataFrame, class_names: Sequence[str], options: Options) -> dict[str, pd.DataFrame]:
-    """Rows of the neuron table to draw, by what their figure is called."""
+    """Rows of the neuron table to draw, by the ending of their figure's name."""
+    wanted = options.selective_for
+    ending = "each_class" if wanted is None else wanted.replace("/", "-")
     sheets = {
-        f"by_{by}_{options.selective_for or 'each_class'}": most_selective(
-            table, by, options.chance, options.rows, class_names, options.selective_for
-        )
+        f"by_{by}_{ending}": most_selective(table, by, options.chance, options.rows, class_names, wanted)
         for by in ("index", "auroc")
     }
     if options.neuron:
@@ -278,51 +275,13 @@ def chosen(table: pd.DataFrame, class_names: Sequence[str], options: Options) ->
     return sheets
 
 
-def summary(levels: pd.DataFrame, chance: float) -> str:
-    """What the level table says, for people."""
-    lines = [f"neurons whose measure beats chance (p at most {chance:g}), and how many would by luck:"]
-    for who, table in levels.groupby("weights", sort=False):
-        table = table.drop(columns=["weights", "one_class_shuffled"])
-        lines += [f"{who}:", table.to_string(index=False, float_format="{:.3g}".format)]
-    return "\n".join(lines)
-
-
-def look(run: TrainedRun, model: nn.Module, indices: Sequence[int], options: Options, text: str) -> Found:
-    """A model of the run on these images. text: beside the bar on the screen."""
-    batches = batches_of_patches(run, indices, text)
-    return Found.of(collect(model, batches, options.quantity, options.top), options.shuffles, options.seed)
-
-
-def check_neurons(neurons: Sequence[Neuron], core: CoreConfig) -> None:
-    """Raises UserError for a neuron that is not there."""
-    for level, head, number in neurons:
-        if not (1 <= level <= core.n_layer and 1 <= head <= core.n_head and 0 <= number < core.n_neurons):
-            raise UserError(
-                f"--neuron {level} {head} {number} is not there: levels go from 1 to {core.n_layer}, heads from 1 to "
-                f"{core.n_head}, neurons from 0 to {core.n_neurons - 1}"
-            )
-
-
-def check_class(name: str | None, class_names: Sequence[str]) -> None:
-    """Raises UserError for the name of no class."""
-    if name is not None and name not in class_names:
-        near = difflib.get_close_matches(name, class_names, n=1)
-        guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(class_names)}"
-        raise UserError(f"--selective-for {name}: there is no such class; {guess}")
-
-
 def main(options: Options) -> None:
-    check(options)
     run = open_run(options)
-    core = core_sizes(run)
-    check_class(options.selective_for, run.class_names)
-    check_neurons(options.neuron, core)
     indices = choose_images(run, options.images)
-    title = f"{run.title}: {options.quantity}, {seen_text(run, len(indices))}"
-    if core.activation == "gelu":
-        title += f"; {GELU_NOTE}"
+    check(options, run)
+    title = f"{run.title}: {options.quantity}, {measured_on(run, len(indices))}"
     if run.labels_pixels:
-        title += "; of pixels' classes, shuffled labels make chance too small"
+        title += "; p values are too small, because shuffled labels lose a class's size and place"
     output = options.output_dir / run.stem
     output.mkdir(parents=True, exist_ok=True)
     name = f"{run.file_name('neurons')}_{options.quantity}"
@@ -330,13 +289,13 @@ def main(options: Options) -> None:
     found = look(run, run.model, indices, options, "images")
     table = neuron_table(found, run.class_names)
     table.to_csv(output / f"{name}.csv", index=False)
-    for which, neurons in chosen(table, run.class_names, options).items():
+    for ending, neurons in chosen(table, run.class_names, options).items():
         if neurons.empty:
-            print(f"no neuron to draw {which.replace('_', ' ')}: none is better than chance")
+            print(f"no neuron to draw {ending.replace('_', ' ')}: none beats chance")
             continue
-        shown = [(describe(row), excited(run, indices, found.responses, row)) for _, row in neurons.iterrows()]
+        shown = [(describe(row), top_patches(run, indices, found.responses, row)) for _, row in neurons.iterrows()]
         sheet = draw_sheet(shown, f"{title}\n{SHEET_NOTE}", run.grid, options.around)
-        save_figure(sheet, output / f"{name}_{which}.png")
+        save_figure(sheet, output / f"{name}_{ending}.png")
 
     both = {run.checkpoint_name or "as trained": found}
     if run.checkpoint_name != "epoch_000" and (untrained := kept_model(run, 0)):
@@ -344,7 +303,11 @@ def main(options: Options) -> None:
     levels = pd.concat([level_table(each, options.chance).assign(weights=who) for who, each in both.items()])
     levels.to_csv(output / f"{name}_levels.csv", index=False)
     save_figure(draw_measures(both, options.top, title), output / f"{name}.png")
-    print(f"{title}\n{summary(levels, options.chance)}\n-> {output}")
+    print(f"{title}\nneurons that beat chance (p at most {options.chance:g}), and how many would by luck:")
+    for who, rows in levels.groupby("weights", sort=False):
+        print(f"{who}:")
+        print(rows.drop(columns=["weights", "one_class_shuffled"]).to_string(index=False, float_format="{:.3g}".format))
+    print(f"-> {output}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
-"""What a trained segmentation model says of images: image, prediction and truth side by side, in the data's colours.
+"""Draws what a segmentation model predicts for images: image, prediction and ground truth side by side.
 
-Takes image files, or folders of them, and writes one picture each. The truth is shown where the image lies in the data
-set that the run was trained on, or in CamVid's layout (DIR/val/NAME.png with DIR/valannot/NAME.png); pixels that are
-void in it count nowhere. Images are scaled to the size that the model was trained at, and the prediction back to
-theirs.
+Takes image files or folders of them and writes one picture for each. The ground truth is shown for images of the run's
+data set, and for images in CamVid's layout (DIR/val/NAME.png with DIR/valannot/NAME.png); its void pixels are not
+scored. Images are scaled to the size that the model was trained at, and predictions back to the image's size.
 
     python interpretability/predict.py data_camvid/val --run runs/bdh_unet/seed0
     python interpretability/predict.py street.jpg --run runs/bdh_unet/seed0/last.pt --output-dir pictures
 """
 
 import sys
-import textwrap
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +23,10 @@ import tyro
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import nn
-from tqdm import tqdm
 
-from analysis.plotting.style import DPI, PAGE, new_figure
-from interpretability.common.trained import stem_of, title_of, with_checkpoint
-from models import build_config
+from analysis.plotting.style import DPI, PAGE
+from interpretability.common.figures import titled_figure
+from interpretability.common.trained import Places, TrainedRun, progress
 from models.vision_bdh import ImageSize
 from training.augment import normalise
 from training.command_line import run_script
@@ -36,28 +34,22 @@ from training.config import ROOT, UserError
 from training.data import data_folder
 from training.data.masks import CLASSES, BadFile, Classes, MaskFiles, Pair, find_masks, is_image, read_image
 from training.data.segmentation import read_pair, scale_image
-from training.device import pick_device
 from training.metrics import confusion_matrices, confusion_ratios
-from training.runs import load_model
 
 PANEL_INCHES = PAGE / 3
-TALLEST_PANEL = 3  # times its width; a taller image is drawn narrower
+TALLEST_PANEL = 3  # height of a panel in widths; taller images are drawn narrower
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Places):
     """What to predict, and with which model."""
 
     images: tyro.conf.Positional[tuple[Path, ...]]
-    """image files, or folders of them"""
+    """image files, or folders of images"""
     run: Path
-    """folder of a run, such as runs/bdh_unet/seed0, or a checkpoint in it"""
+    """run folder, such as runs/bdh_unet/seed0, or a checkpoint in it"""
     output_dir: Path = ROOT / "predictions"
-    """the pictures go into a folder of the run's name in it, and the checkpoint's, if not the best"""
-    data_dir: Path | None = None
-    """folder that holds data_camvid and the like; default: $VISION_BDH_DATA, else beside the scripts"""
-    device: str = "auto"
-    """auto, cuda, cuda:1, mps or cpu"""
+    """pictures are written to a subfolder named after the run (and the checkpoint, if one is given)"""
 
 
 def predict(model: nn.Module, image: np.ndarray, img_size: ImageSize, device: torch.device) -> np.ndarray:
@@ -69,57 +61,53 @@ def predict(model: nn.Module, image: np.ndarray, img_size: ImageSize, device: to
 
 
 def draw(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray | None, classes: Classes, title: str) -> Figure:
-    """The panels and a legend of the classes in them. image: (h, w, 3) uint8; predicted, truth: (h, w) labels."""
-    panels = {"image": image, "prediction": classes.palette[predicted]}
+    """Panels, and a legend of the classes in them. image: (h, w, 3) uint8; predicted, truth: (h, w) labels."""
+    panels = {"image": image, _scored("prediction", predicted, truth, classes): classes.palette[predicted]}
     shown = set(np.unique(predicted))
     if truth is not None:
         panels["truth"] = classes.palette[truth]
         shown |= set(np.unique(truth))
-    names = [*classes.names, "void"]
-    columns_of_legend = 2 * len(panels)
-    rows_of_legend = -(-len(shown) // columns_of_legend)
-    lines = textwrap.wrap(title, int(15 * PANEL_INCHES * len(panels)))
+    legend_columns = 2 * len(panels)
+    legend_rows = -(-len(shown) // legend_columns)
     panel_height = PANEL_INCHES * min(image.shape[0] / image.shape[1], TALLEST_PANEL)
-    height = panel_height + 0.45 + 0.15 * len(lines) + 0.2 * rows_of_legend
-    figure = new_figure(PANEL_INCHES * len(panels), height)
-    figure.suptitle("\n".join(lines), x=0.01, ha="left")
+    figure = titled_figure(PANEL_INCHES * len(panels), panel_height + 0.45 + 0.2 * legend_rows, title)
     for ax, (name, pixels) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         ax.imshow(pixels, interpolation="nearest")
-        ax.set_title(name if name != "prediction" else _with_scores(name, predicted, truth, classes))
+        ax.set_title(name)
         ax.set_axis_off()
-    handles = [
-        Patch(facecolor=classes.palette[label] / 255, edgecolor="0.5", label=names[label]) for label in sorted(shown)
-    ]
-    layout = dict(loc="outside lower center", ncols=columns_of_legend, columnspacing=1.5, handlelength=1.2)
+    names = [*classes.names, "void"]
+    handles = [Patch(facecolor=classes.palette[k] / 255, edgecolor="0.5", label=names[k]) for k in sorted(shown)]
+    layout = dict(loc="outside lower center", ncols=legend_columns, columnspacing=1.5, handlelength=1.2)
     figure.legend(handles=handles, frameon=False, **layout)
     return figure
 
 
-def _with_scores(name: str, predicted: np.ndarray, truth: np.ndarray | None, classes: Classes) -> str:
-    """The panel's title, with how good this image's prediction is where the truth is known."""
+def _scored(name: str, predicted: np.ndarray, truth: np.ndarray | None, classes: Classes) -> str:
+    """The panel's name, with this image's scores if there is a truth."""
     if truth is None or (truth == classes.void).all():
         return name
-    confusion = confusion_matrices(
-        torch.from_numpy(predicted)[None].long(), torch.from_numpy(truth)[None].long(), len(classes.names)
-    )
-    ratios = confusion_ratios(confusion[0].tolist(), classes.names)
+    labels = (torch.from_numpy(each)[None].long() for each in (predicted, truth))
+    ratios = confusion_ratios(confusion_matrices(*labels, len(classes.names))[0].tolist(), classes.names)
     return f"{name}: {ratios['pixel_accuracy']:.0%} of pixels right, mIoU {ratios['miou']:.0%}"
 
 
+# ---------------------------------------------------------------------------- files
+
+
 def image_files(paths: tuple[Path, ...]) -> list[Path]:
-    """The files, and those in the folders. Raises UserError where one is not there, or there are none."""
+    """The files, and those in the folders, each once. Raises UserError if one does not exist or there are none."""
     files = []
     for path in paths:
         if not path.exists():
-            raise UserError(f"{path} is not there: name an image or a folder of images")
+            raise UserError(f"{path} does not exist: name an image or a folder of images")
         files += sorted(filter(is_image, path.iterdir())) if path.is_dir() else [path]
     if not files:
-        raise UserError("there is no image to look at: name image files, or folders that hold some")
-    return list({path.resolve(): path for path in files}.values())  # each once
+        raise UserError("no images: name image files, or folders that contain some")
+    return list({path.resolve(): path for path in files}.values())
 
 
 def picture_names(files: list[Path]) -> list[str]:
-    """A name for the picture of each file: its folder's and its own, with a number where another has them, too."""
+    """FOLDER_NAME.png for each file, numbered where that is not unique."""
     names, taken = [], Counter()
     for path in files:
         name = f"{path.resolve().parent.name}_{path.stem}"
@@ -128,60 +116,41 @@ def picture_names(files: list[Path]) -> list[str]:
     return names
 
 
-class Truth:
-    """Finds the masks of images."""
-
-    def __init__(self, name: str, data_dir: Path | None):
-        self.name = name
-        self.found: dict[Path, dict[Path, tuple[Pair, MaskFiles]]] = {}
-        self.place = data_folder(name, data_dir)
-
-    def __call__(self, path: Path) -> np.ndarray | None:
-        """(h, w) labels, None where there is no mask. Raises BadFile, also where it is not of the image's size."""
-        path = path.resolve()
-        for place in [self.place, *([path.parent.parent] if self.name == "camvid" else [])]:
-            if path in (pairs := self._pairs(place)):
-                pair, files = pairs[path]
-                return read_pair(pair, files)[1]
-        return None
-
-    def _pairs(self, place: Path) -> dict[Path, tuple[Pair, MaskFiles]]:
-        """By the images' resolved paths; listed once."""
-        if place not in self.found:
-            try:
-                files = find_masks(self.name, place, download=False)
-                pairs = [pair for of in files.pairs.values() for pair in of]
-            except UserError:  # no folder of this data set: an image has no truth there
-                pairs = []
-            self.found[place] = {pair.image.resolve(): (pair, files) for pair in pairs}
-        return self.found[place]
+def find_truth(name: str, data_dir: Path | None, files: Iterable[Path]) -> dict[Path, tuple[Pair, MaskFiles]]:
+    """Image and mask files by the image's resolved path, from the data set called name and folders around the files."""
+    around = [path.resolve().parent.parent for path in files] if name == "camvid" else []
+    found = {}
+    for place in dict.fromkeys([*around, data_folder(name, data_dir)]):
+        try:
+            data = find_masks(name, place, download=False)
+        except UserError:  # not a folder of this data set
+            continue
+        found |= {pair.image.resolve(): (pair, data) for part in data.pairs.values() for pair in part}
+    return found
 
 
 def main(options: Options) -> None:
     files = image_files(options.images)
-    model, config = load_model(options.run)
-    train = config["config"]["train"]
-    if train.get("dataset") not in CLASSES:
-        raise UserError(f"{options.run} does not label pixels: give a run of train_bdh_unet.py or its like")
-    device = pick_device(options.device)
-    model, classes = model.to(device), CLASSES[train["dataset"]]
-    img_size = build_config(config["model_class"], config["config"]["model"]).img_size
-    truth = Truth(train["dataset"], options.data_dir)
-    output = options.output_dir / with_checkpoint(stem_of(config), options.run)
+    run = TrainedRun(options.run, options.data_dir, options.device, any_model=True)
+    if not run.labels_pixels:
+        raise UserError(f"{options.run} is not a segmentation run: give one, such as runs/bdh_unet/seed0")
+    name = run.train["dataset"]
+    masks = find_truth(name, options.data_dir, files)
+    output = options.output_dir / run.file_name(run.stem)
     with_truth = 0
-    names = picture_names(files)
-    for path, name in tqdm(list(zip(files, names, strict=True)), unit="img", leave=False, disable=None):
+    for path, picture in progress(list(zip(files, picture_names(files), strict=True)), unit="img"):
         try:
-            image, mask = read_image(path), truth(path)
+            image, truth = read_image(path), None
+            if path.resolve() in masks:
+                truth = read_pair(*masks[path.resolve()])[1]
         except BadFile as error:
             raise UserError(str(error)) from None
-        title = f"{path.name}: {title_of(config, options.run)}"
-        figure = draw(image, predict(model, image, img_size, device), mask, classes, title)
+        predicted = predict(run.model, image, run.sizes.img_size, run.device)
+        figure = draw(image, predicted, truth, CLASSES[name], f"{path.name}: {run.title}")
         output.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output / name, dpi=DPI)
-        with_truth += mask is not None
-    pictures = f"{len(files)} picture{'s' * (len(files) != 1)}"
-    print(f"{options.run}\n-> {output}, {pictures}, {with_truth or 'none'} with the truth")
+        figure.savefig(output / picture, dpi=DPI)
+        with_truth += truth is not None
+    print(f"{options.run}\n-> {output}: {len(files)} picture{'s' * (len(files) != 1)}, {with_truth} with ground truth")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
-"""How sparse a BDH is: which share of its neurons is active, by level, head and class, and which neurons never are.
+"""Measures how sparse a BDH is: the share of active neurons by level, head and class, and the neurons never active.
 
-Counts, over every patch of the images, where x_sparse (what the patch itself excites), y_sparse (what attention
-excites) and gated (both together, which the decoder reads) lie above 0. Writes tables, and figures of the same names:
+Counts on how many patches x_sparse (activated by the patch itself), y_sparse (activated by attention) and gated (their
+product, the decoder's input) are above 0. Writes tables, and figures of the same names:
 
     sparsity.csv           share of active neurons by level, head and class, and over all of them
-    sparsity_neurons.csv   every neuron: on which share of the patches it is active
-    sparsity_dead.csv      neurons active on no patch that was looked at, and on (nearly) all, by level
-    sparsity_training.csv  the same from the checkpoints that training with --keep-every left
+    sparsity_neurons.csv   for every neuron, the share of patches on which it is active
+    sparsity_dead.csv      by level, neurons active on no patch (dead) and on nearly all (always on)
+    sparsity_training.csv  the same for the checkpoints of a run trained with --keep-every
 
-A neuron that is dead here may be active on an image that was not looked at; the more --images, the fewer are dead.
-Of a segmentation model, a patch has the class of most of its pixels.
+A dead neuron may be active on other images: more --images give fewer dead neurons. In segmentation, a patch has the
+class of most of its pixels.
 
     python interpretability/sparsity.py
     python interpretability/sparsity.py --run runs/v2_cifar10/seed0 --images 10000 --always-on 0.9
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,29 +27,36 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor, nn
 
-from analysis.plotting.style import COLORS, MARKERS, SEQUENTIAL, label_epochs, new_blocks, save_figure, style_axes
+from analysis.plotting.style import (
+    COLORS,
+    MARKERS,
+    SEQUENTIAL,
+    label_epochs,
+    new_blocks,
+    plain_text,
+    save_figure,
+    style_axes,
+)
 from interpretability.common.activity import (
-    GELU_NOTE,
     NO_CLASS,
     QUANTITIES,
     batches_of_patches,
     choose_images,
-    core_sizes,
     kept_model,
     levels_of,
-    seen_text,
+    measured_on,
 )
-from interpretability.common.adapters import adapter_of
-from interpretability.common.trained import RESULTS, RunChoice, TrainedRun, open_run, title_of
+from interpretability.common.trained import RunChoice, TrainedRun, open_run
 from training.command_line import run_script
 from training.config import UserError
 from training.runs import Run
 
-ALL = "all"  # in a table: over all levels, heads or classes
+ALL = "all"  # in tables: over all levels, heads or classes
 CLASSES_DRAWN = 20
 
 
@@ -57,249 +65,46 @@ class Options(RunChoice):
     """What to count."""
 
     images: int | None = None
-    """number of test images, spread over the test set; default: as many as have 64,000 patches, 1,000 of CIFAR-10"""
+    """number of test images, evenly spaced; default: 64,000 patches in total, 1,000 images of CIFAR-10"""
     always_on: float = 0.99
-    """a neuron counts as always on where it is active on at least this share of the patches"""
+    """a neuron is always on if it is active on at least this share of the patches"""
     checkpoint_images: int = 100
-    """number of test images for each of the checkpoints that training kept; 0 leaves these out"""
-    output_dir: Path = RESULTS
-    """tables and figures go into a folder of the run's name in it"""
+    """number of test images for each checkpoint kept in training; 0: leave these out"""
 
 
+@dataclass(frozen=True)
 class Counts:
-    """On how many patches neurons are active; sums of integers, so that batches may come in any size and order."""
+    """On how many patches neurons are active. Q quantities, L levels, H heads, N neurons per head, C classes."""
 
-    def __init__(self, n_levels: int, n_heads: int, n_neurons: int, n_classes: int):
-        Q = len(QUANTITIES)
-        self.by_neuron = torch.zeros(Q, n_levels, n_heads, n_neurons, dtype=torch.int64)
-        """(Q, L, H, N): patches on which it is active"""
-        self.by_class = torch.zeros(Q, n_levels, n_classes, n_heads, dtype=torch.int64)
-        """(Q, L, C, H): pairs of a patch of the class and a neuron active on it"""
-        self.patches_by_class = torch.zeros(n_classes, dtype=torch.int64)
-        """(C,); patches without a class are not in it"""
-        self.patches = 0
-
-    def add(self, level: int, activity: Sequence[Tensor], classes: Tensor) -> None:
-        """activity: (B, H, T, N) for each quantity; classes: (B, T), NO_CLASS where a patch has none."""
-        n_classes = len(self.patches_by_class)
-        bins = classes.where(classes != NO_CLASS, n_classes).flatten()
-        for quantity, values in enumerate(activity):
-            active = values > 0
-            self.by_neuron[quantity, level] += active.sum((0, 2)).cpu()
-            of_patches = active.sum(3, dtype=torch.int64).transpose(1, 2).flatten(0, 1)  # (B T, H)
-            sums = of_patches.new_zeros(n_classes + 1, of_patches.shape[1]).index_add_(0, bins, of_patches)
-            self.by_class[quantity, level] += sums[:n_classes].cpu()
-        if level == 0:
-            self.patches += classes.numel()
-            self.patches_by_class += bins.bincount(minlength=n_classes + 1)[:n_classes].cpu()
+    by_neuron: np.ndarray  # (L, Q, H, N), patches on which the neuron is active
+    by_class: np.ndarray  # (L, Q, H, C), pairs of a patch of the class and a neuron active on it
+    patches_by_class: np.ndarray  # (C,)
+    patches: int  # including those without a class
 
     @property
     def shares(self) -> np.ndarray:
-        """(Q, L, H, N), of the patches on which a neuron is active."""
-        return self.by_neuron.numpy() / self.patches
-
-    @property
-    def overall_shares(self) -> np.ndarray:
-        """(Q, H, N), of the patches at all levels together."""
-        return self.by_neuron.sum(1).numpy() / (self.patches * self.by_neuron.shape[1])
+        """(L, Q, H, N), share of the patches on which a neuron is active."""
+        return self.by_neuron / self.patches
 
 
 def count(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], n_classes: int) -> Counts:
-    """One pass over the images. batches: pixels as the model reads them, and (B, T) the class of each patch."""
-    counts = None
+    """One pass over the images. batches: the model's input, and the class of each patch (B, T)."""
+    by_neuron, by_class, patches = Counter(), Counter(), 0
     for level, activity, classes in levels_of(model, batches):
-        if counts is None:
-            _, H, _, N = activity.gated.shape
-            counts = Counts(adapter_of(model).n_levels, H, N, n_classes)
-        counts.add(level, activity, classes)
-    return counts
-
-
-# ---------------------------------------------------------------------------- tables
-
-
-def share_table(counts: Counts, class_names: Sequence[str]) -> pd.DataFrame:
-    """A row for each level, head, class and quantity, and over all heads and classes; without classes never seen."""
-    n_neurons, n_heads = counts.by_neuron.shape[-1], counts.by_neuron.shape[-2]
-    by_class = counts.by_class.numpy().transpose(0, 1, 3, 2)  # (Q, L, H, C)
-    active = np.concatenate((by_class, counts.by_neuron.sum(-1, keepdim=True).numpy()), -1)
-    active = np.concatenate((active, active.sum(2, keepdims=True)), 2)  # (Q, L, H + 1, C + 1)
-    heads = {**dict.fromkeys(range(1, n_heads + 1), n_neurons), ALL: n_heads * n_neurons}
-    patches = [*counts.patches_by_class.tolist(), counts.patches]
-    rows = []
-    for (quantity, level, head, label), number in np.ndenumerate(active):
-        if patches[label]:
-            name, neurons = list(heads.items())[head]
-            rows.append(
-                {
-                    "level": level + 1,
-                    "head": name,
-                    "class": [*class_names, ALL][label],
-                    "quantity": QUANTITIES[quantity],
-                    "share": number / (patches[label] * neurons),
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def neuron_table(counts: Counts) -> pd.DataFrame:
-    """A row for each level, head and neuron; a column for each quantity: the share of patches on which it is active."""
-    _, L, H, N = counts.by_neuron.shape
-    places = pd.MultiIndex.from_product([range(1, L + 1), range(1, H + 1), range(N)], names=["level", "head", "neuron"])
-    return pd.DataFrame(counts.shares.reshape(len(QUANTITIES), -1).T, places, QUANTITIES).reset_index()
-
-
-def dead_table(counts: Counts, always_on: float, shared: bool) -> pd.DataFrame:
-    """Dead and always-on neurons of each level and quantity; over all levels, too, where these share their neurons."""
-    shares = [(level + 1, counts.shares[:, level]) for level in range(counts.by_neuron.shape[1])]
-    if shared:
-        shares.append((ALL, counts.overall_shares))
-    rows = [
-        {
-            "level": level,
-            "quantity": quantity,
-            "neurons": of.size,
-            "dead": int((of == 0).sum()),
-            "always_on": int((of >= always_on).sum()),
-            "share": of.mean(),
-        }
-        for level, by_quantity in shares
-        for quantity, of in zip(QUANTITIES, by_quantity, strict=True)
-    ]
-    return pd.DataFrame(rows)
-
-
-def training_table(epochs: Mapping[int, Counts], always_on: float, shared: bool) -> pd.DataFrame:
-    """`dead_table` of every epoch, one below the other."""
-    tables = [dead_table(counts, always_on, shared).assign(epoch=epoch) for epoch, counts in sorted(epochs.items())]
-    table = pd.concat(tables, ignore_index=True)
-    return table[["epoch", *table.columns.drop("epoch")]]
-
-
-# ---------------------------------------------------------------------------- figures
-
-
-def draw_shares(table: pd.DataFrame, title: str) -> Figure:
-    """By level, for every head; below it by class and level. table: of `share_table`."""
-    over_classes, over_heads = table[table["class"] == ALL], table[(table["head"] == ALL) & (table["class"] != ALL)]
-    classes = _most_unlike(over_heads)
-    below = f"by class: share of active neurons (%){_left_out(over_heads, classes)}"
-    figure, blocks = new_blocks((title, below), (2.3, 0.9 + 0.16 * len(classes)))
-    for ax, quantity in _panels(blocks[0]):
-        of = over_classes[over_classes["quantity"] == quantity]
-        by_head = of.pivot(index="level", columns="head", values="share") * 100
-        for place, head in enumerate(by_head.columns.drop(ALL)):
-            look = dict(color=COLORS[place % len(COLORS)], marker=MARKERS[place % len(MARKERS)])
-            ax.plot(by_head[head], linewidth=0.8, markersize=3, label=f"head {head}", **look)
-        ax.plot(by_head[ALL], color="black", linewidth=2, label="all heads")
-        style_axes(ax, "y")
-        ax.set_xlabel("level")
-        ax.set_xticks(by_head.index)
-    _start_at_zero(blocks[0], "active neurons (%)")
-    _add_legend(blocks[0])
-    for place, (ax, quantity) in enumerate(_panels(blocks[1], sharey=False)):
-        of = over_heads[over_heads["quantity"] == quantity]
-        values = of.pivot(index="class", columns="level", values="share").loc[classes] * 100
-        picture = ax.imshow(values, cmap=SEQUENTIAL, aspect="auto")
-        ax.set_xticks(range(len(values.columns)), values.columns)
-        ax.set_yticks(*((range(len(classes)), classes) if place == 0 else ([],)))
-        ax.set_xlabel("level")
-        blocks[1].colorbar(picture, ax=ax)
-    return figure
-
-
-def draw_neurons(counts: Counts, dead: pd.DataFrame, always_on: float, title: str) -> Figure:
-    """The neurons of each level in order of how often they are active; below it how many never or always are."""
-    below = f"dead: never active; always on: active on {100 * always_on:.4g} % of the patches or more"
-    figure, blocks = new_blocks((title, below), (2.4, 1.7))
-    colors = _level_colors(counts.by_neuron.shape[1])
-    for (ax, _), levels in zip(_panels(blocks[0]), counts.shares, strict=True):
-        for level, (color, shares) in enumerate(zip(colors, levels, strict=True), start=1):
-            falling = np.sort(shares.ravel())[::-1] * 100
-            ax.plot(np.linspace(0, 100, falling.size), falling, color=color, linewidth=1.2, label=f"level {level}")
-        style_axes(ax, "both")
-        ax.set_xlabel("neurons, most active first (%)")
-    blocks[0].axes[0].set_ylabel("active on patches (%)")
-    _add_legend(blocks[0])
-    for ax, quantity in _panels(blocks[1]):
-        of = dead[dead["quantity"] == quantity]
-        for shift, (column, color) in enumerate((("dead", COLORS[6]), ("always_on", COLORS[4]))):
-            bars = np.arange(len(of)) + (shift - 0.5) * 0.4
-            ax.bar(bars, of[column] / of["neurons"] * 100, 0.4, color=color, label=column.replace("_", " "))
-        style_axes(ax, "y")
-        ax.set_xticks(range(len(of)), of["level"])
-        ax.set_xlabel("level")
-    _start_at_zero(blocks[1], "neurons (%)")
-    _add_legend(blocks[1])
-    return figure
-
-
-def draw_training(table: pd.DataFrame, title: str) -> Figure:
-    """Active and dead neurons of each level over training. table: of `training_table`."""
-    table = table[table["level"] != ALL]
-    table = table.assign(active=table["share"] * 100, dead=table["dead"] / table["neurons"] * 100)
-    levels = table["level"].unique()
-    figure, blocks = new_blocks((title, ""), (2.1, 2.1))
-    for block, column in zip(blocks, ("active", "dead"), strict=True):
-        for ax, quantity in _panels(block):
-            for level, color in zip(levels, _level_colors(len(levels)), strict=True):
-                of = table[(table["quantity"] == quantity) & (table["level"] == level)]
-                ax.plot(of["epoch"], of[column], ".-", color=color, linewidth=1, label=f"level {level}")
-            label_epochs(ax, "")
-        _start_at_zero(block, f"{column} neurons (%)")
-        _add_legend(block)
-    return figure
-
-
-def _panels(block: SubFigure, sharey: bool = True) -> list[tuple[Axes, str]]:
-    """A row of axes, one for each quantity, whose name stands above."""
-    pairs = list(zip(block.subplots(1, len(QUANTITIES), sharey=sharey), QUANTITIES, strict=True))
-    for ax, quantity in pairs:
-        ax.set_title(quantity)
-    return pairs
-
-
-def _add_legend(block: SubFigure) -> None:
-    """One for the row, on its right; all of its panels show the same things."""
-    block.legend(*block.axes[-1].get_legend_handles_labels(), loc="outside right center", frameon=False)
-
-
-def _level_colors(n_levels: int) -> np.ndarray:
-    """(L, 4), dark to light, the lightest of the map left out: it cannot be seen on white."""
-    return matplotlib.colormaps[SEQUENTIAL](np.linspace(0, 0.9, n_levels))
-
-
-def _start_at_zero(block: SubFigure, name: str) -> None:
-    """The axis that a row's panels share, called name, shows 0, and 1 % at least; a panel of nothing but 0 says so."""
-    first, *_ = axes = block.axes
-    first.set_ylabel(name)
-    first.set_ylim(0, max(1.0, first.get_ylim()[1]))
-    for ax in axes:
-        if ax.dataLim.y1 <= 0:
-            ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center")
-
-
-def _most_unlike(over_heads: pd.DataFrame) -> list[str]:
-    """Classes to draw, in order: all, or those that the fewest and the most gated neurons are active for."""
-    of = over_heads[over_heads["quantity"] == "gated"]
-    names = list(of["class"].unique())
-    if len(names) <= CLASSES_DRAWN:
-        return names
-    falling = list(of.groupby("class")["share"].mean().sort_values(ascending=False).index)
-    return falling[: CLASSES_DRAWN // 2] + falling[-CLASSES_DRAWN // 2 :]
-
-
-def _left_out(over_heads: pd.DataFrame, classes: Sequence[str]) -> str:
-    n_classes = over_heads["class"].nunique()
-    return "" if len(classes) == n_classes else f"; of {n_classes} classes those with the most and the fewest"
-
-
-# ---------------------------------------------------------------------------- the script
+        active = torch.stack([values > 0 for values in activity])  # (Q, B, H, T, N)
+        members = F.one_hot(classes.cpu() - NO_CLASS, n_classes + 1).double()  # (B, T, 1 + C), first: no class
+        pairs = torch.einsum("qbht,btc->qhc", active.sum(-1).cpu().double(), members)  # exact, being integers
+        by_neuron[level] += active.sum((1, 3)).cpu().numpy()
+        by_class[level] += pairs[..., 1:].numpy()
+        if level == 0:
+            patches += members.sum((0, 1)).numpy()
+    by_neuron, by_class = (np.stack([counts[level] for level in sorted(counts)]) for counts in (by_neuron, by_class))
+    return Counts(by_neuron, by_class, patches[1:], int(patches.sum()))
 
 
 def over_training(run: TrainedRun, n_images: int) -> dict[int, Counts]:
-    """By epoch, from the checkpoints that training kept, on the same images; one that cannot be read is left out."""
-    indices, epochs = run.spread(n_images), {}
+    """By epoch, for the checkpoints kept in training, on the same images; skips those that cannot be read."""
+    indices, epochs = run.choose_images(n_images), {}
     for epoch in Run(run.folder).kept_weights():
         if model := kept_model(run, epoch):
             batches = batches_of_patches(run, indices, f"epoch {epoch}")
@@ -307,36 +112,179 @@ def over_training(run: TrainedRun, n_images: int) -> dict[int, Counts]:
     return epochs
 
 
+# ---------------------------------------------------------------------------- tables
+
+
+def share_table(counts: Counts, class_names: Sequence[str]) -> pd.DataFrame:
+    """Share of active neurons: a row per quantity, level, head and class, and over all; without classes never seen."""
+    L, _, H, N = counts.by_neuron.shape
+    active = np.concatenate((counts.by_class, counts.by_neuron.sum(-1, keepdims=True)), -1)
+    active = np.concatenate((active, active.sum(2, keepdims=True)), 2)  # (L, Q, H + 1, C + 1)
+    neurons = np.array([N] * H + [H * N])[:, None]
+    with np.errstate(invalid="ignore"):  # classes never seen
+        shares = active / (neurons * np.append(counts.patches_by_class, counts.patches))
+    levels, heads = range(1, L + 1), [*range(1, H + 1), ALL]
+    axes = {"quantity": QUANTITIES, "level": levels, "head": heads, "class": [*class_names, ALL]}
+    places = pd.MultiIndex.from_product(axes.values(), names=axes)
+    table = pd.DataFrame({"share": shares.swapaxes(0, 1).ravel()}, places).dropna().reset_index()
+    return table[["level", "head", "class", "quantity", "share"]]
+
+
+def neuron_table(counts: Counts) -> pd.DataFrame:
+    """A row per level, head and neuron; a column per quantity with the share of patches on which it is active."""
+    L, Q, H, N = counts.by_neuron.shape
+    places = pd.MultiIndex.from_product([range(1, L + 1), range(1, H + 1), range(N)], names=["level", "head", "neuron"])
+    return pd.DataFrame(counts.shares.swapaxes(0, 1).reshape(Q, -1).T, places, QUANTITIES).reset_index()
+
+
+def dead_table(counts: Counts, always_on: float, shared: bool) -> pd.DataFrame:
+    """Dead and always-on neurons per level and quantity; also over all levels if these share their weights."""
+    levels = dict(enumerate(counts.shares, start=1))
+    if shared:
+        levels[ALL] = counts.by_neuron.sum(0) / (counts.patches * len(levels))
+    rows = []
+    for level, by_quantity in levels.items():
+        for quantity, shares in zip(QUANTITIES, by_quantity, strict=True):
+            row = {"level": level, "quantity": quantity, "neurons": shares.size, "dead": (shares == 0).sum()}
+            rows.append(row | {"always_on": (shares >= always_on).sum(), "share": shares.mean()})
+    return pd.DataFrame(rows)
+
+
+def training_table(epochs: Mapping[int, Counts], always_on: float, shared: bool) -> pd.DataFrame:
+    """`dead_table` of every epoch, one below the other."""
+    tables = {epoch: dead_table(epochs[epoch], always_on, shared) for epoch in sorted(epochs)}
+    return pd.concat(tables, names=["epoch"]).reset_index("epoch")
+
+
+# ---------------------------------------------------------------------------- figures
+
+
+def draw_shares(table: pd.DataFrame, title: str) -> Figure:
+    """Share of active neurons by level, a line per head; below it by class and level. table: `share_table`."""
+    over_classes, by_class = table[table["class"] == ALL], table[(table["head"] == ALL) & (table["class"] != ALL)]
+    classes = list(by_class["class"].unique())
+    below = "share of active neurons (%) by class"
+    if len(classes) > CLASSES_DRAWN:
+        below += f"; the highest and lowest {CLASSES_DRAWN // 2} of {len(classes)} classes by gated"
+        of_gated = by_class[by_class["quantity"] == "gated"].groupby("class")["share"].mean()
+        falling = list(of_gated.sort_values(ascending=False).index)
+        classes = falling[: CLASSES_DRAWN // 2] + falling[-CLASSES_DRAWN // 2 :]
+    figure, blocks = new_blocks((plain_text(title), below), (2.3, 0.9 + 0.16 * len(classes)))
+    for ax, quantity in _panels(blocks[0]):
+        rows = over_classes[over_classes["quantity"] == quantity]
+        by_head = rows.pivot(index="level", columns="head", values="share") * 100
+        for place, head in enumerate(by_head.columns.drop(ALL)):
+            look = dict(color=COLORS[place % len(COLORS)], marker=MARKERS[place % len(MARKERS)])
+            ax.plot(by_head[head], linewidth=0.8, markersize=3, label=f"head {head}", **look)
+        ax.plot(by_head[ALL], color="black", linewidth=2, label="all heads")
+        style_axes(ax, "y")
+        ax.set_xlabel("level")
+        ax.set_xticks(by_head.index)
+    _finish_row(blocks[0], "active neurons (%)")
+    for place, (ax, quantity) in enumerate(_panels(blocks[1], sharey=False)):
+        rows = by_class[by_class["quantity"] == quantity]
+        values = rows.pivot(index="class", columns="level", values="share").loc[classes] * 100
+        picture = ax.imshow(values, cmap=SEQUENTIAL, aspect="auto")
+        ax.set_xticks(range(len(values.columns)), values.columns)
+        ax.set_yticks(*((range(len(classes)), map(plain_text, classes)) if place == 0 else ([],)))
+        ax.set_xlabel("level")
+        blocks[1].colorbar(picture, ax=ax)
+    return figure
+
+
+def draw_neurons(counts: Counts, dead: pd.DataFrame, always_on: float, title: str) -> Figure:
+    """Each level's neurons sorted by activity; below it the shares of dead and always-on neurons."""
+    below = f"dead: never active; always on: active on {100 * always_on:.4g} % of the patches or more"
+    figure, blocks = new_blocks((plain_text(title), below), (2.4, 1.7))
+    colors = _level_colors(len(counts.by_neuron))
+    for (ax, _), levels in zip(_panels(blocks[0]), counts.shares.swapaxes(0, 1), strict=True):
+        for level, (color, shares) in enumerate(zip(colors, levels, strict=True), start=1):
+            falling = np.sort(shares.ravel())[::-1] * 100
+            ax.plot(np.linspace(0, 100, falling.size), falling, color=color, linewidth=1.2, label=f"level {level}")
+        style_axes(ax, "both")
+        ax.set_xlabel("neurons, most active first (%)")
+    _finish_row(blocks[0], "active on patches (%)")
+    for ax, quantity in _panels(blocks[1]):
+        rows = dead[dead["quantity"] == quantity]
+        for shift, (column, color) in enumerate((("dead", COLORS[6]), ("always_on", COLORS[4]))):
+            bars = np.arange(len(rows)) + (shift - 0.5) * 0.4
+            ax.bar(bars, rows[column] / rows["neurons"] * 100, 0.4, color=color, label=column.replace("_", " "))
+        style_axes(ax, "y")
+        ax.set_xticks(range(len(rows)), rows["level"])
+        ax.set_xlabel("level")
+    _finish_row(blocks[1], "neurons (%)")
+    return figure
+
+
+def draw_training(table: pd.DataFrame, title: str) -> Figure:
+    """Active and dead neurons of each level over epochs. table: `training_table`."""
+    table = table[table["level"] != ALL]
+    table = table.assign(active=table["share"] * 100, dead=table["dead"] / table["neurons"] * 100)
+    levels = table["level"].unique()
+    figure, blocks = new_blocks((plain_text(title), ""), (2.1, 2.1))
+    for block, column in zip(blocks, ("active", "dead"), strict=True):
+        for ax, quantity in _panels(block):
+            for level, color in zip(levels, _level_colors(len(levels)), strict=True):
+                rows = table[(table["quantity"] == quantity) & (table["level"] == level)]
+                ax.plot(rows["epoch"], rows[column], ".-", color=color, linewidth=1, label=f"level {level}")
+            label_epochs(ax, "")
+        _finish_row(block, f"{column} neurons (%)")
+    return figure
+
+
+def _panels(block: SubFigure, sharey: bool = True) -> list[tuple[Axes, str]]:
+    """A row of axes, one per quantity, titled with its name."""
+    pairs = list(zip(block.subplots(1, len(QUANTITIES), sharey=sharey), QUANTITIES, strict=True))
+    for ax, quantity in pairs:
+        ax.set_title(quantity)
+    return pairs
+
+
+def _finish_row(block: SubFigure, name: str) -> None:
+    """Labels the shared y axis, which includes 0 and 1 %, marks panels without data, adds a legend on the right."""
+    first, *_ = axes = block.axes
+    first.set_ylabel(name)
+    first.set_ylim(0, max(1.0, first.get_ylim()[1]))
+    for ax in axes:
+        if ax.dataLim.y1 <= 0:
+            ax.text(0.5, 0.5, "none", transform=ax.transAxes, ha="center")
+    block.legend(*axes[-1].get_legend_handles_labels(), loc="outside right center", frameon=False)
+
+
+def _level_colors(n_levels: int) -> np.ndarray:
+    """(L, 4), dark to light, without the lightest, which cannot be seen on white."""
+    return matplotlib.colormaps[SEQUENTIAL](np.linspace(0, 0.9, n_levels))
+
+
+# ---------------------------------------------------------------------------- script
+
+
 def main(options: Options) -> None:
     if not 0 < options.always_on <= 1:
-        raise UserError(f"--always-on {options.always_on} is a share: give a number above 0, at most 1")
+        raise UserError(f"--always-on {options.always_on} must be above 0 and at most 1")
     if options.checkpoint_images < 0:
-        raise UserError("--checkpoint-images is a number of images: give 0 or more")
+        raise UserError(f"--checkpoint-images {options.checkpoint_images} must be 0 or more")
     run = open_run(options)
-    core = core_sizes(run)
     indices = choose_images(run, options.images)
+    shared = run.sizes.shared
     output = options.output_dir / run.stem
     output.mkdir(parents=True, exist_ok=True)
     name = run.file_name("sparsity")
-    title = f"{run.title}: {seen_text(run, len(indices))}"
-    if core.activation == "gelu":
-        title += f"; {GELU_NOTE}"
+    title = f"{run.title}: {measured_on(run, len(indices))}"
 
     counts = count(run.model, batches_of_patches(run, indices, "images"), len(run.class_names))
-    dead = dead_table(counts, options.always_on, core.shared)
-    shares = share_table(counts, run.class_names)
-    shares.to_csv(output / f"{name}.csv", index=False)
-    neuron_table(counts).to_csv(output / f"{name}_neurons.csv", index=False)
-    dead.to_csv(output / f"{name}_dead.csv", index=False)
+    shares, dead = share_table(counts, run.class_names), dead_table(counts, options.always_on, shared)
+    for ending, table in (("", shares), ("_neurons", neuron_table(counts)), ("_dead", dead)):
+        table.to_csv(output / f"{name}{ending}.csv", index=False)
     save_figure(draw_shares(shares, title), output / f"{name}.png")
     save_figure(draw_neurons(counts, dead, options.always_on, title), output / f"{name}_neurons.png")
     print(f"{title}\n{dead.to_string(index=False, formatters={'share': '{:.1%}'.format})}\n-> {output}")
     if options.checkpoint_images and (epochs := over_training(run, options.checkpoint_images)):
-        series = training_table(epochs, options.always_on, core.shared)
+        series = training_table(epochs, options.always_on, shared)
         series.to_csv(output / "sparsity_training.csv", index=False)
-        title = f"{title_of(run.config)}: {seen_text(run, min(options.checkpoint_images, run.n_images))}"
+        title = f"{run.experiment_title}: {measured_on(run, min(options.checkpoint_images, run.n_images))}"
         save_figure(draw_training(series, title), output / "sparsity_training.png")
-        print(f"over {len(epochs)} epochs kept in training -> {output / 'sparsity_training.csv'}")
+        print(f"{len(epochs)} epochs kept in training -> {output / 'sparsity_training.csv'}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Where a patch looks: attention from one patch of an image to all patches, level by level, of a trained model.
+"""Draws attention maps of a trained model: how much one patch of an image attends to every patch, level by level.
 
-By default the scores as they multiply x in the model: BDH's are raw and signed, so that a patch may be subtracted; each
-map has its own scale, centred on 0, for the LN after the product (in v1 and v2) divides each query's scale out, in
-each head. A head with large scores weighs more in their mean than in the model: `--show shares` divides each head's
-magnitudes by their sum first, which makes them comparable with the softmax weights of a ViT, shares from the start.
-And `--show rollout` follows the shares through the levels (arXiv 2005.00928). Of segmentation models it shows the
-classes of the patch, not of the image.
+By default these are the scores that multiply x in the model. BDH's are raw and signed: a patch may be subtracted. Each
+map has its own scale, because the LN after the product (in v1 and v2) removes the scale of each query in each head. In
+the mean over heads, a head with large scores weighs more than in the model. `--show shares` divides each head's
+magnitudes by their sum first, which makes them comparable with a ViT's softmax weights. `--show rollout` accumulates
+the shares over levels (arXiv 2005.00928). For segmentation models, the classes shown are the patch's, not the image's.
 
     python interpretability/visualize_attention.py
     python interpretability/visualize_attention.py --run runs/v2_cifar10/seed0 --patch 2 5 --indices 3 17 --per-head
@@ -24,78 +23,76 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from analysis.plotting.style import save_figure
 from interpretability.common.attention_figures import View, animate, check_writer, draw
 from interpretability.common.attention_maps import Patch, Show, look_at
-from interpretability.common.trained import RunChoice, TrainedRun, check_same_images, open_run
+from interpretability.common.trained import PairChoice, TrainedRun, open_runs
 from models.vision_bdh import Grid
 from training.command_line import run_script
 from training.config import ROOT, UserError
 
 N_IMAGES = 4
-LONGEST_NAME = 240  # characters: file systems allow names of 255 bytes
+LONGEST_NAME = 240  # characters; file systems allow names of 255 bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunChoice):
+class Options(PairChoice):
     """What to draw."""
 
-    versus: Path | None = None
-    """another run on the same data set, whose attention is drawn beside it"""
     patch: tuple[int, int] | None = None
-    """row and column of the patch that looks, from 0; default: the centre"""
+    """row and column of the query patch, from 0; default: the centre"""
     levels: tuple[int, ...] | None = None
-    """of these levels, counted from 1; default: the first, the middle and the last, all with --animate"""
+    """levels to draw, from 1; default: first, middle and last (--animate: all)"""
     all_levels: bool = False
-    """of all levels"""
+    """draw every level"""
     show: Show = "scores"
-    """scores as they enter the model; shares of their absolute sum; or rollout of these over the levels"""
+    """scores: as the model uses them; shares: |score| / sum of |scores|; rollout: shares accumulated over levels"""
     per_head: bool = False
-    """each head by itself, instead of the mean over heads"""
+    """draw every head instead of the mean over heads"""
     images: int | None = None
-    """number of test images, at equal distances over the test set; default: 4; half with --per-head or --versus"""
+    """number of test images, evenly spaced; default: 4, halved by --per-head and by --versus"""
     indices: tuple[int, ...] | None = None
-    """these test images instead, by their place in the test set, from 0"""
+    """numbers of the test images to draw instead, from 0"""
     animate: Literal["gif", "mp4"] | None = None
-    """also an animation, a second a level; mp4 needs the program ffmpeg"""
+    """also write an animation, one second per level; mp4 needs the program ffmpeg"""
     output_dir: Path = ROOT / "attention_maps"
-    """the pictures go into a folder of the run's name in it"""
+    """pictures are written to a subfolder named after the run"""
 
 
 def visualize(run: Path, output: Path) -> Path:
-    """Draws what the centre patch attends to in a finished run into the folder output; returns the picture.
+    """Draws the attention of the centre patch in a finished run; returns the picture, written to the folder output.
 
-    Raises UserError for a folder that is no run of a model whose attention can be shown.
+    Raises UserError if the folder is not a run of a supported model.
     """
     return write_pictures([TrainedRun(run)], Options(), output)[0]
 
 
 def write_pictures(runs: Sequence[TrainedRun], options: Options, folder: Path) -> list[Path]:
-    """The figure of one run or of two, and the animation where asked for. Returns the files, the PNG first.
+    """Writes the figure of one run or two, and the animation if asked for. Returns the files, the PNG first.
 
-    Raises UserError for what is not there: a patch, a level, an image, a program.
+    Raises UserError for a patch, level, image or program that does not exist.
     """
     if options.show == "rollout" and options.per_head:
-        raise UserError("a rollout is made of the mean over heads: leave out --per-head, or use --show shares")
+        raise UserError("rollout uses the mean over heads: leave out --per-head, or use --show shares")
     for run in runs:
         if not run.labels_pixels:
-            run.require("logits")  # the predicted class stands beside the image
+            run.require("logits")  # the predicted class is shown beside the image
     if options.animate:
         check_writer(options.animate)
     patch = chosen_patch(options.patch, runs[0].grid)
-    indices = chosen_images(runs[0], options)
+    default = N_IMAGES // (1 + options.per_head) // len(runs)  # fits a page
+    indices = runs[0].choose_images(default if options.images is None else options.images, options.indices)
     still = [chosen_levels(run.adapter.n_levels, options) for run in runs]
-    moving = still if options.levels else [list(range(run.adapter.n_levels)) for run in runs]
+    every = [list(range(run.adapter.n_levels)) for run in runs]
+    computed = every if options.animate and not options.levels else still
     views = [
         look(run, name, same_place(patch, runs[0].grid, run.grid), levels, indices, options)
-        for run, name, levels in zip(runs, short_names(runs), moving if options.animate else still, strict=True)
+        for run, name, levels in zip(runs, short_names(runs), computed, strict=True)
     ]
-    name = f"attention_{options.show}{'_per_head' * options.per_head}_patch{patch[0]}-{patch[1]}"
-    name = runs[0].file_name(name)
+    name = runs[0].file_name(f"attention_{options.show}{'_per_head' * options.per_head}_patch{patch[0]}-{patch[1]}")
     for run in runs[1:]:  # the checkpoint before the stem, whose end may be cut off
         name = f"{run.file_name(f'{name}_versus')}_{run.stem}"
-    name = name[:LONGEST_NAME]
-    figure = draw([view.of(levels) for view, levels in zip(views, still, strict=True)])
-    paths = [*save_figure(figure, folder / f"{name}.png")]
+    path = folder / f"{name[:LONGEST_NAME]}.png"
+    paths = [*save_figure(draw([view.of(levels) for view, levels in zip(views, still, strict=True)]), path)]
     if options.animate:
-        paths.append(folder / f"{name}.{options.animate}")
+        paths.append(folder / f"{name[:LONGEST_NAME]}.{options.animate}")
         animate(views, paths[-1])
     return paths
 
@@ -103,33 +100,21 @@ def write_pictures(runs: Sequence[TrainedRun], options: Options, folder: Path) -
 def look(
     run: TrainedRun, name: str, patch: Patch, levels: Sequence[int], indices: Sequence[int], options: Options
 ) -> View:
-    """What a run attends to in these images. levels: from 0."""
+    """The run's attention in these images. levels: from 0."""
     looks = [look_at(run, index, patch, levels, options.show, options.per_head) for index in indices]
     return View(run, name, patch, options.show, options.per_head, indices, looks)
 
 
-# ---------------------------------------------------------------------------- what was asked for
-
-
-def open_runs(options: Options) -> list[TrainedRun]:
-    """One, or two that were tested with the same images. Raises UserError where they were not."""
-    runs = [open_run(options)]
-    if options.versus:
-        runs.append(TrainedRun(options.versus, options.data_dir, options.device))
-        check_same_images(*runs)
-    return runs
-
-
 def short_names(runs: Sequence[TrainedRun]) -> list[str]:
-    """What tells several runs apart: their experiments, or letters. None for one alone."""
+    """Names that tell two runs apart: their experiments, or letters if those are equal. Empty for a single run."""
     if len(runs) == 1:
         return [""]
     names = [run.config["experiment"].partition("+")[0] for run in runs]
-    return names if len(set(names)) == len(names) else [f"run {letter}" for letter in "AB"]
+    return names if len(set(names)) == len(names) else ["run A", "run B"]
 
 
 def chosen_patch(patch: Patch | None, grid: Grid) -> Patch:
-    """The centre by default. grid: rows and columns."""
+    """The centre by default. grid: rows and columns. Raises UserError for a patch outside it."""
     if patch is None:
         return grid[0] // 2, grid[1] // 2
     if not all(0 <= place < size for place, size in zip(patch, grid, strict=True)):
@@ -141,33 +126,24 @@ def chosen_patch(patch: Patch | None, grid: Grid) -> Patch:
 
 
 def same_place(patch: Patch, grid: Grid, other: Grid) -> Patch:
-    """The patch of another grid in which the centre of the patch lies."""
+    """The patch of another grid that contains the centre of this one."""
     return tuple(int((place + 0.5) / size * sizes) for place, size, sizes in zip(patch, grid, other, strict=True))
 
 
 def chosen_levels(n_levels: int, options: Options) -> list[int]:
-    """From 0, in order."""
+    """From 0, sorted. Raises UserError for a level that does not exist."""
     if options.all_levels and options.levels is not None:
         raise UserError("give --levels or --all-levels, not both")
     if options.all_levels:
         return list(range(n_levels))
     if options.levels is None:
         return sorted({0, n_levels // 2, n_levels - 1})
+    if not options.levels:
+        raise UserError("no level chosen: give one or more after --levels")
     for level in options.levels:
         if not 1 <= level <= n_levels:
             raise UserError(f"there is no level {level}: the model has {n_levels}, numbered from 1")
-    if not options.levels:
-        raise UserError("there is no level to draw: name some after --levels")
     return sorted({level - 1 for level in options.levels})
-
-
-def chosen_images(run: TrainedRun, options: Options) -> list[int]:
-    if options.indices is None:
-        default = N_IMAGES // (1 + options.per_head) // (2 if options.versus else 1)  # what fits a page
-        return run.spread(default if options.images is None else options.images)
-    if not options.indices:
-        raise UserError("there is no image to look at: name some after --indices")
-    return list(options.indices)
 
 
 def main(options: Options) -> None:

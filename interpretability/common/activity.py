@@ -1,9 +1,9 @@
-"""What the neurons of a BDH do on the images that it was tested with, patch by patch: what sparsity and neurons count.
+"""Neurons of a BDH on its test images, patch by patch: the data for sparsity.py and neurons.py.
 
-Active is what lies above 0: of ReLU and its square everything that is not zero. GELU is zero nowhere; what it gives
-below 0 (down to -0.17) counts as no activity.
+A neuron is active where it is above 0: for ReLU and its square, wherever it is not zero. GELU is zero nowhere; its
+negative values (down to -0.17) count as inactive.
 
-Letters in shapes: B images, T patches, H heads, N neurons a head, C classes.
+Shapes: B images, T patches, H heads, N neurons per head, C classes.
 """
 
 import sys
@@ -13,63 +13,58 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from interpretability.common.adapters import pass_through
 from interpretability.common.recorder import record
 from interpretability.common.trained import TrainedRun
-from models.bdh import Activity, CoreConfig
+from models.bdh import Activity
 from models.vision_bdh import Grid
 from training.config import UserError
 from training.runs import Run, load_model
 
 QUANTITIES = Activity._fields
 NO_CLASS = -1
-DEFAULT_PATCHES = 64_000  # of so many images together: a minute on two CPU cores at the sizes of CIFAR-10
-BATCH_NUMBERS = 2**24  # of one quantity at one level: 64 MB
+DEFAULT_PATCHES = 64_000  # in all images together: about a minute on two CPU cores for CIFAR-10
+BATCH_NUMBERS = 2**24  # per quantity and level: 64 MB
 LARGEST_BATCH = 128
-
-GELU_NOTE = "its neurons go through GELU, which is zero nowhere: active is what lies above 0, the rest is not silent"
+GELU_NOTE = "GELU is zero nowhere, so active means above 0 and inactive neurons are not silent"
 
 
 class LevelActivity(NamedTuple):
     """One level of a batch."""
 
-    level: int
-    """from 0"""
-    activity: Activity
-    """(B, H, T, N) each, of patches; a class token is not among them"""
-    classes: Tensor
-    """(B, T) int64, of each patch, NO_CLASS where it has none"""
-
-
-def core_sizes(run: TrainedRun) -> CoreConfig:
-    """Sizes and design of the run's BDH. Raises UserError where it is none."""
-    run.require(*QUANTITIES)
-    return run.sizes
+    level: int  # from 0
+    activity: Activity  # (B, H, T, N) each, without the class token
+    classes: Tensor  # (B, T) int64, the class of each patch, or NO_CLASS
 
 
 def choose_images(run: TrainedRun, n: int | None) -> list[int]:
-    """Numbers of n images spread over the part; None: as many as have DEFAULT_PATCHES patches."""
+    """Numbers of n evenly spaced images; None: as many as have DEFAULT_PATCHES patches. Raises UserError if no BDH."""
+    run.require(*QUANTITIES)
     rows, columns = run.grid
-    return run.spread(max(1, DEFAULT_PATCHES // (rows * columns)) if n is None else n)
+    return run.choose_images(max(1, DEFAULT_PATCHES // (rows * columns)) if n is None else n)
+
+
+def measured_on(run: TrainedRun, n_images: int) -> str:
+    """For titles: how many images and patches were measured, which numbers of dead neurons depend on; note on GELU."""
+    rows, columns = run.grid
+    images = f"{n_images:,} {run.part} image{'s' * (n_images != 1)} of {rows * columns:,} patches"
+    return f"{images}; {GELU_NOTE}" if run.sizes.activation == "gelu" else images
 
 
 def batches_of_patches(run: TrainedRun, indices: Sequence[int], text: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pixels of images and the class of each patch, (B, T), in order, with a bar on the screen that says the text."""
-    sizes, (rows, columns) = core_sizes(run), run.grid
-    numbers = rows * columns * sizes.n_head * sizes.n_neurons  # of an image
-    batch_size = min(max(1, BATCH_NUMBERS // numbers), LARGEST_BATCH)
-    with tqdm(total=len(indices), desc=text, unit="img", leave=False, disable=None) as bar:
-        for pixels, labels in run.batches(indices, batch_size):
-            yield pixels, patch_classes(labels, run.grid, len(run.class_names))
-            bar.update(len(pixels))
+    """The model's input and the class of each patch (B, T), in order. text: label of the progress bar."""
+    rows, columns = run.grid
+    per_image = rows * columns * run.sizes.n_head * run.sizes.n_neurons
+    batch_size = min(max(1, BATCH_NUMBERS // per_image), LARGEST_BATCH)
+    for pixels, labels in run.batches(indices, batch_size, text):
+        yield pixels, patch_classes(labels, run.grid, len(run.class_names))
 
 
 def patch_classes(labels: Tensor, grid: Grid, n_classes: int) -> Tensor:
-    """(B, T) int64: the image's class, or what most pixels of the patch are; NO_CLASS where that is void.
+    """(B, T) int64: the image's class, or the class of most pixels in the patch; NO_CLASS if most are void.
 
-    labels: (B,) of images, or (B, height, width) of pixels, void being n_classes. Of equally many, the lower label.
+    labels: (B,), or (B, height, width) with void = n_classes. Ties go to the lower label.
     """
     rows, columns = grid
     if labels.ndim == 1:
@@ -82,9 +77,9 @@ def patch_classes(labels: Tensor, grid: Grid, n_classes: int) -> Tensor:
 
 @torch.no_grad()
 def levels_of(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[LevelActivity]:
-    """Every level of every batch, one at a time: no more than one level's activity of a batch is ever held.
+    """Every level of every batch, holding the activity of one level of one batch at a time.
 
-    batches: pixels as the model reads them, and (B, T) the class of each patch.
+    batches: the model's input, and the class of each patch (B, T).
     """
     with record(model, *QUANTITIES) as trace:
         for pixels, classes in batches:
@@ -96,19 +91,13 @@ def levels_of(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Ite
 
 
 def kept_model(run: TrainedRun, epoch: int) -> nn.Module | None:
-    """The model with the weights that training kept after that epoch, 0 being before it; None where there are none.
+    """The model with the weights kept after an epoch (--keep-every; 0: before training), or None.
 
-    Of weights that cannot be read, a line on stderr says so.
+    Warns on stderr about weights that cannot be read.
     """
     path = Run(run.folder).kept_weights().get(epoch)
     try:
         return path and load_model(path)[0].to(run.device)
     except UserError as error:
-        print(f"warning: epoch {epoch} is left out: {error}", file=sys.stderr)
+        print(f"warning: epoch {epoch} is skipped: {error}", file=sys.stderr)
         return None
-
-
-def seen_text(run: TrainedRun, n_images: int) -> str:
-    """How much was looked at: numbers of dead neurons and the like depend on it."""
-    rows, columns = run.grid
-    return f"{n_images:,} {run.part_name} image{'s' * (n_images != 1)} of {rows * columns:,} patches"

@@ -1,6 +1,6 @@
-"""What the recorder has to know of each family of models: where its levels begin and end, and what follows from that.
+"""Model families that the recorder supports: their hook points, and how to compute attention and neurons.
 
-Letters in shapes: B images, T tokens (class token included, where there is one), D width, H heads, N neurons a head.
+Shapes: B images, T tokens (a class token included), D width, H heads, N neurons per head.
 """
 
 import math
@@ -16,43 +16,39 @@ from models.bdh_unet import BDHUNet
 from models.masked_bdh import MaskedBDH
 from models.vision_bdh import Grid, VisionBDH, VisionEncoder
 
-Keep = Callable[[int, Tensor], None]  # takes a level, counted from 0, and a tensor (B, T, D) of it
+Keep = Callable[[int, Tensor], None]  # called with a level, from 0, and its tensor (B, T, D)
 ALL = slice(None)
 
 
 class Adapter(Protocol):
+    """What the recorder needs from a model family; `recorder.Trace` says what the quantities are."""
+
     n_levels: int
     n_heads: int
-    class_tokens: int
-    """tokens in front of those of the patches"""
-    signed: bool
-    """whether scores may be negative; if not, each query's scores sum to 1"""
-    quantities: tuple[str, ...]
-    """what a trace can give of such a model: see `recorder.Trace`"""
+    class_tokens: int  # number of tokens before the patch tokens
+    signed: bool  # True for raw scores, which may be negative; False for weights, which sum to 1 for each query
+    quantities: tuple[str, ...]  # methods of `Trace` that this family supports
 
     def attach(self, keep_x: Keep | None, keep_state: Keep | None) -> list[RemovableHandle]:
-        """Hooks that call these at every level of a forward pass, None being left out, and change nothing.
-
-        x is what the level's attention reads, state the residual stream after the level.
-        """
+        """Adds hooks that pass on each level's input (as its attention reads it) and the residual stream after it."""
 
     def scores(self, level: int, x: Tensor, queries: slice = ALL) -> Tensor:
-        """(B, H, Q, T): with which factor each query (row) receives each key. x: (B, T, D), what the level reads."""
+        """Attention (B, H, Q, T), query by key, from the level's input x (B, T, D)."""
 
     def activity(self, level: int, x: Tensor) -> Activity:
-        """Of the BDH neurons of a level; there where quantities say so."""
+        """Neurons of a BDH, from the level's input x (B, T, D)."""
 
     def logits(self, state: Tensor) -> Tensor:
-        """(B, classes), what the model would say were this its last level; there where quantities say so."""
+        """(B, classes): the model's final norm, pooling and head on the residual stream state (B, T, D)."""
 
 
 class BDHAdapter:
-    """BDH models, whose one step runs n_layer times: the n-th call of `level_input` in a pass is level n."""
+    """BDH models. Their one step runs n_layer times, so the n-th call of `level_input` in a pass is level n."""
 
     def __init__(self, model: BDHCore | BDHUNet):
         self.model = model = model.encoder if isinstance(model, BDHUNet) else model
         self.class_tokens = 0 if getattr(model, "cls_token", None) is None else 1
-        self.grid: Grid | None = None  # of the images last seen
+        self.grid: Grid | None = None  # of the images in the last pass
         self.n_heads = model.config.n_head
         self.signed = not model.attn.softmax
         self.quantities = ("x", "state", "scores", "x_sparse", "y_sparse", "gated")
@@ -68,12 +64,12 @@ class BDHAdapter:
 
         def restart(module: nn.Module, args: tuple) -> None:
             nonlocal level
-            level = 0  # also after a pass that an exception cut short
+            level = 0  # also after a pass that an exception ended early
 
         def enter(module: nn.Module, args: tuple[Tensor]) -> None:
             nonlocal level
             if keep_x:
-                keep_x(level % self.n_levels, args[0])  # modulo: model.tokens(...) passes no hook of the model itself
+                keep_x(level % self.n_levels, args[0])  # modulo: model.tokens(...) does not call the model's own hook
             level += 1
 
         def leave(module: nn.Module, args: tuple[Tensor]) -> None:
@@ -103,27 +99,30 @@ class BDHAdapter:
 
 
 class BlocksAdapter:
-    """Transformers from libraries: x is what the first norm of a block gives, state what the block gives."""
+    """Library transformers: x is the output of a block's first norm, state the output of the block."""
 
     signed = False
     quantities = ("x", "state", "scores", "logits")
 
     def __init__(self, model: nn.Module, blocks: Iterable[nn.Module], norm: str, n_heads: int, class_tokens: int):
-        """norm: the name of a block's first norm."""
+        """norm: attribute name of a block's first norm."""
         self.model, self.blocks, self.norm = model, list(blocks), norm
         self.n_levels, self.n_heads, self.class_tokens = len(self.blocks), n_heads, class_tokens
 
     def attach(self, keep_x: Keep | None, keep_state: Keep | None) -> list[RemovableHandle]:
-        handles = []
-        for level, block in enumerate(self.blocks):
-            for keep, module in ((keep_x, getattr(block, self.norm)), (keep_state, block)):
-                if keep:
-                    handles.append(module.register_forward_hook(_keep_output(keep, level)))
-        return handles
+        def keep_output(keep: Keep, level: int) -> Callable[[nn.Module, tuple, Tensor], None]:
+            return lambda module, args, output: keep(level, output)
+
+        return [
+            module.register_forward_hook(keep_output(keep, level))
+            for level, block in enumerate(self.blocks)
+            for keep, module in ((keep_x, getattr(block, self.norm)), (keep_state, block))
+            if keep
+        ]
 
 
 class ViTAdapter(BlocksAdapter):
-    """torchvision's VisionTransformer. Asked for weights, its attention takes another path; so they are made here."""
+    """torchvision's VisionTransformer. Asking its attention for weights would change what it computes."""
 
     def __init__(self, model: VisionTransformer):
         blocks = list(model.encoder.layers)
@@ -160,11 +159,7 @@ class TimmViTAdapter(BlocksAdapter):
         return self.model.forward_head(self.model.norm(state.to(self.model.head.weight.dtype)))
 
 
-def _keep_output(keep: Keep, level: int) -> Callable[[nn.Module, tuple, Tensor], None]:
-    return lambda module, args, output: keep(level, output)
-
-
-# by the family's full name, because importing timm takes seconds and it need not be installed
+# keyed by full class name, because importing timm takes seconds and it is optional
 ADAPTERS: dict[str, Callable[[Any], Adapter]] = {
     "models.bdh.BDHCore": BDHAdapter,
     "models.bdh_unet.BDHUNet": BDHAdapter,
@@ -173,23 +168,19 @@ ADAPTERS: dict[str, Callable[[Any], Adapter]] = {
 }
 
 
-def pass_through(model: nn.Module, images: Tensor) -> None:
-    """Images through all levels, whatever comes after: of BDH-UNet through the encoder alone.
+def adapter_of(model: nn.Module) -> Adapter:
+    """The adapter for the model's family. Raises TypeError for an unsupported one."""
+    for family in type(model).__mro__:
+        if adapter := ADAPTERS.get(f"{family.__module__}.{family.__name__}"):
+            return adapter(model)
+    raise TypeError(f"{type(model).__name__} is not supported, only models of {', '.join(ADAPTERS)}")
 
-    A model for masked pretraining, which hides patches from itself, sees whole images. images: (B, C, height, width).
-    """
+
+def pass_through(model: nn.Module, images: Tensor) -> None:
+    """Runs images (B, C, height, width) through all levels: the encoder only of a BDH-UNet, no mask in pretraining."""
     if isinstance(model, MaskedBDH):
         VisionEncoder.forward(model, images)
     elif isinstance(model, BDHUNet):
         model.encoder(images)
     else:
         model(images)
-
-
-def adapter_of(model: nn.Module) -> Adapter:
-    """That of the model's family. Raises TypeError for an unknown one."""
-    for family in type(model).__mro__:
-        if adapter := ADAPTERS.get(f"{family.__module__}.{family.__name__}"):
-            return adapter(model)
-    known = ", ".join(ADAPTERS)
-    raise TypeError(f"{type(model).__name__} cannot be looked into, only models of {known} can")

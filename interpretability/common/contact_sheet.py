@@ -1,4 +1,4 @@
-"""The patches that excite neurons most, drawn side by side with what is around them."""
+"""Contact sheets: for each neuron, the patches that activate it most, with their surroundings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,64 +7,59 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.plotting.style import new_blocks, outline
+from analysis.plotting.style import new_blocks, outline, plain_text
 from models.vision_bdh import Grid
 
 COLUMNS = 8
 ROW = 1.22  # inches: a picture and two lines of text
-LONGEST_CLASS = 13  # characters that stand above a picture
+LONGEST_CLASS = 13  # characters that fit above a picture
 
 
 @dataclass(frozen=True)
-class Excited:
-    """A patch that excites a neuron."""
+class TopPatch:
+    """A patch that strongly activates a neuron."""
 
-    image: np.ndarray
-    """(C, height, width) uint8, the whole of it"""
-    patch: int
-    """its place in the image, row by row"""
-    value: float
-    """how active the neuron is on it"""
+    image: np.ndarray  # (C, height, width) uint8, the whole image
+    patch: int  # number in the image, in raster order
+    value: float  # the neuron's activity
     class_name: str
 
 
-def draw_sheet(neurons: Sequence[tuple[str, Sequence[Excited]]], title: str, grid: Grid, around: int) -> Figure:
-    """A block a neuron: what is said of it, and its patches, strongest first.
+def draw_sheet(neurons: Sequence[tuple[str, Sequence[TopPatch]]], title: str, grid: Grid, around: int) -> Figure:
+    """One block per neuron: a caption and its patches, in the order given.
 
-    grid: rows and columns of patches of an image; around: so many patches are shown on each side of the one meant.
+    grid: rows and columns of patches per image; around: number of patches shown on each side.
     """
-    said = [about for about, _ in neurons]
-    said[0] = f"{title}\n\n{said[0]}"
+    captions = [plain_text(caption) for caption, _ in neurons]
+    captions[0] = f"{plain_text(title)}\n\n{captions[0]}"
     rows = [max(1, -(-len(patches) // COLUMNS)) for _, patches in neurons]
-    figure, blocks = new_blocks(said, [ROW * n for n in rows])
+    figure, blocks = new_blocks(captions, [ROW * n for n in rows])
     for block, n_rows, (_, patches) in zip(blocks, rows, neurons, strict=True):
         axes = block.subplots(n_rows, COLUMNS, squeeze=False).ravel()
-        for ax, excited in zip(axes, patches, strict=False):
-            _draw_patch(ax, excited, grid, around)
+        for ax, patch in zip(axes, patches, strict=False):
+            _draw_patch(ax, patch, grid, around)
         for ax in axes[len(patches) :]:
             ax.set_axis_off()
         if not patches:
-            axes[0].text(0, 0.5, "no patch excites it", transform=axes[0].transAxes)
+            axes[0].text(0, 0.5, "no patch activates it", transform=axes[0].transAxes)
     return figure
 
 
-def _draw_patch(ax: Axes, excited: Excited, grid: Grid, around: int) -> None:
-    side = excited.image.shape[1] // grid[0]
-    place = divmod(excited.patch, grid[1])
-    top, left = (first * side for first, _ in map(window, place, grid, (around, around)))
-    bottom, right = (last * side for _, last in map(window, place, grid, (around, around)))
-    ax.imshow(excited.image.transpose(1, 2, 0)[top:bottom, left:right], cmap="gray", vmin=0, vmax=255)
-    corner = (place[1] * side - left - 0.5, place[0] * side - top - 0.5)
-    outline(ax, corner, side, snap=False)  # the two lines would snap to different pixels
-    ax.set_title(f"{_cut(excited.class_name)}\n{excited.value:.3g}", pad=3)
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= LONGEST_CLASS else name[: LONGEST_CLASS - 1] + "…"
+def _draw_patch(ax: Axes, top: TopPatch, grid: Grid, around: int) -> None:
+    side = top.image.shape[1] // grid[0]
+    row, column = divmod(top.patch, grid[1])
+    (upper, lower), (left, right) = window(row, grid[0], around), window(column, grid[1], around)
+    shown = top.image[:, upper * side : lower * side, left * side : right * side]
+    ax.imshow(shown.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255)
+    corner = ((column - left) * side - 0.5, (row - upper) * side - 0.5)
+    outline(ax, corner, side, snap=False)  # otherwise the two lines snap to different pixels
+    name = top.class_name
+    name = name if len(name) <= LONGEST_CLASS else name[: LONGEST_CLASS - 1] + "…"
+    ax.set_title(f"{plain_text(name)}\n{top.value:.3g}", pad=3)
 
 
 def window(place: int, length: int, around: int) -> tuple[int, int]:
-    """First patch and the one after the last to show along a side; moved, not cut, where it would leave the image."""
+    """First and last + 1 patch to show along a side of the image; shifted, not cut, at the border."""
     shown = min(2 * around + 1, length)
     first = min(max(place - around, 0), length - shown)
     return first, first + shown

@@ -1,4 +1,4 @@
-"""A trained Vision-BDH run with fewer or more levels than it was trained with."""
+"""Runs a trained Vision-BDH with fewer or more levels than it was trained with."""
 
 import contextlib
 import dataclasses
@@ -9,10 +9,9 @@ from models.vision_bdh import VisionBDH
 
 @contextlib.contextmanager
 def run_with_levels(model: VisionBDH, n_layer: int) -> Iterator[None]:
-    """Inside, the model is what a configuration of n_layer levels would have built from the same weights.
+    """Inside the `with` block, the model is what its configuration with n_layer levels would build from its weights.
 
-    Of weights for each level, and of the norms of scaled_pre, the first n_layer (and 1) are used. Raises ValueError
-    where the model has no weights for so many, or for none.
+    Raises ValueError if it has too few weights for that, or n_layer is below 1.
     """
     if (why := why_not_deeper(model)) and n_layer > model.config.n_layer:
         raise ValueError(f"n_layer = {n_layer} is above {model.config.n_layer}: {why}")
@@ -25,9 +24,9 @@ def run_with_levels(model: VisionBDH, n_layer: int) -> Iterator[None]:
 
 
 def why_not_deeper(model: VisionBDH) -> str | None:
-    """Why it cannot run more levels than it was trained with; None where it can."""
+    """Why the model cannot run more levels than it was trained with; None if it can."""
     if not model.config.shared:
-        return "each level has weights of its own, and there are none for more"
+        return "each level has its own weights"
     if model.config.residual == "scaled_pre":
-        return "scaled_pre has a norm of its own for each level, and none for more"
+        return "scaled_pre has its own norm for each level"
     return None

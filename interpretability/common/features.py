@@ -1,14 +1,14 @@
-"""What a model holds of an image after each level, as one vector: the features that levels are compared and probed by.
+"""One feature vector per image and level, for comparing levels and for probes.
 
-They come from the residual stream after the level (`Trace.state`), because that is all that the rest of the model gets
-from it. What a level reads (`Trace.x`) is, of v2, the same stream one level late, and the last level's would be
-missing. Level 0 is the embedding of the patches with their positions, as the first level reads it.
+Features come from the residual stream after a level (`Trace.state`), which is all that the rest of the model receives.
+(A level's input, `Trace.x`, is in v2 the same stream one level late, without the last level.) Level 0 is the embedding
+of the patches with their positions, as the first level reads it.
 
-Each token is normalised first, by LN without affine parameters. In v1, v2 and the transformers all that follows reads
-the stream through a LN, most of it token by token, so that how long a token is says little; but v2's stream is not
-normalised at its end, and without this a few long tokens would rule the mean over tokens. With it, the same weights
-have the same features as v1 and as v2, which compute the same. With `--residual none` the length is read, and is lost
-here.
+By default each token is normalised first (LN without affine parameters). In v1, v2 and the transformers everything that
+follows reads the stream through an LN, mostly token by token, so a token's length carries little information; but v2
+does not normalise its last state, and a few long tokens would dominate the mean over tokens. With the LN, the same
+weights give the same features as v1 and as v2, which compute the same function. `--residual none` does use the length,
+which is lost here.
 """
 
 from typing import Literal
@@ -25,37 +25,30 @@ TOKENS_PER_PASS = 8192  # keeps the neurons of one level below 100 MB at the usu
 
 
 def stream_features(trace: Trace, tokens: Tokens = "mean", normalise: bool = True) -> list[Tensor]:
-    """(B, F) float32 for level 0, 1, ... of a trace of all levels that has x and state.
+    """(B, F) float32 for levels 0, 1, ..., from a trace with x and state of all levels.
 
-    tokens: mean over patches; read, the class token where the model has one, else the mean over patches; all, the
-    patches side by side, F = T D. normalise: each token to length sqrt(D) first. The class token of a transformer is
-    the same for all images at level 0.
+    tokens: mean over patches; read, the class token if the model has one, else the mean; all, patches concatenated
+    (F = T D). normalise: scale each token to length sqrt(D) first. A transformer's class token is the same for all
+    images at level 0.
     """
-    streams = [trace.x(0), *(trace.state(level) for level in trace.levels)]
-    return [_pool(stream.float(), trace.adapter.class_tokens, tokens, normalise) for stream in streams]
-
-
-def _pool(stream: Tensor, class_tokens: int, tokens: Tokens, normalise: bool) -> Tensor:
-    """(B, F) of a stream (B, T, D)."""
-    if normalise:
-        stream = layer_norm(stream)
-    if tokens == "read" and class_tokens:
-        return stream[:, 0]
-    patches = stream[:, class_tokens:]
-    return patches.flatten(1) if tokens == "all" else patches.mean(1)
+    first, features = trace.adapter.class_tokens, []
+    for stream in (trace.x(0), *(trace.state(level) for level in trace.levels)):
+        stream = layer_norm(stream.float()) if normalise else stream.float()
+        if tokens == "read" and first:
+            features.append(stream[:, 0])
+        else:
+            features.append(stream[:, first:].flatten(1) if tokens == "all" else stream[:, first:].mean(1))
+    return features
 
 
 @torch.no_grad()
 def level_features(model: nn.Module, images: Tensor, tokens: Tokens = "mean", normalise: bool = True) -> list[Tensor]:
-    """n_levels + 1 times (B, F), as `stream_features`. images: (B, C, height, width) in [-1, 1].
-
-    A model for masked pretraining sees whole images; of BDH-UNet the encoder runs alone.
-    """
+    """`stream_features` of images (B, C, height, width) in [-1, 1]: n_levels + 1 times (B, F)."""
     with record(model, "x", "state") as trace:
         pass_through(model, images)
     return stream_features(trace, tokens, normalise)
 
 
 def images_per_pass(n_tokens: int) -> int:
-    """How many images with so many tokens to pass through a model at once."""
+    """How many images of n_tokens tokens to run through a model at once."""
     return max(1, TOKENS_PER_PASS // n_tokens)

@@ -1,13 +1,13 @@
-"""Looks inside the very model that was trained: hooks keep what enters and leaves each level, the rest is made aside.
+"""Records what happens inside a model during its own forward pass, without changing the result.
 
     with record(model, "scores", "x_sparse", levels=[0, 5]) as trace:
         logits = model(images)
-    trace.scores(5)      # (B, H, T, T), attention of the sixth level, computed now
-    trace.x_sparse(0)    # (B, H, T, N), what its own tokens excite in the first
+    trace.scores(5)      # (B, H, T, T), attention of the sixth level, computed by this call
+    trace.x_sparse(0)    # (B, H, T, N), neurons that the tokens themselves activate in the first level
 
 Fast paths never hold scores or neurons as tensors, and asking a library's attention for its weights changes what it
-computes. So only the input of each level, and its output where asked for, are kept during the pass; what is computed
-from them later is computed with the model's own weights (as they are then), one level at a time, in their precision.
+computes. So the hooks keep only the input of each level (and its output, if needed). Everything else is computed from
+them on request, one level at a time, with the model's current weights and in their precision.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ from models.bdh import Activity
 
 @dataclass
 class Trace:
-    """What the last forward pass left at the chosen levels, counted from 0.
+    """The last forward pass at the recorded levels, counted from 0.
 
-    Letters in shapes: B images, T tokens, the class token first where there is one, D width, H heads, N neurons a head.
-    Each method raises LookupError for a quantity or a level that was not recorded.
+    Shapes: B images, T tokens (a class token first, if there is one), D width, H heads, N neurons per head.
+    Every method raises LookupError for a quantity or a level that was not recorded.
     """
 
     adapter: Adapter
@@ -37,87 +37,87 @@ class Trace:
     outputs: dict[int, Tensor] = field(default_factory=dict)
 
     def x(self, level: int) -> Tensor:
-        """(B, T, D), what the level reads, normalised where the model does that first; not to be written to."""
-        return self._kept("x", self.inputs, level)
+        """(B, T, D), the level's input, after the norm if the model has one there. Do not modify it."""
+        return self._recorded("x", self.inputs, level)
 
     def state(self, level: int) -> Tensor:
-        """(B, T, D), the residual stream after the level; not to be written to."""
-        return self._kept("state", self.outputs, level)
+        """(B, T, D), the residual stream after the level. Do not modify it."""
+        return self._recorded("state", self.outputs, level)
 
     @torch.no_grad()
     def scores(self, level: int, queries: slice = ALL, patches_only: bool = False) -> Tensor:
-        """(B, H, T, T), attention of a level, query by key; computed at this call.
+        """(B, H, T, T), attention of a level, query by key.
 
-        BDH: signed raw scores, or softmax weights where the model has them. ViT: softmax weights. queries: of these
-        tokens only, (B, H, Q, T), which is all that is computed. patches_only cuts the class token off (and queries
-        count from the first patch); the remaining weights of a query then sum to less than 1.
+        BDH: signed raw scores, or softmax weights if the model uses softmax. ViT: softmax weights. queries: compute
+        these rows only, (B, H, Q, T). patches_only: leave out the class token (queries then count from the first
+        patch), so that softmax weights of a query sum to less than 1.
         """
-        x = self._kept("scores", self.inputs, level)
+        x = self._recorded("scores", self.inputs, level)
         first = self.adapter.class_tokens if patches_only else 0
         start, stop, _ = queries.indices(x.shape[1] - first)
-        with _full_precision(x):
+        with _no_autocast(x):
             return self.adapter.scores(level, x, slice(start + first, stop + first))[..., first:]
 
     def x_sparse(self, level: int) -> Tensor:
-        """(B, H, T, N), the neurons that the token itself excites; computed at this call."""
+        """(B, H, T, N), neurons activated by the token itself."""
         return self._activity("x_sparse", level).x_sparse
 
     def y_sparse(self, level: int) -> Tensor:
-        """(B, H, T, N), the neurons that attention excites; computed at this call."""
+        """(B, H, T, N), neurons activated by attention."""
         return self._activity("y_sparse", level).y_sparse
 
     def gated(self, level: int) -> Tensor:
-        """(B, H, T, N), what the decoder reads: x_sparse * y_sparse under the multiplicative gate; computed now."""
+        """(B, H, T, N), the decoder's input: x_sparse * y_sparse with the multiplicative gate."""
         return self._activity("gated", level).gated
 
     def activity(self, level: int) -> Activity:
-        """x_sparse, y_sparse and gated at the price of one of them; all three have to be recorded."""
+        """x_sparse, y_sparse and gated for the cost of one; all three must be recorded."""
         for name in Activity._fields:
-            self._kept(name, self.inputs, level)
+            self._recorded(name, self.inputs, level)
         return self._activity("gated", level)
 
     @torch.no_grad()
     def logits(self, level: int) -> Tensor:
-        """(B, classes), what the model would say were this its last level: its own norm, pooling and head on `state`.
+        """(B, classes), the model's own norm, pooling and head applied to `state`.
 
-        For a BDH with shared weights that is the very output of the model with so many levels, but under scaled_pre,
-        whose last norm belongs to the trained depth.
+        For a BDH with shared weights this is the output of the same model with that many levels, except under
+        scaled_pre, whose last norm belongs to the trained depth.
         """
-        state = self._kept("logits", self.outputs, level)
-        with _full_precision(state):
+        state = self._recorded("logits", self.outputs, level)
+        with _no_autocast(state):
             return self.adapter.logits(state)
 
     @torch.no_grad()
     def _activity(self, name: str, level: int) -> Activity:
-        x = self._kept(name, self.inputs, level)
-        with _full_precision(x):
+        x = self._recorded(name, self.inputs, level)
+        with _no_autocast(x):
             return self.adapter.activity(level, x)
 
-    def _kept(self, name: str, of: dict[int, Tensor], level: int) -> Tensor:
+    def _recorded(self, name: str, tensors: dict[int, Tensor], level: int) -> Tensor:
         if name not in self.names:
             raise LookupError(f"{name} was not recorded, only {', '.join(self.names)}: name it in record(model, ...)")
-        if level not in of:
-            raise LookupError(f"level {level} was not recorded: the levels with a record are {sorted(of)}")
-        return of[level]
+        if level not in tensors:
+            raise LookupError(f"level {level} was not recorded, only {sorted(tensors)}")
+        return tensors[level]
 
-    def keep(self, among: dict[int, Tensor], level: int, tensor: Tensor) -> None:
-        """What hooks call, with inputs or outputs to keep the tensor among."""
+    def keep(self, tensors: dict[int, Tensor], level: int, tensor: Tensor) -> None:
+        """Stores a tensor in `inputs` or `outputs`; called by the hooks."""
         if level in self.levels:
-            among[level] = tensor.detach()
+            tensors[level] = tensor.detach()
 
 
-def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
-    """No autocast, even inside one."""
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False)
 
 
 @contextlib.contextmanager
 def record(model: nn.Module, *names: str, levels: Iterable[int] | None = None) -> Iterator[Trace]:
-    """Records these quantities (methods of `Trace`; none: all that the model has) in passes inside the `with` block.
+    """Records forward passes inside the `with` block. The outputs are bit-identical to those without it.
 
-    levels: count from 0; None: all. The outputs stay what they are, to the bit; the hooks are gone afterwards, whatever
-    happens. After several passes the trace holds the last. For a compiled model, give the module that was compiled and
-    run that. Raises TypeError for an unknown model, ValueError for a level or a quantity that it does not have.
+    names: methods of `Trace` to be used afterwards; default: all that the model supports. levels: from 0; default: all.
+    After several passes the trace holds the last one. The hooks are always removed. For a compiled model, pass the
+    module that was compiled and run that. Raises TypeError for an unsupported model, ValueError for a level or a
+    quantity that it does not have.
     """
     adapter = adapter_of(model)
     chosen = tuple(range(adapter.n_levels) if levels is None else levels)

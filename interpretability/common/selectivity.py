@@ -1,25 +1,24 @@
-"""How much the activity of single neurons says about the class, and what it would seem to say if it said nothing.
+"""How selective single neurons are for a class, and how selective they would look by chance.
 
-Three measures of each neuron, for its best class, the one that it is most active for on average:
+A neuron's best class is the one with the highest mean activity. Three measures for it:
 
-    index      class selectivity index, (m - r) / (m + r): m is the mean activity for the best class, r the mean over
-               the other classes of theirs (Morcos et al. 2018, arXiv 1803.06959). 0: the same for all classes; 1:
-               active for one class only, be it on a single image.
-    auroc      area under the ROC curve of the mean activity, as what tells images of the best class from the rest:
-               0.5 is chance, 1 a neuron by which alone they can be told apart. It does not fall where a neuron is
-               silent on part of the class only, nor rise where it is active once.
-    precision  share of the best class among the patches (of different images) that excite the neuron most.
+    index      class selectivity index (m - r) / (m + r): m is the mean activity for the best class, r the average of
+               the other classes' means (Morcos et al. 2018, arXiv 1803.06959). 0: equal for all classes; 1: active for
+               one class only, even if on a single image.
+    auroc      area under the ROC curve for telling the best class from the rest by the mean activity. 0.5: chance; 1:
+               perfect. Falls if the neuron is silent on part of the class; does not rise if it is active once.
+    precision  share of the best class among the patches (of different images) that activate the neuron most.
 
-The same measures with the labels shuffled are what chance gives, for this neuron with its own number of images on which
-it is active: a neuron that is active on one image has an index of 1 with any labels. The share of shuffles that reach
-the true value (both counted once more: Phipson and Smyth 2010, arXiv 1603.05766) is its p.
+Chance is the same measure with shuffled labels, for the same neuron: one that is active on a single image has an index
+of 1 with any labels. p is the share of shuffles that reach the true value, counting the true value itself as one of
+them (Phipson and Smyth 2010, arXiv 1603.05766).
 
-What is labelled is a unit: all patches of an image that have one class. That is the image itself, but for segmentation,
-where a patch has the class of most of its pixels, and an image is as many units as it has classes; shuffles deal the
-labels over the units of all images. There chance comes out too small, so that p is too: units of few patches vary more
-than units of many, and a class has its usual place in the image, while shuffled labels have neither size nor place.
+Labels belong to units. A unit is all patches of one class in one image: the whole image for classification; in
+segmentation (a patch has the class of most of its pixels) an image has as many units as classes. Shuffling permutes
+labels over all units. In segmentation this makes p too small, because shuffled labels lose the size of a class (small
+units vary more than large ones) and its usual place in the image.
 
-Letters in shapes: U units, M = H N neurons of a level, C classes, K patches kept of a neuron.
+Shapes: U units, M = H N neurons of a level, C classes, K patches kept per neuron, S shuffles.
 """
 
 from collections.abc import Iterable
@@ -33,41 +32,34 @@ from torch import Tensor, nn
 
 from interpretability.common.activity import NO_CLASS, levels_of
 
-ROUNDING = 1e-6  # of an index in float32: shuffles that only move labels within a class must count as reaching it
+ROUNDING = 1e-6  # float32 rounding of an index: shuffles that move labels within a class must count as reaching it
+Unit = tuple[int, int, slice | Tensor]  # image in the batch, class, and which of its patches have the class
 
 
 class Top(NamedTuple):
-    """The patches that excite each neuron of a level most, strongest first, each of another unit; (K, M) each."""
+    """The patches that activate each neuron of a level most, strongest first, each from another unit; (K, M) each."""
 
-    values: np.ndarray
-    """float32; 0 where fewer patches than K excite the neuron"""
-    units: np.ndarray
-    """int64, which unit it is in"""
-    patches: np.ndarray
-    """int64, its place in the image, row by row"""
+    values: np.ndarray  # float32; 0 if fewer than K patches activate the neuron
+    units: np.ndarray  # int64, unit number
+    patches: np.ndarray  # int64, patch number in the image, in raster order
 
 
 @dataclass(frozen=True)
 class Responses:
-    """Of all neurons to all units."""
+    """Responses of all neurons to all units; lists are by level."""
 
     n_heads: int
-    images: np.ndarray
-    """(U,) int64, of each unit: its image, by its place among those that were looked at"""
-    labels: np.ndarray
-    """(U,) int64, its class"""
-    means: list[np.ndarray]
-    """by level: (U, M) float32, activity above 0, averaged over the unit's patches"""
-    active: list[np.ndarray]
-    """by level: (M,) share of the patches, with or without a class, on which the neuron is active"""
+    images: np.ndarray  # (U,) int64, image of each unit, numbered in the order seen
+    labels: np.ndarray  # (U,) int64, class of each unit
+    means: list[np.ndarray]  # (U, M) float32, positive part of the activity, averaged over the unit's patches
+    active: list[np.ndarray]  # (M,) share of all patches (with or without a class) on which the neuron is active
     top: list[Top]
-    """by level"""
 
 
 def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], quantity: str, k: int) -> Responses:
-    """One pass over the images, in which no more than a batch's activity at one level is held.
+    """One pass over the images, holding the activity of one level of one batch at a time.
 
-    batches: pixels as the model reads them, and (B, T) the class of each patch. k: patches kept of each neuron.
+    batches: the model's input, and the class of each patch (B, T). k: patches kept per neuron.
     """
     images, labels, means, active, top = [], [], {}, {}, {}
     n_images = n_patches = n_units = 0
@@ -95,8 +87,8 @@ def collect(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], quantity
     )
 
 
-def _units(classes: Tensor) -> list[tuple[int, int, slice | Tensor]]:
-    """Image, class, and which of its patches have it. classes: (B, T)."""
+def _units(classes: Tensor) -> list[Unit]:
+    """classes: (B, T)."""
     units = []
     for image, of_patches in enumerate(classes):
         found = of_patches.unique().tolist()
@@ -106,8 +98,8 @@ def _units(classes: Tensor) -> list[tuple[int, int, slice | Tensor]]:
     return units
 
 
-def _peaks(of_units: list[Tensor], units: list[tuple[int, int, slice | Tensor]], first: int) -> list[Tensor]:
-    """Values, units and patches of the strongest patch of each unit, (U', M) each. first: number of the first unit."""
+def _peaks(of_units: list[Tensor], units: list[Unit], first: int) -> list[Tensor]:
+    """Value, unit number and patch of each unit's strongest patch, (U', M) each. first: number of the first unit."""
     values, patches = [], []
     for activity, (_, _, which) in zip(of_units, units, strict=True):
         peak, place = activity.max(1)  # (H, N)
@@ -119,79 +111,59 @@ def _peaks(of_units: list[Tensor], units: list[tuple[int, int, slice | Tensor]],
 
 
 def _strongest(before: list[Tensor] | None, peaks: list[Tensor], k: int) -> list[Tensor]:
-    """The k strongest, in order, of those before and the new ones; of equals, the first seen."""
+    """The k strongest of both, in order; of equals, the first seen."""
     if before is not None:
         peaks = [torch.cat(pair) for pair in zip(before, peaks, strict=True)]
     order = peaks[0].argsort(dim=0, descending=True, stable=True)[:k]
     return [each.gather(0, order) for each in peaks]
 
 
-# ---------------------------------------------------------------------------- measures
-
-
 class Measures(NamedTuple):
-    """Of the neurons of a level, (M,) each; NaN for those that are never active. See above."""
+    """The measures of a level's neurons, (M,) each, or (S, M) with shuffled labels; NaN for neurons never active."""
 
-    best: np.ndarray
-    """int64, the class with the highest mean activity"""
+    best: np.ndarray  # int64, the class with the highest mean activity
     index: np.ndarray
     auroc: np.ndarray
     precision: np.ndarray
 
 
 class Ranked(NamedTuple):
-    """The responses at one level, as the measures need them."""
+    """A level's responses, prepared for repeated measuring."""
 
-    means: np.ndarray
-    """(U, M)"""
-    ranks: np.ndarray
-    """(U, M), of the unit among all by its mean activity, equals sharing theirs; their average taken off"""
+    means: np.ndarray  # (U, M)
+    ranks: np.ndarray  # (U, M), rank of the unit by mean activity, minus the average rank; ties share their average
     top: Top
 
 
 def ranked(responses: Responses, level: int) -> Ranked:
-    """level: from 0."""
     means = responses.means[level]
     return Ranked(means, (rankdata(means, axis=0) - (len(means) + 1) / 2).astype(np.float32), responses.top[level])
 
 
-def measures(of: Ranked, labels: np.ndarray) -> Measures:
-    """labels: (U,), of two classes at least."""
+def measures(data: Ranked, labels: np.ndarray) -> Measures:
+    """labels: (U,), at least two classes."""
     present, which, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     members = (which == np.arange(len(present))[:, None]).astype(np.float32)  # (C, U)
-    class_means = members @ of.means / sizes[:, None]  # (C, M)
-    best = class_means.argmax(0)
-    most = class_means.max(0)
+    class_means = members @ data.means / sizes[:, None]  # (C, M)
+    best, most = class_means.argmax(0), class_means.max(0)
     rest = (class_means.sum(0) - most) / (len(present) - 1)
-    active = of.top.values > 0
-    with np.errstate(invalid="ignore"):  # neurons that are never active
+    active = data.top.values > 0
+    with np.errstate(invalid="ignore"):  # neurons never active
         index = (most - rest) / (most + rest)
-        # Mann and Whitney's U over the number of pairs; the ranks have mean 0, hence the half
-        rank_sums = np.take_along_axis(members @ of.ranks, best[None], 0)[0]
+        # Mann-Whitney U divided by the number of pairs; the half is there because the ranks are centred
+        rank_sums = np.take_along_axis(members @ data.ranks, best[None], 0)[0]
         auroc = rank_sums / (sizes * (len(labels) - sizes))[best] + 0.5
-        precision = (active & (which[of.top.units] == best)).sum(0) / active.sum(0)
+        precision = (active & (which[data.top.units] == best)).sum(0) / active.sum(0)
     return Measures(present[best], index, np.where(most > 0, auroc, np.nan), precision)
 
 
-class Null(NamedTuple):
-    """What shuffled labels give; S shuffles."""
-
-    index: np.ndarray
-    """(S, M)"""
-    auroc: np.ndarray
-    precision: np.ndarray
-
-
-def shuffled(of: Ranked, labels: np.ndarray, n_shuffles: int, rng: np.random.Generator) -> Null:
-    """The measures with the labels dealt anew, n_shuffles times; the best class is that of the dealt labels."""
-    dealt = [measures(of, rng.permutation(labels)) for _ in range(n_shuffles)]
-    return Null(*(np.stack([getattr(each, name) for each in dealt]) for name in Null._fields))
+def shuffled(data: Ranked, labels: np.ndarray, n_shuffles: int, rng: np.random.Generator) -> Measures:
+    """The measures with shuffled labels, (S, M) each. The best class is found anew each time."""
+    shuffles = [measures(data, rng.permutation(labels)) for _ in range(n_shuffles)]
+    return Measures(*(np.stack(each) for each in zip(*shuffles, strict=True)))
 
 
 def p_values(values: np.ndarray, null: np.ndarray) -> np.ndarray:
-    """(M,), the share of values and null that reaches the value; 1 at most, 1 / (S + 1) at least; NaN for NaN.
-
-    values: (M,), null: (S, M).
-    """
+    """(M,), from 1 / (S + 1) to 1, or NaN; see above. values: (M,), null: (S, M)."""
     reached = (null >= values - ROUNDING).sum(0)
     return np.where(np.isnan(values), np.nan, (reached + 1) / (len(null) + 1))

@@ -1,14 +1,15 @@
-"""A finished run opened for looking inside: its model, and the images that it was tested with."""
+"""Opens a finished run for inspection: its model and the images that it was tested on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from interpretability.common.adapters import Adapter, adapter_of
 from models import build_config
@@ -22,41 +23,59 @@ from training.data.segmentation import read_pair, scale_image, scale_mask
 from training.device import pick_device, tune_cpu_allocator
 from training.runs import Run, load_model
 
-RESULTS = ROOT / "interpretability_results"  # pictures and tables go into a folder of the run's name in it
-LONGEST_STEM = 200  # characters: file systems allow names of 255 bytes
+Batches = Iterator[tuple[Tensor, Tensor]]
+LONGEST_STEM = 200  # characters; file systems allow names of 255 bytes
+progress = partial(tqdm, leave=False, disable=None)  # a bar if stderr is a terminal
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunChoice:
-    """Which run to look into."""
+class Places:
+    """Where things are."""
 
-    run: Path | None = None
-    """folder of one run, such as runs/v2_cifar10/seed0; default: the most recent finished run in runs/"""
     data_dir: Path | None = None
-    """folder that holds data_cifar10 and the like; default: $VISION_BDH_DATA, else beside the scripts"""
+    """folder that contains data_cifar10 etc.; default: $VISION_BDH_DATA, else the folder of the train scripts"""
     device: str = "auto"
     """auto, cuda, cuda:1, mps or cpu"""
+    output_dir: Path = ROOT / "interpretability_results"
+    """results are written to a subfolder named after the run"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunChoice(Places):
+    """Which run to inspect."""
+
+    run: Path | None = None
+    """run folder, such as runs/v2_cifar10/seed0, or a checkpoint in it; default: the last finished run in runs/"""
 
     def changed(self, *names: str) -> list[str]:
-        """Such as tokens=mean, of the flags by these names that are not as they come: results differ by them."""
+        """The non-default options among names, as tokens=mean, for file names."""
         changed = changed_fields(type(self)(), self)
         return [f"{name}={changed[name]}" for name in names if name in changed]
 
 
-class Samples(NamedTuple):
-    """B images with their truth, on the CPU."""
+@dataclass(frozen=True, kw_only=True)
+class PairChoice(RunChoice):
+    """One run, or two to compare."""
 
-    images: Tensor
-    """(B, C, height, width) uint8, at the model's size"""
-    labels: Tensor
-    """(B,) int64, the class of each; of segmentation (B, height, width), at the model's size"""
+    versus: Path | None = None
+    """second run (or checkpoint) on the same data set, to compare with the first"""
+
+
+class Samples(NamedTuple):
+    """B images and their labels, on the CPU."""
+
+    images: Tensor  # (B, C, height, width) uint8, at the model's size
+    labels: Tensor  # (B,) int64 classes, or (B, height, width) for segmentation
 
 
 class TrainedRun:
-    """The model with its best weights in evaluation mode, and its test images (validation, where there is no test)."""
+    """A run's model in evaluation mode, with its best weights, and its test images (validation if there is no test)."""
 
-    def __init__(self, folder: Path, data_dir: Path | None = None, device: str = "auto"):
-        """folder: of the run, or a checkpoint in it. Raises UserError for what is no run of a model on images."""
+    def __init__(self, folder: Path, data_dir: Path | None = None, device: str = "auto", any_model: bool = False):
+        """folder: of the run, or a checkpoint in it. any_model: accept models that the recorder does not support.
+
+        Raises UserError if there is no such run, or its model cannot be inspected.
+        """
         self.checkpoint = folder
         self.folder = folder.parent if folder.suffix == ".pt" else folder
         self.data_dir = data_dir
@@ -67,12 +86,14 @@ class TrainedRun:
         self.model: nn.Module = model.to(self.device)
         self.sizes: Any = build_config(self.config["model_class"], self.config["config"]["model"])
         self.train: dict[str, Any] = self.config["config"]["train"]
+        if any_model:
+            return
         try:
             self.adapter: Adapter = adapter_of(model)
         except TypeError as error:
-            raise UserError(f"{folder} cannot be looked into: {error}") from None
+            raise UserError(f"{folder} cannot be inspected: {error}") from None
         if not hasattr(self.sizes, "patch_size"):
-            raise UserError(f"{folder} cannot be looked into: its model reads no images")
+            raise UserError(f"{folder} cannot be inspected: its model does not read images")
 
     @property
     def grid(self) -> Grid:
@@ -82,33 +103,39 @@ class TrainedRun:
 
     @property
     def labels_pixels(self) -> bool:
-        """Whether it is a segmentation model."""
-        return self.train["dataset"] in CLASSES
+        """Whether this is a segmentation run."""
+        return self.train.get("dataset") in CLASSES
+
+    @property
+    def experiment_title(self) -> str:
+        """The run's title in figures, whichever checkpoint is open."""
+        return f"{self.config['experiment'].replace('+', ', ')}, seed {self.train['seed']}"
 
     @property
     def title(self) -> str:
-        """For people: the run, and which of its checkpoints, if not the best."""
-        return title_of(self.config, self.checkpoint)
+        """The run's title in figures, with the checkpoint unless it is the best."""
+        return ", ".join(filter(None, (self.experiment_title, self.checkpoint_name)))
 
     @property
     def stem(self) -> str:
-        """For names of files and folders; the same for all checkpoints."""
-        return stem_of(self.config)
+        """The run's name in file and folder names; the same for all checkpoints."""
+        return f"{self.config['experiment'][:LONGEST_STEM]}_seed{self.train['seed']}"
 
     @property
     def checkpoint_name(self) -> str:
-        return checkpoint_name(self.checkpoint)
+        """Such as epoch_004; empty for the best weights."""
+        return self.checkpoint.stem if self.checkpoint.suffix == ".pt" and self.checkpoint.stem != "best" else ""
 
     def file_name(self, name: str) -> str:
-        return with_checkpoint(name, self.checkpoint)
+        """The name, with the checkpoint's appended unless it is the best, so that results are not overwritten."""
+        return "_".join(filter(None, (name, self.checkpoint_name)))
 
     def require(self, *names: str) -> None:
-        """Raises UserError where a trace of this model cannot give all of these quantities."""
+        """Raises UserError unless the recorder supports all these quantities for this model."""
         for name in names:
             if name not in self.adapter.quantities:
-                family = type(self.model).__name__
-                mend = "that classifies images" if name == "logits" else "of a BDH"
-                raise UserError(f"{self.checkpoint} is a {family}, which has no {name}: give a run {mend}")
+                model, needed = type(self.model).__name__, "that classifies images" if name == "logits" else "of a BDH"
+                raise UserError(f"{self.checkpoint} is a {model}, which has no {name}: give a run {needed}")
 
     @cached_property
     def _data(self) -> DataSet | MaskFiles:
@@ -116,13 +143,10 @@ class TrainedRun:
         if self.labels_pixels:
             return find_masks(name, data_folder(name, self.data_dir), download=False)
         dataset = load_dataset(name, self.data_dir, self.sizes.img_size, self.sizes.in_channels)
-        known, now = self.config["data"], dataset.description
-        for key, word in (("class_names", "classes"), ("images", "numbers")):  # the split counts on both
-            if known.get(key, now[key]) != now[key]:
-                raise UserError(
-                    f"the images of {name} have other {word} than those that {self.folder} was trained on: "
-                    "name their folder with --data-dir"
-                )
+        trained_on, found = self.config["data"], dataset.description
+        for key, word in (("class_names", "class names"), ("images", "numbers of images")):
+            if trained_on.get(key, found[key]) != found[key]:  # the split's numbers would mean other images
+                raise UserError(f"{self.folder} was trained on other {word} of {name}: give its data with --data-dir")
         return dataset
 
     @cached_property
@@ -131,149 +155,125 @@ class TrainedRun:
 
     @cached_property
     def _part(self) -> tuple[str, np.ndarray]:
-        """The part's name, and where in the data set its images are (None of a test part: in order)."""
+        """The part's key in the data set, and the positions of its images in that part's arrays or list of files."""
         data = self._data
         if self.labels_pixels:
             part = "test" if data.pairs.get("test") else "val"
             return part, np.arange(len(data.pairs[part]))
         if len(data.test_labels):
             return "test", np.arange(len(data.test_labels))
-        return "val", Run(self.folder).read_split().val
+        return "train", Run(self.folder).read_split().val
 
     @property
     def part(self) -> str:
-        """ "test", or "val" where the data have no test part."""
-        return self._part[0]
-
-    @property
-    def part_name(self) -> str:
-        """The part, for people."""
-        return {"test": "test", "val": "validation"}[self.part]
+        """test, or validation for data without a test part."""
+        return "test" if self._part[0] == "test" else "validation"
 
     @property
     def n_images(self) -> int:
-        """Images of that part."""
+        """Number of images in that part."""
         return len(self._part[1])
 
-    def spread(self, n: int | None) -> list[int]:
-        """Numbers of n images at equal distances over the part, so that parts sorted by class give all of them.
+    def choose_images(self, n: int | None, indices: Sequence[int] | None = None) -> list[int]:
+        """Numbers of n evenly spaced images of the part, so that data sorted by class give all classes; or `indices`.
 
-        None, or more than there are: all. Raises UserError for none.
+        n: None, or more than there are, for all. Raises UserError if none are chosen.
         """
-        return _spread(n, self.n_images)
+        if indices is None:
+            return _evenly_spaced(n, self.n_images)
+        if not len(indices):
+            raise UserError("no images chosen: give one or more numbers after --indices")
+        return list(indices)
 
     def samples(self, indices: Sequence[int]) -> Samples:
-        """Images of the part by their numbers, from 0. Raises UserError for a number that is not there."""
+        """Images of the part by number, from 0. Raises UserError for a number that does not exist."""
         part, places = self._part
         for index in indices:
             if not 0 <= index < len(places):
-                raise UserError(f"there is no {self.part_name} image {index}: there are {len(places)}, numbered from 0")
-        data, places = self._data, places[list(indices)]
-        if self.labels_pixels:
-            pairs = [self._read_pair(data, part, place) for place in places]
-            return Samples(*(torch.from_numpy(np.stack(each)) for each in zip(*pairs, strict=True)))
-        images, labels = (
-            (data.test_images, data.test_labels) if part == "test" else (data.train_images, data.train_labels)
-        )
-        return Samples(torch.from_numpy(read_images(images[places])), torch.from_numpy(labels[places]))
+                raise UserError(f"there is no {self.part} image {index}: numbers go from 0 to {len(places) - 1}")
+        if not self.labels_pixels:
+            return self._read(part, places[list(indices)])
+        pairs = [self._read_pair(self._data.pairs[part][index]) for index in indices]
+        return Samples(*(torch.from_numpy(np.stack(each)) for each in zip(*pairs, strict=True)))
 
-    def _read_pair(self, files: MaskFiles, part: str, place: int) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, part: str, places: np.ndarray) -> Samples:
+        """Images with one class each. part: test or train, as stored; places: positions in it."""
+        images, labels = (getattr(self._data, f"{part}_{kind}")[places] for kind in ("images", "labels"))
+        return Samples(torch.from_numpy(read_images(images)), torch.from_numpy(labels))
+
+    def _read_pair(self, pair: Any) -> tuple[np.ndarray, np.ndarray]:
         """(C, height, width) uint8 and (height, width) int64, at the model's size."""
         try:
-            image, mask = read_pair(files.pairs[part][place], files)
+            image, mask = read_pair(pair, self._data)
         except BadFile as error:
             raise UserError(str(error)) from None
         size = self.sizes.img_size
         return scale_image(image, size).transpose(2, 0, 1), scale_mask(mask, size).astype(np.int64)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """What the model reads. images: (B, C, height, width) uint8 -> float32 in [-1, 1], on the device."""
+        """The model's input: images (B, C, height, width) uint8 as float32 in [-1, 1], on the device."""
         return normalise(images.to(self.device))
 
-    def batches(self, indices: Sequence[int], batch_size: int = 128) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels as the model reads them and labels of these images, in order, on the device."""
-        for first in range(0, len(indices), batch_size):
-            images, labels = self.samples(indices[first : first + batch_size])
-            yield self.pixels(images), labels.to(self.device)
+    def batches(self, indices: Sequence[int], size: int = 128, text: str | None = None) -> Batches:
+        """The model's input and the labels for images of the part, in order, on the device. text: of a progress bar."""
+        return self._batches(self.samples, indices, size, text)
 
     def training_places(self, n: int) -> np.ndarray:
-        """Where in the data set n images that the run trained on are: every class in proportion; all if there are less.
+        """Positions of n images that the run was trained on, every class in proportion; all if there are fewer.
 
-        Raises UserError for none, and for a run whose data were not split by a draw.
+        Raises UserError if n is below 1 or the run has no split.npz.
         """
         split = Run(self.folder).read_split()
         if split is None:
-            raise UserError(f"{self.folder} has no split.npz, which says what it trained on")
+            raise UserError(f"{self.folder} has no split.npz, which lists the images that it was trained on")
         by_class = split.train[np.argsort(self._data.train_labels[split.train], kind="stable")]
-        return by_class[_spread(n, len(by_class))]
+        return by_class[_evenly_spaced(n, len(by_class))]
 
-    def training_batches(self, places: np.ndarray, batch_size: int = 128) -> Iterator[tuple[Tensor, Tensor]]:
-        """What `batches` gives, of these images of the training part; not augmented."""
-        for first in range(0, len(places), batch_size):
-            here = places[first : first + batch_size]
-            images = torch.from_numpy(read_images(self._data.train_images[here]))
-            yield self.pixels(images), torch.from_numpy(self._data.train_labels[here]).to(self.device)
+    def training_batches(self, places: np.ndarray, size: int = 128, text: str | None = None) -> Batches:
+        """The model's input and the labels for images at these positions of the training data, not augmented."""
+        return self._batches(partial(self._read, "train"), places, size, text)
 
-
-def checkpoint_name(path: Path) -> str:
-    """Such as epoch_004; empty for the best weights, which a run's folder stands for. path: of either."""
-    return path.stem if path.suffix == ".pt" and path.stem != "best" else ""
-
-
-def with_checkpoint(name: str, checkpoint: Path) -> str:
-    """The name, with that of the checkpoint, if not the best: results of several must not replace each other."""
-    return "_".join(filter(None, (name, checkpoint_name(checkpoint))))
+    def _batches(self, read: Callable[[Any], Samples], numbers: Any, size: int, text: str | None) -> Batches:
+        with tqdm(total=len(numbers), desc=text, unit="img", leave=False, disable=None if text else True) as bar:
+            for first in range(0, len(numbers), size):
+                images, labels = read(numbers[first : first + size])
+                yield self.pixels(images), labels.to(self.device)
+                bar.update(len(labels))
 
 
-def title_of(config: dict[str, Any], checkpoint: Path | None = None) -> str:
-    """What to call a run before people, and its checkpoint, if not the best. config: its config.json."""
-    run = f"{config['experiment'].replace('+', ', ')}, seed {config['config']['train']['seed']}"
-    return ", ".join(filter(None, (run, checkpoint and checkpoint_name(checkpoint))))
-
-
-def stem_of(config: dict[str, Any]) -> str:
-    """What to call files and folders about a run. config: its config.json."""
-    return f"{config['experiment'][:LONGEST_STEM]}_seed{config['config']['train']['seed']}"
-
-
-def _spread(n: int | None, n_images: int) -> list[int]:
-    """n of the numbers from 0 to n_images - 1 at equal distances; see `TrainedRun.spread`."""
+def _evenly_spaced(n: int | None, n_images: int) -> list[int]:
     if n is not None and n < 1:
-        raise UserError("there is no image to look at: give --images 1 or more")
-    if n is None or n >= n_images:
-        return list(range(n_images))
+        raise UserError("no images chosen: give --images 1 or more")
+    n = n_images if n is None else min(n, n_images)
     return [k * n_images // n for k in range(n)]
 
 
 def open_run(choice: RunChoice) -> TrainedRun:
-    """The run that the flags name. Raises UserError where there is none."""
+    """The run that the options name. Raises UserError if there is none."""
     return TrainedRun(choice.run or latest_run(ROOT / "runs"), choice.data_dir, choice.device)
 
 
-def check_same_images(first: TrainedRun, second: TrainedRun) -> None:
-    """Raises UserError where an image's number does not mean the same image to both."""
-    runs = (first, second)
-    names = [run.train["dataset"] for run in runs]
-    if names[0] != names[1]:
+def open_runs(choice: PairChoice) -> list[TrainedRun]:
+    """One run, or two tested on the same images. Raises UserError if they were not."""
+    runs = [open_run(choice)]
+    if choice.versus is None:
+        return runs
+    runs.append(TrainedRun(choice.versus, choice.data_dir, choice.device))
+    first, second = runs
+    name, other = first.train["dataset"], second.train["dataset"]
+    if name != other:
         raise UserError(
-            f"{first.checkpoint} was trained on {names[0]}, {second.checkpoint} on {names[1]}: "
-            "two runs are compared on the same images, so give two on one data set"
+            f"--versus {second.checkpoint} was trained on {other}, not on {name}: give two runs on one data set"
         )
-    if first.part == "test" or first.labels_pixels:  # these come with the data
-        return
-    if not np.array_equal(*(Run(run.folder).read_split().val for run in runs)):
-        raise UserError(
-            f"{first.checkpoint} and {second.checkpoint} hold out other images, and {names[0]} has no test part: "
-            "two runs are compared on the same images, so give two of one seed"
-        )
+    drawn = first.part == "validation" and not first.labels_pixels  # other parts are fixed by the data set
+    if drawn and not np.array_equal(*(Run(run.folder).read_split().val for run in runs)):
+        raise UserError(f"--versus {second.checkpoint} has another validation part: give two runs with the same seed")
+    return runs
 
 
 def latest_run(runs_dir: Path) -> Path:
-    """Folder of the run that was finished last, anywhere below runs_dir. Raises UserError where there is none."""
+    """Folder of the last finished run anywhere in runs_dir. Raises UserError if there is none."""
     finished = [path for path in runs_dir.rglob("summary.json") if (path.parent / "best.pt").is_file()]
     if not finished:
-        raise UserError(
-            f"there is no finished run in {runs_dir}: train one first (python train_quickstart.py takes about a "
-            "minute), or name its folder with --run"
-        )
+        raise UserError(f"no finished run in {runs_dir}: train one (python train_quickstart.py), or give --run")
     return max(finished, key=lambda path: path.stat().st_mtime).parent

@@ -1,7 +1,7 @@
 "use strict";
 
-// What explore.py packed: numbers as zlib streams in base64, inflated when an image is looked at.
-// T tokens, the class token first where there is one; maps run over levels, then heads.
+// Decodes the data packed by explore_encoding.py: zlib streams in base64, inflated when an image is selected.
+// T tokens, the class token first (if there is one); maps are ordered by level, then head.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const [rows, columns] = data.grid;
@@ -14,7 +14,7 @@ async function inflate(text) {
   return new Response(stream).arrayBuffer();
 }
 
-/** Numbers of an image, by its place in the gallery. */
+/** Data of an image, by its position in the gallery. */
 function load(place) {
   if (!loaded.has(place)) loaded.set(place, unpack(data.images[place]));
   return loaded.get(place);
@@ -33,11 +33,11 @@ async function unpack(image) {
   return numbers;
 }
 
-/** What a token receives from every token at a level, in a head: T numbers. */
+/** Scores of one query token at a level and head: T numbers. */
 function scoresFrom(numbers, level, head, token) {
   const map = level * data.heads + head;
   const limits = numbers.limits.subarray(map * tokens, (map + 1) * tokens);
-  const half = (tokens * (tokens + 1)) / 2; // of a symmetric map only the lower triangle is there
+  const half = (tokens * (tokens + 1)) / 2; // of a symmetric map only the lower triangle is stored
   const symmetric = numbers.codes.length === data.levels * data.heads * half;
   return Float32Array.from({ length: tokens }, (_, key) => {
     if (!symmetric) return (numbers.codes[(map * tokens + token) * tokens + key] * limits[token]) / data.steps;
@@ -47,7 +47,7 @@ function scoresFrom(numbers, level, head, token) {
   });
 }
 
-/** |score| / sum of |scores|; 0 where all are 0. */
+/** |score| / sum of |scores|; 0 if all are 0. */
 function sharesOf(scores) {
   const sum = scores.reduce((total, score) => total + Math.abs(score), 0);
   return scores.map((score) => (sum ? Math.abs(score) / sum : 0));
@@ -57,14 +57,14 @@ function mean(maps) {
   return maps[0].map((_, key) => maps.reduce((total, map) => total + map[key], 0) / maps.length);
 }
 
-/** Maps of a level from a token: the mean of heads, then each head. */
+/** Maps of a level for one query token: the mean of heads, then each head. */
 function mapsOf(numbers, level, token, asShares) {
   const heads = Array.from({ length: data.heads }, (_, head) => scoresFrom(numbers, level, head, token));
   const maps = asShares && data.signed ? heads.map(sharesOf) : heads; // softmax weights are shares already
   return [mean(maps), ...maps];
 }
 
-/** The most active neurons of a token by quantity: how many are active, and [{head, neuron, value}] from the top. */
+/** For each quantity of a token: how many neurons are active, and the most active as [{head, neuron, value}]. */
 function neuronsOf(image, numbers, level, token) {
   const { quantities, top, per_head: perHead } = data.neurons;
   return quantities.map((_, quantity) => {
@@ -79,7 +79,7 @@ function neuronsOf(image, numbers, level, token) {
   });
 }
 
-/** 256 colours, (256, 3) bytes, of a name in data.colors. */
+/** The 256 colours, as (256, 3) bytes, of a colour map in data.colors. */
 function colorsOf(name) {
   return Uint8Array.from(atob(data.colors[name]), (character) => character.charCodeAt(0));
 }

@@ -1,6 +1,6 @@
 "use strict";
 
-// One state, drawn anew after each change. A preview (what the pointer is over) goes before what was chosen.
+// One state, redrawn after each change. The preview (what the pointer is over) overrides what was chosen.
 
 const find = (id) => document.getElementById(id);
 const first = data.class_tokens;
@@ -9,9 +9,9 @@ const state = { image: 0, query: centre, key: null, level: data.levels - 1, colu
 const preview = { query: null, key: null };
 const palettes = { sequential: colorsOf("sequential"), diverging: colorsOf("diverging") };
 const smallMaps = []; // by level, then column: the mean of heads, then each head
-let numbers = null; // of the image that is shown
+let numbers = null; // of the image shown
 
-// ---------------------------------------------------------------- words
+// ---------------------------------------------------------------- text
 
 const digits = { minimumSignificantDigits: 3, maximumSignificantDigits: 3 };
 const plain = new Intl.NumberFormat("en", digits);
@@ -43,7 +43,7 @@ function element(tag, className, ...children) {
 
 // ---------------------------------------------------------------- drawing
 
-/** Scores or shares of all tokens into a canvas of a pixel a patch; limit: what the end of the scale stands for. */
+/** Draws scores or shares of all tokens, one pixel per patch; limit: upper end of the scale. */
 function paint(canvas, values, limit) {
   const colors = state.shares ? palettes.sequential : palettes.diverging;
   const context = canvas.getContext("2d");
@@ -58,7 +58,7 @@ function paint(canvas, values, limit) {
 
 const largest = (values) => values.subarray(first).reduce((most, value) => Math.max(most, Math.abs(value)), 0);
 
-/** Raw scores have a scale a map; shares one for all heads of a level, and one for their mean. */
+/** Raw scores have one scale per map; shares have one for all heads of a level and one for their mean. */
 function limitsOf(maps) {
   const [ofMean, ...ofHeads] = maps.map(largest);
   return [ofMean, ...(state.shares ? ofHeads.map(() => Math.max(...ofHeads)) : ofHeads)];
@@ -69,7 +69,7 @@ function strongestOf(values, n) {
   return keys.sort((a, b) => Math.abs(values[b]) - Math.abs(values[a])).slice(0, n);
 }
 
-/** Puts a marker of page.css on a token; there is no place for one on the class token. */
+/** Moves a marker of page.css to a token; hidden for the class token, which is not on the map. */
 function place(name, token) {
   const { style } = find("main");
   style.setProperty(`--${name}-shown`, token >= first ? 1 : 0);
@@ -77,7 +77,7 @@ function place(name, token) {
   style.setProperty(`--${name}-column`, (token - first) % columns);
 }
 
-/** All that depends on the patch, the level, the head or the scale. */
+/** Redraws everything that depends on the patch, level, head or scale. */
 function draw() {
   const query = preview.query ?? state.query;
   const levels = smallMaps.map((_, level) => mapsOf(numbers, level, query, state.shares));
@@ -110,8 +110,8 @@ function drawLegend(limit) {
   find("unit").textContent = data.units[kind];
   find("about-scores").textContent = data.notes[kind];
   find("about-maps").textContent = state.shares
-    ? "All from the same patch. The heads of a level share a scale, their mean has its own."
-    : "All from the same patch, each with its own scale.";
+    ? "All for the same query patch. The heads of a level share a scale; their mean has its own."
+    : "All for the same query patch, each with its own scale.";
 }
 
 function drawReadout(query, values, strongest) {
@@ -157,7 +157,7 @@ function bar(name, value, part, className = "") {
   return made;
 }
 
-/** What depends on the image alone. */
+/** Redraws what depends on the image only. */
 function drawImage() {
   const image = data.images[state.image];
   const said = image.levels.at(-1).top[0];
@@ -167,7 +167,7 @@ function drawImage() {
   find("verdict").replaceChildren(
     "True class ",
     element("strong", "", data.classes[image.label]),
-    ", the model says ",
+    ", predicted ",
     element("strong", "", data.classes[said.class]),
     ` (${percent(said.probability)}) `,
     element("span", right ? "mark right" : "mark wrong", right ? "\u2713 right" : "\u2717 wrong"),
@@ -184,7 +184,7 @@ function drawLevel() {
   const { top, truth } = image.levels[state.level];
   const list = [...top];
   if (!top.some((each) => each.class === image.label)) list.push({ class: image.label, probability: truth });
-  find("says-title").textContent = `What level ${state.level + 1} says`;
+  find("says-title").textContent = `Prediction after level ${state.level + 1}`;
   find("says").replaceChildren(
     ...list.map((each) => {
       const isTrue = each.class === image.label;
@@ -196,7 +196,7 @@ function drawLevel() {
 
 // ---------------------------------------------------------------- changes
 
-/** Draws what was chosen, and says it to those who do not see it. */
+/** Redraws, and announces the choice to screen readers. */
 function refresh() {
   const strongest = draw();
   drawLevel();
@@ -210,13 +210,13 @@ function refresh() {
 async function showImage(place) {
   state.image = place;
   const found = await load(place);
-  if (state.image !== place) return; // another was picked meanwhile
+  if (state.image !== place) return; // another was selected meanwhile
   numbers = found;
   drawImage();
   refresh();
 }
 
-/** A board of patches: the pointer previews a token under this name of the state, a click or an arrow key keeps it. */
+/** A board of patches: the pointer previews a token (in preview[name]); a click or an arrow key keeps it (in state). */
 function makeBoard(board, name) {
   const show = (token) => {
     if (token === preview[name]) return;
@@ -242,14 +242,14 @@ function makeBoard(board, name) {
     if (event.key === "Escape" && name === "key") keep(null);
     if (!moves[event.key]) return;
     event.preventDefault();
-    const patch = Math.max(0, (state[name] ?? state.query) - first); // from the class token: on to the first patch
+    const patch = Math.max(0, (state[name] ?? state.query) - first); // from the class token to the first patch
     const row = Math.floor(patch / columns) + moves[event.key][0];
     const column = (patch % columns) + moves[event.key][1];
     if (row >= 0 && row < rows && column >= 0 && column < columns) keep(first + row * columns + column);
   });
 }
 
-/** Up and down go to the next row of radio buttons, where a browser goes to the next button. */
+/** Up and down move to the next row of radio buttons; browsers would move to the next button. */
 function moveByRows(group) {
   group.addEventListener("keydown", (event) => {
     if (event.key !== "ArrowUp" && event.key !== "ArrowDown") return;
@@ -283,7 +283,7 @@ function makeGallery() {
   data.images.forEach((image, place) => {
     const said = image.levels.at(-1).top[0].class;
     const wrong = said !== image.label;
-    const verdict = wrong ? `, the model says ${data.classes[said]}` : "";
+    const verdict = wrong ? `, predicted ${data.classes[said]}` : "";
     const label = `${nameOfImage(image)}: ${data.classes[image.label]}${verdict}`;
     const picture = element("img");
     Object.assign(picture, { src: image.png, alt: "" });
@@ -343,10 +343,10 @@ function makeSwitches() {
 }
 
 function makePage() {
-  document.title = `${data.title}: what the model looks at`;
+  document.title = `${data.title}: attention and neurons`;
   find("run").textContent = `${data.title} \u00b7 ${data.model}`;
   for (const name of ["levels", "neurons"]) find(`about-${name}`).textContent = data.notes[name];
-  find("about-steps").textContent = `Scores are stored in steps of 1/${data.steps} of each query's largest.`;
+  find("about-steps").textContent = `Scores are stored in steps of 1/${data.steps} of each query's largest score.`;
   find("neurons-title").textContent = "Most active neurons";
   const map = find("map").querySelector("canvas");
   Object.assign(map, { width: columns, height: rows });
