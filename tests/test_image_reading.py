@@ -39,7 +39,7 @@ def test_orientation_is_applied(orientation, ending, tmp_path):
 
 
 def test_damaged_metadata_do_not_spoil_an_image(tmp_path):
-    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01"
+    exif = b"Exif\0\0no TIFF header"
     Image.fromarray(UPRIGHT).save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(read_image(tmp_path / "a.png"), UPRIGHT)
 
