@@ -2,8 +2,11 @@
 
     arrays        digits, CIFAR-10, CIFAR-100
     folder        your own images, one folder per class
+    finding       which files are images; hidden files, files left out, fingerprint
+    image_files   reading images: orientation, transparency, size
     batches       what classification data share: data set, split, batches on the device
     masks         where images with masks lie and how masks are read: CamVid, Pascal VOC, Cityscapes
+    classes       their classes and colours
     segmentation  batches of images with masks
     text          the bytes of one text
 

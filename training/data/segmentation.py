@@ -69,7 +69,9 @@ def read_pair(pair: Pair, files: MaskFiles) -> tuple[np.ndarray, np.ndarray]:
     image, mask = read_image(pair.image), files.read_mask(pair.mask)
     if image.shape[:2] != mask.shape:
         sizes = [" x ".join(map(str, each.shape[1::-1])) for each in (image, mask)]
-        raise BadFile(f"{pair.image} is {sizes[0]} pixels, but its mask {pair.mask} is {sizes[1]}: resize one of them")
+        turned = image.shape[1::-1] == mask.shape
+        remedy = "turn one of them (an image is read upright, as its EXIF says)" if turned else "resize one of them"
+        raise BadFile(f"{pair.image} is {sizes[0]} pixels, but its mask {pair.mask} is {sizes[1]}: {remedy}")
     return image, mask
 
 
@@ -134,6 +136,8 @@ class MaskBatches:
         That estimate leaves out masks kept at their original size, which is not known before reading.
         """
         refuse(files.problems, files.name)
+        for note in files.notes:
+            print(note)
         transform = JointTransform(config, files.classes.void)
         self.description = files.description
         self.batch_size = config.batch_size
