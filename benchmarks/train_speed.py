@@ -34,7 +34,7 @@ from benchmarks.measure import (
     write_results,
 )
 from benchmarks.training_steps import IMPLEMENTATIONS, flop_per_image, made_up_batches, training_step
-from models.baselines import resnet20_config, vit_tiny_config
+from models.baselines import ResNet20Config, ViTConfig
 from models.vision_bdh import v2_config
 from training.command_line import run_script
 
@@ -73,10 +73,10 @@ def sides_of(models: tuple[Name, ...], compiled: bool) -> list[Side]:
     everything = [
         *(Side("v2", name, lambda build=build: build(v2_config())) for name, build in IMPLEMENTATIONS.items()),
         Side("v2", "plain, compiled", lambda: v2_config().build(), compiled=True),
-        Side("vit_tiny", "eager", lambda: vit_tiny_config().build()),
-        Side("vit_tiny", "compiled", lambda: vit_tiny_config().build(), compiled=True),
-        Side("resnet20", "eager", lambda: resnet20_config().build()),
-        Side("resnet20", "compiled", lambda: resnet20_config().build(), compiled=True),
+        Side("vit_tiny", "eager", lambda: ViTConfig().build()),
+        Side("vit_tiny", "compiled", lambda: ViTConfig().build(), compiled=True),
+        Side("resnet20", "eager", lambda: ResNet20Config().build()),
+        Side("resnet20", "compiled", lambda: ResNet20Config().build(), compiled=True),
     ]
     return [side for side in everything if side.model in models and (compiled or not side.compiled)]
 

@@ -13,7 +13,7 @@ from training import fit
 from interpretability.common.recorder import record
 from models.baselines import DeiTTinyConfig, ViTConfig
 from models.vision_bdh import v2_config
-from training.runs import load_file
+from training.stored import load_checkpoint
 
 SIZES = dict(patch_size=8, n_layer=3, n_embd=8, n_head=2)  # 4 x 4 patches
 BDH = SIZES | dict(mlp_internal_dim_multiplier=4)  # 16 neurons a head
@@ -32,7 +32,7 @@ def train_runs(experiment_in, folder, names):
     for name in names:
         trial = dataclasses.replace(experiment_in(folder, name, epochs=1), model=MODELS[name])
         fit(trial)
-        best = load_file(trial.folder / "best.pt")
+        best = load_checkpoint(trial.folder / "best.pt")
         for weight in best["model"].values():
             weight += 0.3 * torch.randn(weight.shape, generator=generator)
         torch.save(best, trial.folder / "best.pt")

@@ -297,7 +297,7 @@ def test_only_deit_needs_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
     with pytest.raises(ImportError, match="pip install timm"):
         DeiTTinyConfig().build()
-    for file in ("models/baselines.py", "interpretability/recorder.py"):
+    for file in ("models/baselines.py", "interpretability/common/recorder.py"):
         runpy.run_path(str(ROOT / file))
     with torch.device("meta"):
         for cls in set(CONFIGS) - {DeiTTinyConfig}:

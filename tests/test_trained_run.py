@@ -18,7 +18,8 @@ from models.bdh_unet import bdh_unet_config
 from training.augment import normalise
 from training.data import load_dataset
 from training.data.segmentation import scale_image, scale_mask
-from training.runs import Run, load_file
+from training.runs import Run
+from training.stored import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,7 +34,7 @@ def run(experiment, data_dir):
 
 def test_the_model_and_its_test_images(run, data_dir):
     opened = TrainedRun(run, data_dir, "cpu")
-    assert torch.equal(opened.model.encoder, load_file(run / "best.pt")["model"]["encoder"])
+    assert torch.equal(opened.model.encoder, load_checkpoint(run / "best.pt")["model"]["encoder"])
     assert not opened.model.training and opened.grid == (4, 4) and opened.stem == "trial_seed0"
     assert (opened.part, opened.n_images, len(opened.class_names)) == ("test", 40, 10)
     data = load_dataset("cifar10", data_dir)
@@ -54,7 +55,7 @@ def test_a_checkpoint_on_the_way(run, data_dir):
     opened = [TrainedRun(path, data_dir, "cpu") for path in Run(run).kept_weights().values()]
     assert len(opened) == 2 and opened[0].folder == run
     assert not torch.equal(opened[0].model.encoder, opened[1].model.encoder)
-    assert torch.equal(opened[1].model.encoder, load_file(run / "last.pt")["model"]["encoder"])
+    assert torch.equal(opened[1].model.encoder, load_checkpoint(run / "last.pt")["model"]["encoder"])
 
 
 def test_images_spread_over_the_part(run, data_dir):
