@@ -92,7 +92,7 @@ def test_training_with_recompute(experiment, monkeypatch):
     once, again = (load_checkpoint(each.folder / "last.pt")["model"] for each in (plain, trial))
     assert all(torch.equal(once[key], again[key]) for key in once)
     n_batches = 2 * 6  # two epochs of 192 images; validation and test add the same to both
-    evaluations = 2 + 1
+    evaluations = 1 + 2 + 1  # the check before the first step, validation, test
     assert len(excitements) == (n_batches + evaluations) + (2 * n_batches + evaluations)
 
 
