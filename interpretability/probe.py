@@ -178,14 +178,16 @@ def accuracies(train: Pass, test: Pass, neighbours: int = 20, penalty: float = 1
     return pd.DataFrame(rows)
 
 
+def chance(labels: np.ndarray) -> float:
+    """Accuracy of always predicting the most frequent class. labels: (n,)."""
+    return np.bincount(labels).max() / len(labels)
+
+
 # ---------------------------------------------------------------------------- figure
 
 
-def draw(table: pd.DataFrame, n_trained: int, chance: float, title: str) -> Figure:
-    """Accuracy over levels, a line per method with its interval.
-
-    Marks the trained depth, and chance, the accuracy of always predicting the most frequent class.
-    """
+def draw(table: pd.DataFrame, n_trained: int, by_chance: float, title: str) -> Figure:
+    """Accuracy over levels, a line per method with its interval; marks the trained depth and chance."""
     figure = titled_figure(0.75 * PAGE, 3.0, title)
     ax = figure.subplots()
     for method, (label, color, marker, line) in STYLES.items():
@@ -199,12 +201,12 @@ def draw(table: pd.DataFrame, n_trained: int, chance: float, title: str) -> Figu
     ax.axvline(n_trained, color="0.6", linestyle=":", zorder=1)
     at_top = dict(xycoords=("data", "axes fraction"), va="bottom", ha="center", color="0.35")
     ax.annotate(" trained depth", (n_trained, 1), **at_top)
-    ax.axhline(100 * chance, color="0.6", zorder=1)
+    ax.axhline(100 * by_chance, color="0.6", zorder=1)
     at_right = dict(
         xycoords=("axes fraction", "data"), textcoords="offset points", va="bottom", ha="right", color="0.35"
     )
     box = dict(facecolor="white", edgecolor="none", pad=1)  # over the line of the trained depth
-    ax.annotate("always the most frequent class", (0.99, 100 * chance), (0, 2), bbox=box, **at_right)
+    ax.annotate("always the most frequent class", (0.99, 100 * by_chance), (0, 2), bbox=box, **at_right)
     style_axes(ax, "y")
     ax.set(xlabel="level", ylabel="accuracy (%)")
     ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
@@ -235,8 +237,7 @@ def main(options: Options) -> None:
     settings = options.changed(*SETTINGS)
     path = options.output_dir / run.stem / "_".join([run.file_name("probe"), *settings])
     title = ", ".join([f"{run.title}: {len(indices):,} {run.part} images", *settings, "bands are 95 % intervals"])
-    chance = np.bincount(test.labels).max() / len(test.labels)
-    pictures = save_figure(draw(table, run.adapter.n_levels, chance, title), path)
+    pictures = save_figure(draw(table, run.adapter.n_levels, chance(test.labels), title), path)
     table.to_csv(f"{path}.csv", index=False)
     print(table.pivot(index="level", columns="method", values="accuracy").to_string(float_format="{:.3f}".format))
     print("->", *pictures, f"{path}.csv")

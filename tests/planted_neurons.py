@@ -2,33 +2,29 @@
 
 import numpy as np
 import torch
+from inspecting import BDH, with_large_weights
 
 from interpretability.common.recorder import record
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v2_config
 
-SIZES = dict(img_size=8, patch_size=2, n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)  # T = 16, N = 32
-CLASS_0, OTHERS, NEVER, ALWAYS, CLASS_0_TOO = range(5)  # neurons of each head, of which those after it are silent, too
+CLASS_0, OTHERS, NEVER, ALWAYS, CLASS_0_TOO = range(5)  # neurons of each head; those after them are silent, too
 
 
-def planted_model(**changed):
+def planted_model():
     """One level, in which the red of a patch is dimension 0 and a constant dimension 1.
 
     In every head, x_sparse of neurons 0 and 4 is active where red is above 0 and grows with it, of neuron 1 where it
     is below, of neuron 3 always, of all others never; y_sparse of every neuron is always active.
     """
-    model = v2_config(**(SIZES | dict(n_layer=1, rotary="none") | changed)).build().eval()
+    model = v2_config(**(BDH | dict(n_layer=1, rotary="none"))).build().eval()
+    signs = {CLASS_0: (0, 1), OTHERS: (0, -1), ALWAYS: (1, 1), CLASS_0_TOO: (0, 2)}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
         model.patch_embed.weight[0, 0] = 0.25
         model.patch_embed.bias[1] = 1.0
-        for neuron, (dimension, sign) in {
-            CLASS_0: (0, 1),
-            OTHERS: (0, -1),
-            ALWAYS: (1, 1),
-            CLASS_0_TOO: (0, 2),
-        }.items():
+        for neuron, (dimension, sign) in signs.items():
             model.encoder[:, dimension, neuron] = sign
         model.encoder_v[:, 1] = 1.0
     return model
@@ -42,16 +38,14 @@ def planted_images(labels):
 
 
 def random_model(unet=False, **changed):
-    """Weights large enough for all parts to matter."""
-    torch.manual_seed(3)
-    model = (bdh_unet_config if unet else v2_config)(**(SIZES | changed)).build().eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    return with_large_weights((bdh_unet_config if unet else v2_config)(**(BDH | changed)).build())
 
 
 def batches(images, classes, size):
-    """images: (B, ...), classes: (B, T)."""
+    """images: (B, ...), classes: (B, T), or (B,) for all patches alike."""
+    classes = torch.as_tensor(classes)
+    if classes.ndim == 1:
+        classes = classes[:, None].expand(-1, 16)
     return [(images[at : at + size], classes[at : at + size]) for at in range(0, len(images), size)]
 
 

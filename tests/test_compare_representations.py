@@ -3,21 +3,21 @@
 import dataclasses
 import itertools
 import math
-import re
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from camvid_data import write_camvid
+from inspecting import BDH as SIZES
+from inspecting import VIT as VIT_SIZES
+from inspecting import check_error, train_masked, train_unet, with_large_weights
 from matplotlib.figure import Figure
 from pictures import check_picture
 from scipy.linalg import subspace_angles
-from torch import nn
 
-from training import Experiment, PretrainingConfig, RunOptions, SegmentationConfig, fit
+from training import fit
 from interpretability.common.features import images_per_pass, level_features
-from interpretability.common.similarity import MiniBatchCKA, gram, main_directions, svcca, unbiased_hsic
+from interpretability.common.similarity import linear_cka, main_directions, svcca, unbiased_hsic
 from interpretability.common.trained import TrainedRun
 from interpretability.compare_representations import Similarity, draw, draw_images, draw_matrix, measure, number
 from models.baselines import ViTConfig
@@ -27,8 +27,6 @@ from models.masked_bdh import MaskedBDHConfig
 from models.vision_bdh import v1_config, v2_config
 
 SCRIPT = "interpretability/compare_representations.py"
-SIZES = dict(img_size=8, patch_size=2, n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)  # 16 tokens
-VIT = ViTConfig(n_layer=2, n_embd=8, n_head=2, mlp_dim=16, patch_size=8)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,9 +37,7 @@ def rng():
 
 
 def cka_of(*representations):
-    cka = MiniBatchCKA()
-    cka.add(representations)
-    return cka.result()
+    return linear_cka(unbiased_hsic(representations))
 
 
 def full_cka(x, y):
@@ -65,13 +61,13 @@ def counted_hsic(x, y):
 def test_hsic_is_the_mean_over_all_choices_of_images(rng):
     x, y = rng.normal(size=(7, 4)) + 1, rng.normal(size=(7, 3)) - 2
     expected = [[counted_hsic(a, b) for b in (x, y)] for a in (x, y)]
-    assert np.allclose(unbiased_hsic(np.stack([gram(x), gram(y)])), expected, rtol=1e-9, atol=1e-12)
+    assert np.allclose(unbiased_hsic([x, y]), expected, rtol=1e-9, atol=1e-12)
     with pytest.raises(ValueError, match="at least 4 images, not 3"):
-        unbiased_hsic(np.stack([gram(x[:3])]))
+        unbiased_hsic([x[:3]])
 
 
 def test_hsic_of_independent_features_is_around_zero(rng):
-    values = [unbiased_hsic(np.stack([gram(rng.normal(size=(8, 5))) for _ in range(2)]))[0, 1] for _ in range(400)]
+    values = [unbiased_hsic(rng.normal(size=(2, 8, 5)))[0, 1] for _ in range(400)]
     assert abs(np.mean(values)) < 4.5 * np.std(values) / math.sqrt(400)
     assert min(values) < 0 < max(values)
 
@@ -87,11 +83,10 @@ def test_cka_over_batches_approaches_that_of_all_images(rng):
     """Where the mean of biased values over the same batches is far off."""
     x = rng.normal(size=(6400, 32))
     y = 0.5 * x + rng.normal(size=x.shape)
-    batches, cka = np.split(np.arange(len(x)), 400), MiniBatchCKA()
-    for batch in batches:
-        cka.add([x[batch].astype(np.float32), y[batch].astype(np.float32)])
+    batches = np.split(np.arange(len(x)), 400)
+    hsic = sum(unbiased_hsic([x[batch].astype(np.float32), y[batch].astype(np.float32)]) for batch in batches)
     truth = full_cka(x, y)
-    assert abs(cka.result()[0, 1] - truth) < 0.03
+    assert abs(linear_cka(hsic)[0, 1] - truth) < 0.03
     assert np.mean([full_cka(x[batch], y[batch]) for batch in batches]) > truth + 0.2
 
 
@@ -147,13 +142,6 @@ def test_svcca_of_unrelated_features(rng):
 # ---------------------------------------------------------------------------- features
 
 
-def with_large_weights(model):
-    torch.manual_seed(3)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
 @pytest.fixture
 def images():
     return torch.randn(5, 3, 8, 8)
@@ -183,16 +171,10 @@ def test_tokens_of_bdh(images):
     assert torch.allclose(model.head(layer_norm(plain)), model(images), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda: v2_config(pool="cls", **SIZES).build(),
-        lambda: ViTConfig(img_size=8, patch_size=2, n_layer=3, n_embd=16, n_head=2, mlp_dim=32).build(),
-    ],
-)
+@pytest.mark.parametrize("config", [v2_config(pool="cls", **SIZES), ViTConfig(mlp_dim=32, **VIT_SIZES)])
 @torch.no_grad()
-def test_class_tokens_are_read_and_are_no_patches(build, images):
-    model = with_large_weights(build())
+def test_class_tokens_are_read_and_are_no_patches(config, images):
+    model = with_large_weights(config.build())
     read, mean, everything = (level_features(model, images, tokens, False) for tokens in ("read", "mean", "all"))
     assert [len(each) for each in (read, mean, everything)] == [4, 4, 4]
     if hasattr(model, "heads"):
@@ -225,10 +207,11 @@ def test_masked_pretraining_sees_whole_images_and_unet_its_encoder(images):
 def runs(tmp_path_factory, experiment_in):
     """Folders of a v2 and a ViT on the made-up CIFAR-10, and of a v2 on the made-up CIFAR-100."""
     folder = tmp_path_factory.mktemp("runs")
+    vit = ViTConfig(n_layer=2, n_embd=8, n_head=2, mlp_dim=16, patch_size=8)
     bdh = experiment_in(folder, "bdh", model=dict(n_layer=3), options={"keep_every": 1})
     trials = [
         bdh,
-        dataclasses.replace(bdh, name="vit", model=VIT),
+        dataclasses.replace(bdh, name="vit", model=vit),
         experiment_in(folder, "hundred", model=dict(num_classes=100), dataset="cifar100", epochs=1),
     ]
     for trial in trials:
@@ -271,11 +254,11 @@ def test_mini_batches_and_passes_do_not_change_what_is_measured(runs, data_dir, 
     assert images_per_pass(16) == 7 and images_per_pass(1000) == 1
     again = measure([run], order, batch_size=20)
     assert np.allclose(measured.cka, again.cka, atol=1e-5) and np.allclose(measured.svcca, again.svcca, atol=1e-4)
-    cka = MiniBatchCKA()
+    hsic = 0
     for batch in (order[:20], order[20:]):
         pixels, _ = next(run.batches(batch.tolist()))
-        cka.add([level.numpy() for level in level_features(run.model, pixels)])
-    assert np.allclose(measured.cka, cka.result(), atol=1e-5)
+        hsic += unbiased_hsic([level.numpy() for level in level_features(run.model, pixels)])
+    assert np.allclose(measured.cka, linear_cka(hsic), atol=1e-5)
     assert not np.allclose(measured.cka, measure([run], order).cka, atol=1e-3)  # of one batch
 
 
@@ -312,7 +295,7 @@ def test_one_run_and_a_checkpoint_of_it(runs, call_script, data_dir, tmp_path):
 def test_too_few_images_for_svcca(runs, call_script, data_dir, tmp_path, capsys):
     here = ["--run", runs[1], "--data-dir", data_dir, "--output-dir", "out"]
     assert call_script(SCRIPT, *here, "--images", 39, "--tokens", "read") == 0
-    assert "no SVCCA: in 39 images of 8 features" in capsys.readouterr().out
+    assert "no SVCCA: with 39 images, even noise of 8 features" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "out/vit_seed0/representations_tokens=read.csv")
     assert "svcca" not in table and (table.images == 39).all()
     assert table.cka.isna().sum() == 5  # level 0 of the class token with all three levels, both ways
@@ -322,35 +305,27 @@ def test_too_few_images_for_svcca(runs, call_script, data_dir, tmp_path, capsys)
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--versus", 2], "was trained on cifar10, .*hundred.* on cifar100: .*two on one data set"),
+        (["--versus", 2], "hundred.* was trained on cifar100, not on cifar10: give two runs on one data set"),
         (["--images", 3], "3 images are too few: CKA needs 4 or more"),
-        (["--images", 0], "no image to look at"),
+        (["--images", 0], "no images chosen"),
         (["--batch-size", 3], "--batch-size 3 is too small"),
-        (["--versus", "none"], "none is no run whose model can be read"),
+        (["--versus", "none"], "none has no weights to open"),
     ],
 )
 def test_bad_input(runs, call_script, data_dir, tmp_path, capsys, flags, message):
     flags = [runs[2] if each == 2 else each for each in flags]
     assert call_script(SCRIPT, "--run", runs[0], "--data-dir", data_dir, "--output-dir", "out", *flags) == 1
-    error = capsys.readouterr().err
-    assert re.search(message, error) and len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
+    check_error(capsys, message)
+    assert not (tmp_path / "out").exists()
 
 
 def test_segmentation_and_pretraining(tmp_path, experiment, call_script, data_dir, capsys):
-    write_camvid(tmp_path / "data_camvid", n_train=3, n_val=4, size=(48, 32))
-    sizes = dict(img_size=(16, 40), n_layer=1, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
-    train = SegmentationConfig(epochs=1, batch_size=2, learning_rate=1e-2, weight_decay=0.0)
-    options = RunOptions(data_dir=tmp_path, runs_dir=tmp_path / "runs", device="cpu", num_workers=0)
-    unet = Experiment("unet", bdh_unet_config(**sizes), train, options)
-    trial = experiment("masked", epochs=1)
-    train = PretrainingConfig(dataset="cifar10", epochs=1, batch_size=32, learning_rate=1e-2, weight_decay=0.05)
-    model = MaskedBDHConfig(patch_size=8, n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4)
-    masked = dataclasses.replace(trial, model=model, train=train)
-    for each, place in ((unet, tmp_path), (masked, data_dir)):
-        fit(each)
-        assert call_script(SCRIPT, "--run", each.folder, "--data-dir", place, "--output-dir", "out") == 0
-        assert ("no SVCCA" in capsys.readouterr().out) == (each is unet)
-        table = pd.read_csv(tmp_path / f"out/{each.name}_seed0/representations.csv")
+    unet, masked = train_unet(tmp_path, img_size=(16, 40), n_val=4), train_masked(experiment)
+    for run, place in ((unet, tmp_path), (masked, data_dir)):
+        capsys.readouterr()
+        assert call_script(SCRIPT, "--run", run, "--data-dir", place, "--output-dir", "out") == 0
+        assert ("no SVCCA" in capsys.readouterr().out) == (run is unet)
+        table = pd.read_csv(tmp_path / f"out/{run.parent.name}_seed0/representations.csv")
         assert np.allclose(table.cka[[0, 3]], 1) and len(table) == 4
 
 

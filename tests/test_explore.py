@@ -5,16 +5,15 @@ import re
 import numpy as np
 import pytest
 import torch
-from camvid_data import write_camvid
 from explored import MODELS, data_of, numbers, scores_of, traced, traced_scores, train_runs
+from inspecting import check_error, train_unet
 
-from training import Experiment, RunOptions, SegmentationConfig, UserError, fit
+from training import UserError
 from interpretability import explore
 from interpretability.common.explore_encoding import Strongest, encode_neurons, pack, quantise
 from interpretability.common.trained import TrainedRun
 from interpretability.explore import LARGEST_PAGE, N_NEURONS, STEPS, look_inside, make_page, to_json
 from models.baselines import ViTConfig
-from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v2_config
 from training.data import load_dataset
 
@@ -104,7 +103,7 @@ def test_neurons(run):
     image = data["images"][0]
     if run.folder.parent.name in ("vit", "deit"):
         assert data["neurons"] is None and "neurons" not in image
-        assert "Only a BDH has such neurons" in data["notes"]["neurons"]
+        assert "This list is for BDH models only" in data["notes"]["neurons"]
         return
     assert data["neurons"]["per_head"] == 16 and data["neurons"]["top"] == N_NEURONS
     assert [each["name"] for each in data["neurons"]["quantities"]] == ["x_sparse", "y_sparse", "gated"]
@@ -194,7 +193,7 @@ def test_coarser_steps_where_the_page_would_be_too_large(v2, monkeypatch):
         monkeypatch.setattr(explore, "LARGEST_PAGE", sizes[steps] + 40)
         assert make_page(v2, range(6)) == page and data_of(page)["steps"] == steps
     monkeypatch.setattr(explore, "LARGEST_PAGE", sizes[31] - 1000)
-    with pytest.raises(UserError, match=r"a page of 6 images would be over .* so try --images 5") as refusal:
+    with pytest.raises(UserError, match=r"a page of 6 images .* exceeds .*: give --images 5") as refusal:
         make_page(v2, range(6))
     assert "16 patches at 3 levels in 2 heads" in str(refusal.value)
     assert len(data_of(make_page(v2, range(5)))["images"]) == 5
@@ -207,7 +206,7 @@ def test_numbers_that_are_not_finite(v2):
     with torch.no_grad():
         v2.model.encoder.fill_(float("nan"))
     assert not np.isfinite(look_inside(v2.model, v2.pixels(v2.samples([0]).images)).scores).all()
-    with pytest.raises(UserError, match="not finite on image 2"):
+    with pytest.raises(UserError, match="NaN or infinite values on image 2"):
         make_page(v2, [2])
 
 
@@ -226,23 +225,17 @@ def test_script(call_script, runs, data_dir, tmp_path, capsys):
     capsys.readouterr()
     for flags, said in (
         (("--images", 0), "give --images 1 or more"),
-        (("--indices", 40), "there is no test image 40: there are 40, numbered from 0"),
-        (("--indices",), "give --images 1 or more, or --indices"),
+        (("--indices", 40), "there is no test image 40: numbers go from 0 to 39"),
+        (("--indices",), "no images chosen"),
     ):
         assert call_script(SCRIPT, *where, *flags) == 1
-        said_there = capsys.readouterr().err
-        assert said_there.startswith("error: ") and said_there.count("\n") == 1 and said in said_there
+        check_error(capsys, said)
     assert path.read_bytes() == before
 
 
 def test_a_model_of_pixels_is_refused(call_script, tmp_path, capsys):
-    write_camvid(tmp_path / "data_camvid")
-    model = bdh_unet_config(img_size=(32, 48), n_layer=1, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
-    train = SegmentationConfig(epochs=1, batch_size=2, learning_rate=1e-2, weight_decay=0.0)
-    options = RunOptions(data_dir=tmp_path, runs_dir=tmp_path / "runs", device="cpu", num_workers=0)
-    trial = Experiment("unet", model, train, options)
-    fit(trial)
+    run = train_unet(tmp_path, img_size=(32, 48))
     capsys.readouterr()
-    assert call_script(SCRIPT, "--run", trial.folder, "--data-dir", tmp_path, "--output-dir", tmp_path / "out") == 1
-    assert "is a BDHUNet, which has no logits" in capsys.readouterr().err
+    assert call_script(SCRIPT, "--run", run, "--data-dir", tmp_path, "--output-dir", tmp_path / "out") == 1
+    check_error(capsys, "is a BDHUNet, which has no logits")
     assert not (tmp_path / "out").exists()

@@ -274,7 +274,7 @@ def test_class_token(visit, opened_runs):
     expect(page.locator("#from")).to_have_text("class token")
     check_strongest(page, scores[0, 1:].reshape(SIDE, SIDE), 2 * step)
     expect(page.locator("#class-token")).to_have_attribute("aria-pressed", "true")
-    expect(page.locator("#about-neurons")).to_contain_text("Only a BDH has such neurons")
+    expect(page.locator("#about-neurons")).to_contain_text("This list is for BDH models only")
     page.locator("#class-token").click()
     expect(page.locator("#from")).to_have_text("row 2, column 2")
 
@@ -298,7 +298,7 @@ def test_classes_of_levels(visit, opened_runs):
     page, run = ready(visit()), opened_runs["v2"]
     trace, output = traced(run, IMAGES[0])
     said, truth = int(output.argmax()), int(run.samples([IMAGES[0]]).labels[0])
-    expect(page.locator("#verdict")).to_contain_text(f"True class class {truth}, the model says class {said} (")
+    expect(page.locator("#verdict")).to_contain_text(f"True class class {truth}, predicted class {said} (")
     expect(page.locator("#verdict")).to_contain_text("right" if said == truth else "wrong")
     for level in range(3):
         probabilities = trace.logits(level)[0].softmax(-1)
@@ -306,7 +306,7 @@ def test_classes_of_levels(visit, opened_runs):
         told = page.locator("#rows tr").nth(level).locator(".said").inner_text()
         assert told.replace("\N{NO-BREAK SPACE}", " ") == f"class {best} {100 * float(probabilities[best]):.0f} %"
         page.locator(f"{small_map(level, 0)} label").click()
-        expect(page.locator("#says-title")).to_have_text(f"What level {level + 1} says")
+        expect(page.locator("#says-title")).to_have_text(f"Prediction after level {level + 1}")
         assert page.locator("#says li").first.inner_text().startswith(f"class {best}")
         assert "(true class)" in page.locator("#says").inner_text()
 

@@ -3,19 +3,28 @@
 import numpy as np
 import pandas as pd
 import pytest
-import torch
+from inspecting import check_error
 from pictures import check_picture
 from planted_neurons import ALWAYS, CLASS_0, NEVER, batches, planted_images, planted_model, recorded
 
 from training import UserError, fit
 from interpretability.common.activity import batches_of_patches
-from interpretability.common.contact_sheet import Excited, draw_sheet, window
+from interpretability.common.contact_sheet import TopPatch, draw_sheet, window
 from interpretability.common.selectivity import collect
 from interpretability.common.trained import TrainedRun
-from interpretability.neurons import Found, describe, draw_measures, excited, level_table, most_selective, neuron_table
+from interpretability.neurons import (
+    Found,
+    describe,
+    draw_measures,
+    level_table,
+    most_selective,
+    neuron_table,
+    top_patches,
+)
 from training.config import ROOT
 
 SCRIPT = "interpretability/neurons.py"
+LABELS = [0, 1, 2, 3] * 5
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,9 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def planted():
     """What is found of the planted model: 20 images of 4 classes."""
-    labels = [0, 1, 2, 3] * 5
-    classes = torch.tensor(labels)[:, None].expand(20, 16)
-    responses = collect(planted_model(), batches(planted_images(labels), classes, size=7), "x_sparse", k=4)
+    responses = collect(planted_model(), batches(planted_images(LABELS), LABELS, size=7), "x_sparse", k=4)
     return Found.of(responses, n_shuffles=199, seed=0)
 
 
@@ -50,9 +57,7 @@ def test_planted_neurons_in_the_tables(planted):
 
 def test_few_patches_make_no_neuron_of_one_class():
     """Six are kept, and only the five images of class 0 excite those that are active for it alone."""
-    labels = [0, 1, 2, 3] * 5
-    classes = torch.tensor(labels)[:, None].expand(20, 16)
-    responses = collect(planted_model(), batches(planted_images(labels), classes, size=20), "x_sparse", k=6)
+    responses = collect(planted_model(), batches(planted_images(LABELS), LABELS, size=20), "x_sparse", k=6)
     found = Found.of(responses, n_shuffles=9, seed=0)
     row = neuron_table(found, list("abcd")).iloc[CLASS_0]
     assert row["precision"] == 1 and row["top_patches"] == 5
@@ -60,8 +65,7 @@ def test_few_patches_make_no_neuron_of_one_class():
 
 
 def test_images_of_one_class_are_refused():
-    classes = torch.zeros(3, 16, dtype=torch.int64)
-    responses = collect(planted_model(), batches(planted_images([0, 0, 0]), classes, size=3), "gated", k=2)
+    responses = collect(planted_model(), batches(planted_images([0, 0, 0]), [0, 0, 0], size=3), "gated", k=2)
     with pytest.raises(UserError, match="all of one class"):
         Found.of(responses, n_shuffles=9, seed=0)
 
@@ -113,23 +117,24 @@ def test_sheet_shows_the_patches():
     """A 12 x 20 image in patches of 4 (3 rows, 5 columns), 1 patch around: what is drawn, and where the frame is."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (3, 12, 20), dtype=np.uint8)
-    patches = [Excited(image, patch, value, "a class of a long name") for patch, value in ((9, 1.5), (7, 0.25))]
-    figure = draw_sheet([("first", patches), ("silent", [])], "title", grid=(3, 5), around=1)
+    patches = [TopPatch(image, patch, value, r"$\frac$ of long name") for patch, value in ((9, 1.5), (7, 0.25))]
+    figure = draw_sheet([("first", patches), ("$silent$", [])], "run $x$", grid=(3, 5), around=1)
+    figure.draw_without_rendering()  # fails if names from data are read as formulas
     first, silent = figure.subfigs
-    assert first.get_suptitle() == "title\n\nfirst" and silent.get_suptitle() == "silent"
+    assert first.get_suptitle() == "run \\$x\\$\n\nfirst" and silent.get_suptitle() == r"\$silent\$"
     # patch 9: row 1, column 4, so the window is moved to columns 2 to 4; patch 7: row 1, column 2
     for ax, columns, corner in zip(first.axes, (slice(8, 20), slice(4, 16)), (7.5, 3.5), strict=False):
         assert np.array_equal(ax.images[0].get_array(), image.transpose(1, 2, 0)[:, columns])
         assert [frame.get_xy() for frame in ax.patches] == [(corner, 3.5)] * 2 and ax.patches[0].get_width() == 4
-    assert [ax.get_title() for ax in first.axes[:3]] == ["a class of a…\n1.5", "a class of a…\n0.25", ""]
-    assert [text.get_text() for text in silent.axes[0].texts] == ["no patch excites it"]
+    assert [ax.get_title() for ax in first.axes[:3]] == ["\\$\\frac\\$ of l…\n1.5", "\\$\\frac\\$ of l…\n0.25", ""]
+    assert [text.get_text() for text in silent.axes[0].texts] == ["no patch activates it"]
 
 
 def test_sheet_of_more_patches_than_a_row_holds():
     image = np.zeros((1, 8, 8), np.uint8)
-    one_pixel = draw_sheet([("first", [Excited(image, 5, 1.0, "0")])], "title", grid=image.shape[1:], around=0)
+    one_pixel = draw_sheet([("first", [TopPatch(image, 5, 1.0, "0")])], "title", grid=image.shape[1:], around=0)
     assert one_pixel.axes[0].images[0].get_array().shape[:2] == (1, 1)
-    figure = draw_sheet([("first", [Excited(image, 0, 1.0, "0")] * 11)], "title", grid=(4, 4), around=9)
+    figure = draw_sheet([("first", [TopPatch(image, 0, 1.0, "0")] * 11)], "title", grid=(4, 4), around=9)
     drawn = [ax for ax in figure.subfigs[0].axes if ax.images]
     assert len(drawn) == 11 and len(figure.subfigs[0].axes) == 16 and drawn[10].images[0].get_array().shape == (8, 8)
 
@@ -145,10 +150,10 @@ def run(experiment_in, tmp_path_factory):
     return trial.folder
 
 
-def test_excited_patches_of_a_run(run, data_dir):
+def test_top_patches_of_a_run(run, data_dir):
     """Of images that are not the first ones: their pixels, classes and patches are those of the strongest activity."""
     opened = TrainedRun(run, data_dir, "cpu")
-    indices = opened.spread(9)
+    indices = opened.choose_images(9)
     found = Found.of(collect(opened.model, batches_of_patches(opened, indices, ""), "y_sparse", 3), 9, 0)
     images, labels = opened.samples(indices)
     values = recorded(opened.model, opened.pixels(images))["y_sparse"]  # (L, B, H, T, N)
@@ -156,7 +161,7 @@ def test_excited_patches_of_a_run(run, data_dir):
     for _, row in table[(table.neuron == 5) & (table["head"] == 2)].iterrows():
         of = values[row["level"] - 1, :, 1, :, 5]
         order = [image for image in np.argsort(-of.max(1), kind="stable")[:3] if of[image].max() > 0]
-        shown = excited(opened, indices, found.responses, row)
+        shown = top_patches(opened, indices, found.responses, row)
         assert len(shown) == len(order) == row["top_patches"] == 3
         for place, image in zip(shown, order, strict=True):
             assert np.array_equal(place.image, images[image].numpy())
@@ -182,7 +187,7 @@ def test_script(run, data_dir, run_script, tmp_path):
     p = table[["index_p", "auroc_p"]].stack()
     assert p.between(1 / 101, 1).all() and np.allclose(p * 101, (p * 101).round())
     opened = TrainedRun(run, data_dir, "cpu")
-    pixels, labels = next(opened.batches(opened.spread(30)))
+    pixels, labels = next(opened.batches(opened.choose_images(30)))
     values = recorded(opened.model, pixels)["x_sparse"][1, :, 0, :, 3].mean(1)  # level 2, head 1, neuron 3
     by_class = pd.Series(values).groupby(labels.numpy()).mean()
     row = table[(table.level == 2) & (table["head"] == 1) & (table.neuron == 3)].iloc[0]
@@ -215,21 +220,23 @@ def test_script_on_the_weights_before_training(run, data_dir, call_script, tmp_p
 def test_bad_input(run, data_dir, call_script, tmp_path, capsys):
     """One message each, and nothing is written."""
     for flags, said in (
-        (("--neuron", 3, 1, 0), "--neuron 3 1 0 is not there: levels go from 1 to 2, heads from 1 to 2, neurons from"),
-        (("--neuron", 1, 0, 0), "--neuron 1 0 0 is not there"),
+        (
+            ("--neuron", 3, 1, 0),
+            "--neuron 3 1 0 does not exist: levels go from 1 to 2, heads from 1 to 2, neurons from",
+        ),
+        (("--neuron", 1, 0, 0), "--neuron 1 0 0 does not exist"),
         (("--neuron", 1, 1, 16), "from 0 to 15"),
         (("--selective-for", "clas 3"), "did you mean class 3?"),
-        (("--selective-for", "zebra"), "there are class 0, class 1"),
+        (("--selective-for", "zebra"), "classes are class 0, class 1"),
         (("--top", 0), "--top 0 must be 1 or more"),
         (("--around", -1), "--around -1 must be 0 or more"),
         (("--seed", -1), "--seed -1 must be 0 or more"),
         (("--images", 0), "give --images 1 or more"),
-        (("--shuffles", 50), "--chance 0.01 has to lie between 0.02"),
+        (("--shuffles", 50), "--chance 0.01 must be below 1 and at least 0.02"),
         (("--images", 1), "give more --images"),
     ):
         assert call_script(SCRIPT, "--run", run, "--data-dir", data_dir, "--output-dir", tmp_path / "out", *flags) == 1
-        captured = capsys.readouterr()
-        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and said in captured.err
+        check_error(capsys, said)
     assert not list((tmp_path / "out").rglob("*.*"))
     for flags in (("--neuron", 1, 1), ("--quantity", "z_sparse"), ("--shufles", 3)):
         assert call_script(SCRIPT, *flags) == 2

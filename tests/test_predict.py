@@ -8,15 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from camvid_data import write_camvid
+from inspecting import check_error, train_unet
 from matplotlib.image import imread
 from PIL import Image
 from torchvision import datasets
 
 from training import Experiment, RunOptions, SegmentationConfig, fit
-from interpretability.predict import Truth, draw, predict
+from interpretability.predict import draw, find_truth, predict
 from models.baselines import ResNetUNetConfig
-from models.bdh_unet import bdh_unet_config
 from training.data.masks import CAMVID, CLASSES, find_masks, read_image
+from training.data.segmentation import read_pair
 from training.runs import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,15 +29,7 @@ CPU = torch.device("cpu")
 def trained(tmp_path_factory):
     """A folder with data_camvid (images of 48 x 32) and a run of a tiny BDH-UNet at 32 x 40 pixels."""
     folder = tmp_path_factory.mktemp("trained")
-    write_camvid(folder / "data_camvid", n_train=3, n_val=2, size=(48, 32))
-    fit(
-        Experiment(
-            "unet+a=1",
-            bdh_unet_config(img_size=(32, 40), n_layer=1, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4),
-            SegmentationConfig(epochs=1, batch_size=2, learning_rate=1e-2, weight_decay=0.0),
-            RunOptions(data_dir=folder, runs_dir=folder / "runs", device="cpu", num_workers=0),
-        )
-    )
+    train_unet(folder, name="unet+a=1")
     return folder
 
 
@@ -90,29 +83,28 @@ def test_images_of_any_size(run, size):
     assert predict(model, np.zeros((*size, 3), dtype=np.uint8), (32, 40), CPU).shape == size
 
 
-def test_the_truth_is_found_beside_the_image(trained):
+def truth_of(path, data_dir, name="camvid"):
+    pair = find_truth(name, data_dir, [path]).get(path.resolve())
+    return pair and read_pair(*pair)[1]
+
+
+def test_the_truth_is_found(trained, tmp_path):
+    """In the data of the run, in another copy beside the image; not of a mask or a stranger."""
     folder = trained / "data_camvid"
-    truth = Truth("camvid", trained)
-    mask = truth(folder / "val" / "val_001.png")
-    files = find_masks("camvid", folder)
-    assert np.array_equal(mask, files.read_mask(folder / "valannot" / "val_001.png"))
-    assert truth(folder / "valannot" / "val_001.png") is None  # a mask is no image of the data
-
-
-def test_the_truth_of_another_copy_and_of_a_stranger(trained, tmp_path):
+    mask = truth_of(folder / "val" / "val_001.png", trained)
+    assert np.array_equal(mask, find_masks("camvid", folder).read_mask(folder / "valannot" / "val_001.png"))
+    assert truth_of(folder / "valannot" / "val_001.png", trained) is None
     write_camvid(tmp_path / "copy", layout="colours", n_train=1, n_val=2, size=(48, 32))
-    shutil.copy(trained / "data_camvid" / "val" / "val_000.png", tmp_path / "street.png")
-    truth = Truth("camvid", trained)
-    of_copy = truth(tmp_path / "copy" / "val" / "val_000.png")
-    assert of_copy is not None and of_copy.max() <= CAMVID.void
-    assert truth(tmp_path / "street.png") is None
+    shutil.copy(folder / "val" / "val_000.png", tmp_path / "street.png")
+    assert truth_of(tmp_path / "copy" / "val" / "val_000.png", trained).max() <= CAMVID.void
+    assert truth_of(tmp_path / "street.png", trained) is None
 
 
 def test_pascal_voc_is_not_downloaded_for_its_truth(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.voc, "download_and_extract_archive", lambda *args, **kwargs: pytest.fail("asked"))
     (tmp_path / "data_voc").mkdir()
-    assert Truth("voc", tmp_path)(tmp_path / "street.jpg") is None
-    assert Truth("voc", tmp_path / "nowhere")(tmp_path / "street.jpg") is None
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        assert find_truth("voc", folder, [tmp_path / "street.jpg"]) == {}
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -122,9 +114,9 @@ def test_the_data_are_listed_once_however_many_images(trained, monkeypatch):
         "interpretability.predict.find_masks",
         lambda name, folder, **rest: listed.append(folder) or find_masks(name, folder, **rest),
     )
-    truth = Truth("camvid", trained)
-    assert all(truth(path) is not None for path in (trained / "data_camvid" / "train").iterdir())
-    assert listed == [trained / "data_camvid"]
+    files = list((trained / "data_camvid" / "train").iterdir())
+    assert {path.resolve() for path in files} <= find_truth("camvid", trained, files).keys()
+    assert [folder.resolve() for folder in listed] == [(trained / "data_camvid").resolve()]
 
 
 # ---------------------------------------------------------------------------- the picture
@@ -191,7 +183,7 @@ def test_a_folder_and_a_file(call, run, trained, tmp_path, capsys):
     other.parent.mkdir()
     Image.open(trained / "data_camvid" / "val" / "val_000.png").resize((90, 50)).save(other)
     code, output = call(trained / "data_camvid" / "val", other, "--run", run)
-    assert code == 0 and f"-> {output}, 3 pictures, 2 with the truth" in capsys.readouterr().out
+    assert code == 0 and f"-> {output}: 3 pictures, 2 with ground truth" in capsys.readouterr().out
     assert sorted(path.name for path in output.iterdir()) == ["other_street.png", "val_val_000.png", "val_val_001.png"]
     for path in output.iterdir():
         assert imread(path).std() > 0.05
@@ -206,7 +198,7 @@ def test_the_picture_shows_the_prediction_in_its_classes_colours(call, run, trai
     }
     model, _ = load_model(run)
     predicted = predict(model, read_image(path), (32, 40), CPU)
-    shown = set(np.unique(predicted)) | set(np.unique(Truth("camvid", trained)(path)))
+    shown = set(np.unique(predicted)) | set(np.unique(truth_of(path, trained)))
     assert {label for label in shown if tuple(map(int, CAMVID.palette[label])) not in picture} == set()
 
 
@@ -217,7 +209,7 @@ def test_every_image_has_a_picture_of_its_own(call, run, trained, tmp_path, caps
         for name in names:
             Image.open(image).save(tmp_path / folder / name)
     code, output = call(tmp_path / "a", tmp_path / "b" / "a", tmp_path / "a" / "x.png", "--run", run)
-    assert code == 0 and "3 pictures, none with the truth" in capsys.readouterr().out
+    assert code == 0 and "3 pictures, 0 with ground truth" in capsys.readouterr().out
     assert sorted(path.name for path in output.iterdir()) == ["a_x-2.png", "a_x-3.png", "a_x.png"]
 
 
@@ -244,39 +236,36 @@ def test_any_checkpoint_has_a_folder_of_its_own(name, ending, call, run, trained
     assert (output.parent / f"unet+a=1_seed0{ending}" / "val_val_000.png").is_file()
 
 
-def test_bad_input(call, run, trained, tmp_path, capsys):
+def test_bad_input(call, run, trained, tmp_path, experiment, capsys):
     empty, broken = tmp_path / "empty", tmp_path / "broken.png"
     empty.mkdir()
     broken.write_text("no image")
     image = trained / "data_camvid" / "val" / "val_000.png"
-    for args, parts in [
-        ((tmp_path / "nowhere.png", "--run", run), ["nowhere.png is not there"]),
-        ((empty, "--run", run), ["there is no image"]),
-        ((broken, "--run", run), [str(broken), "cannot be read as an image"]),
-        ((image, "--run", tmp_path), ["is no run whose model can be read"]),
-        ((image, "--run", run / "worst.pt"), ["worst.pt is no run whose model can be read"]),
-    ]:
-        assert call(*args)[0] == 1
-        said = capsys.readouterr().err
-        assert said.startswith("error: ") and all(part in said for part in parts), said
-        assert not (tmp_path / "out").exists()
-    assert call("--run", run)[0] == 1 and "name image files" in capsys.readouterr().err
-    assert call(image)[0] == 2
-
-
-def test_a_mask_of_another_size_is_told(call, run, tmp_path, capsys):
     write_camvid(tmp_path / "other", n_train=1, n_val=1)
     mask = tmp_path / "other" / "valannot" / "val_000.png"
     Image.open(mask).resize((24, 16)).save(mask)
-    assert call(tmp_path / "other" / "val", "--run", run)[0] == 1
-    assert f"its mask {mask} is 24 x 16" in capsys.readouterr().err
-
-
-def test_a_run_that_does_not_label_pixels(call, run, trained, experiment, capsys):
     trial = experiment(epochs=1, train_limit=20)
     fit(trial)
-    assert call(trained / "data_camvid" / "val", "--run", trial.folder)[0] == 1
-    assert "does not label pixels" in capsys.readouterr().err
+    capsys.readouterr()
+    for args, said in [
+        ((tmp_path / "nowhere.png", "--run", run), r"nowhere.png does not exist"),
+        ((empty, "--run", run), "no images: name image files"),
+        ((broken, "--run", run), r"broken.png cannot be read as an image"),
+        ((image, "--run", tmp_path), "has no weights to open"),
+        ((image, "--run", run / "worst.pt"), r"worst.pt has no weights to open"),
+        ((tmp_path / "other" / "val", "--run", run), f"its mask {mask} is 24 x 16"),
+        ((image, "--run", trial.folder), "is not a segmentation run"),
+        (("--run", run), "name image files"),
+    ]:
+        assert call(*args)[0] == 1
+        check_error(capsys, said)
+        assert not (tmp_path / "out").exists()
+    assert call(image)[0] == 2
+
+
+def test_names_of_files_are_no_formulas(call, run, trained, tmp_path):
+    shutil.copy(trained / "data_camvid" / "val" / "val_000.png", tmp_path / r"$\frac$.png")
+    assert call(tmp_path / r"$\frac$.png", "--run", run)[0] == 0
 
 
 def test_a_long_name(run, trained, tmp_path, call_script):

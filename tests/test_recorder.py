@@ -1,11 +1,14 @@
-"""The recorder on every family of models: it changes nothing, and what it gives is what the model computed."""
+"""The recorder: it changes nothing, keeps what was asked for, and gives what the model computed."""
 
 import dataclasses
 import math
 
-import numpy as np
 import pytest
 import torch
+from inspecting import BDH as BDH_SIZES
+from inspecting import VIT as VIT_SIZES
+from inspecting import with_large_weights
+from reference import activate, assert_close, norm, randomised, reference_tokens, turn
 from torch import nn
 
 from interpretability.common.adapters import adapter_of
@@ -15,38 +18,26 @@ from models.bdh import BDH, BDHConfig, layer_norm
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v1_config, v2_config, v2_softmax_config, v3_config
 
-BDH_SIZES = dict(img_size=8, patch_size=2, n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)  # 16 tokens
-VIT_SIZES = dict(img_size=8, patch_size=2, n_layer=3, n_embd=16, n_head=2, mlp_dim=32)
+TEXT_SIZES = {key: size for key, size in BDH_SIZES.items() if key not in ("img_size", "patch_size")}
 CLASSIFIERS = {
-    "v1": lambda: v1_config(**BDH_SIZES).build(),
-    "v2": lambda: v2_config(**BDH_SIZES).build(),
-    "v2_softmax": lambda: v2_softmax_config(**BDH_SIZES).build(),
-    "v3": lambda: v3_config(**BDH_SIZES).build(),
-    "class_token": lambda: v2_config(pool="cls", rotary="axial", **BDH_SIZES).build(),
-    "own_weights": lambda: v2_config(shared=False, qk="separate", gate="sigmoid", **BDH_SIZES).build(),
-    "vit": lambda: ViTConfig(**VIT_SIZES).build(),
+    "v1": v1_config(**BDH_SIZES),
+    "v2": v2_config(**BDH_SIZES),
+    "v2_softmax": v2_softmax_config(**BDH_SIZES),
+    "v3": v3_config(**BDH_SIZES),
+    "class_token": v2_config(pool="cls", rotary="axial", **BDH_SIZES),
+    "own_weights": v2_config(shared=False, qk="separate", gate="sigmoid", **BDH_SIZES),
+    "vit": ViTConfig(mlp_dim=32, **VIT_SIZES),
 }
-BUILDERS = CLASSIFIERS | {
-    "bdh_unet": lambda: bdh_unet_config(**BDH_SIZES).build(),
-    "text": lambda: BDH(
-        BDHConfig(**{key: BDH_SIZES[key] for key in BDH_SIZES if key not in ("img_size", "patch_size")})
-    ),
-}
-
+CONFIGS = CLASSIFIERS | {"bdh_unet": bdh_unet_config(**BDH_SIZES), "text": BDHConfig(**TEXT_SIZES)}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(name):
-    """A small model with weights large enough for all parts to matter, in evaluation mode."""
-    torch.manual_seed(3)
-    model = BUILDERS[name]().eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model
+    return with_large_weights(CONFIGS[name].build())
 
 
-@pytest.fixture(params=BUILDERS)
+@pytest.fixture(params=CONFIGS)
 def model(request):
     return build(request.param)
 
@@ -59,11 +50,6 @@ def images():
 def inputs_of(model, images):
     """The images, or bytes for the language model."""
     return images.flatten(1)[:, :16].mul(40).long().clamp(0, 255) if isinstance(model, BDH) else images
-
-
-def outputs_of(model, inputs):
-    outputs = model(inputs)
-    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def count_hooks(model):
@@ -82,7 +68,8 @@ def test_outputs_and_gradients_keep_their_bits(model, images, training):
     def step():
         torch.manual_seed(0)
         model.zero_grad()
-        outputs = outputs_of(model, inputs)
+        outputs = model(inputs)
+        outputs = outputs[0] if isinstance(outputs, tuple) else outputs
         outputs.square().sum().backward()
         return outputs, [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
@@ -100,30 +87,14 @@ def test_outputs_and_gradients_keep_their_bits(model, images, training):
     assert all(torch.equal(*pair) for pair in zip(step()[1], gradients, strict=True))
 
 
-def test_timm_transformer(images):
-    torch.manual_seed(0)
-    model = DeiTTinyConfig(img_size=8, setting="fitted").build().eval()
-    expected = model(images)
-    attention = model.blocks[5].attn
-    seen = []
-    handle = attention.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
-    with torch.no_grad(), record(model) as trace:
-        assert torch.equal(model(images), expected)
-    handle.remove()
-    ((x, output),) = seen
-    scores = trace.scores(5)
-    torch.testing.assert_close(scores.sum(-1), torch.ones(3, 3, 5))
-    v = attention.qkv(x).unflatten(-1, (3, 3, -1))[:, :, 2].transpose(1, 2)  # (B, H, T, D / H)
-    torch.testing.assert_close(attention.proj((scores @ v).transpose(1, 2).flatten(2)), output)
-    torch.testing.assert_close(trace.logits(11), expected)
-    assert count_hooks(model) == 0 and trace.scores(0, patches_only=True).shape == (3, 3, 4, 4)
-
-
 def test_hooks_go_after_an_exception(model, images):
     with pytest.raises(ZeroDivisionError), record(model):
         assert count_hooks(model) > 0
         _ = model(inputs_of(model, images)), 1 / 0
     assert count_hooks(model) == 0
+
+
+# ---------------------------------------------------------------------------- it keeps what was asked for
 
 
 def test_only_what_is_asked_for_is_kept(model, images):
@@ -142,7 +113,7 @@ def test_only_what_is_asked_for_is_kept(model, images):
     assert sorted(trace.outputs) == [0, 1, 2] and not trace.inputs
 
 
-def test_what_a_model_does_not_have(images):
+def test_what_a_model_does_not_have():
     for level in (-1, 3):
         with pytest.raises(ValueError, match="between 0 and 2"), record(build("v2"), levels=[level]):
             pass
@@ -151,7 +122,7 @@ def test_what_a_model_does_not_have(images):
     for name in ("text", "bdh_unet"):
         with pytest.raises(ValueError, match="has no logits"):
             record(build(name), "logits").__enter__()
-    with pytest.raises(TypeError, match="Linear cannot be looked into"), record(nn.Linear(2, 2)):
+    with pytest.raises(TypeError, match="Linear is not supported"), record(nn.Linear(2, 2)):
         pass
 
 
@@ -206,6 +177,27 @@ def test_some_queries_are_rows_of_all(model, images):
     assert first == (scores.shape[-1] > 16)
 
 
+@pytest.mark.parametrize("name", ["v1", "v2", "v2_softmax", "v3", "class_token"])
+def test_inputs_and_scores_are_the_reference_s(name, images):
+    """Of every level and head, in float64."""
+    model = randomised(CLASSIFIERS[name].build())
+    config, images = model.config, images.double()
+    choices = {key: getattr(config, key) for key in ("residual", "attn_norm", "update_norm", "attention", "rotary")}
+    with torch.no_grad(), record(model) as trace:
+        model(images)
+        weights = dict(model.named_parameters())
+        for level in range(3):
+            x = reference_tokens(weights, images, n_layer=level, **choices)
+            x = norm(x) if config.residual == "pre" else x
+            assert_close(trace.x(level), x, 1e-9)
+            for head, encoder in enumerate(weights["encoder"]):
+                q = turn(activate(x @ encoder, "relu"), config.rotary, config.pool == "cls")
+                scores = q @ q.mT
+                if config.attention == "softmax":
+                    scores = (scores / math.sqrt(q.shape[-1])).softmax(-1)
+                assert_close(trace.scores(level)[:, head], scores, 1e-9)
+
+
 @pytest.mark.parametrize("name", ["v2", "class_token", "own_weights"])
 def test_scores_and_neurons_multiply_out_to_the_level(name, images):
     """The decoder on the gated neurons, which attention has excited: together, the very step from state to state."""
@@ -224,8 +216,6 @@ def test_scores_and_neurons_multiply_out_to_the_level(name, images):
         y = sum(trace.gated(level)[:, head] @ weights.decoder.chunk(2)[head] for head in range(2))
         with torch.no_grad():  # v2: x = LN(x); x = x + LN(y)
             torch.testing.assert_close(trace.state(level), x + layer_norm(y), rtol=1e-4, atol=1e-4)
-        if level:
-            torch.testing.assert_close(x, layer_norm(trace.state(level - 1)))
         together = trace.activity(level)
         assert all(torch.equal(getattr(together, each), getattr(trace, each)(level)) for each in together._fields)
 
@@ -252,77 +242,9 @@ def test_recorded_under_autocast_computed_without(images):
         assert all(getattr(trace, name)(1).dtype == torch.float32 for name in ("scores", "gated", "logits"))
 
 
-def layer_norm64(x):
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-
-
-def attention64(model, images, residual, norms, softmax):
-    """Attention of every level (B, H, T, T), by the equations in numpy float64, one head and one pair at a time."""
-    weights = {name: value.detach().double().numpy() for name, value in model.state_dict().items()}
-    B, side, patch = len(images), 4, 2
-    pixels = images.double().numpy().reshape(B, 3, side, patch, side, patch).transpose(0, 2, 4, 1, 3, 5)
-    kernel = weights["patch_embed.weight"].reshape(16, -1)  # (D, 3 * patch * patch)
-    x = pixels.reshape(B, side * side, -1) @ kernel.T + weights["patch_embed.bias"] + weights["pos_embed"]
-    H, _, N = weights["encoder"].shape
-    x = layer_norm64(x) if residual == "post" else x
-    scores = []
-    for level in range(3):
-        x = layer_norm64(x) if residual == "pre" else x
-        seen = x
-        if residual == "scaled_pre":
-            scale, shift = weights[f"level_norms.{level}.weight"], weights[f"level_norms.{level}.bias"]
-            seen = (layer_norm64(x) * scale + shift) / math.sqrt(level + 1)
-        update, heads = 0, []
-        for head in range(H):
-            x_sparse = np.maximum(seen @ weights["encoder"][head], 0)  # (B, T, N)
-            q = np.empty_like(x_sparse)
-            for pair in range(N // 2):
-                angle = np.arange(side * side) * (2.0**16) ** (-2 * pair / N)
-                even, odd = x_sparse[..., 2 * pair], x_sparse[..., 2 * pair + 1]
-                q[..., 2 * pair] = even * np.cos(angle) - odd * np.sin(angle)
-                q[..., 2 * pair + 1] = odd * np.cos(angle) + even * np.sin(angle)
-            s = q @ q.transpose(0, 2, 1)
-            if softmax:
-                s = np.exp(s / math.sqrt(N))
-                s /= s.sum(-1, keepdims=True)
-            heads.append(s)
-            a = layer_norm64(s @ seen) if norms else s @ seen
-            y_sparse = np.maximum(a @ weights["encoder_v"][head], 0)
-            update = update + (x_sparse * y_sparse) @ weights["decoder"][head * N : (head + 1) * N]
-        x = x + (layer_norm64(update) if norms else update)
-        x = layer_norm64(x) if residual == "post" else x
-        scores.append(np.stack(heads, 1))
-    return scores
-
-
-@pytest.mark.parametrize(
-    "name, residual, norms, softmax",
-    [
-        ("v1", "post", True, False),
-        ("v2", "pre", True, False),
-        ("v2_softmax", "pre", True, True),
-        ("v3", "scaled_pre", False, False),
-    ],
-)
-def test_bdh_scores(images, name, residual, norms, softmax):
-    torch.manual_seed(7)
-    model = BUILDERS[name]().eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    with torch.no_grad(), record(model) as trace:
-        model(images)
-    expected = attention64(model, images, residual, norms, softmax)
-    for level in range(3):
-        scores = trace.scores(level)
-        assert scores.shape == (3, 2, 16, 16)
-        scale = np.abs(expected[level]).max()
-        assert np.abs(scores.numpy() - expected[level]).max() < 2e-5 * scale
-
-
 @pytest.mark.parametrize("attention", ["raw", "softmax"])
 def test_language_model_scores_are_masked(attention):
-    torch.manual_seed(0)
-    model = BDH(BDHConfig(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4, attention=attention)).eval()
+    model = with_large_weights(BDHConfig(**(TEXT_SIZES | dict(attention=attention))).build())
     with torch.no_grad(), record(model, "scores", "x") as trace:
         model(torch.randint(0, 256, (2, 9)))
     scores = trace.scores(1)
@@ -332,23 +254,45 @@ def test_language_model_scores_are_masked(attention):
         torch.testing.assert_close(trace.scores(1, slice(first, first + 1)), scores[:, :, first : first + 1])
 
 
-def test_vit_weights_multiply_out_to_its_attention(images):
-    """Rows sum to 1; with the values and the output projection they give what its attention gave."""
-    model = build("vit")
-    seen = []
-    handles = [
-        block.self_attention.register_forward_hook(lambda module, args, output: seen.append((args[0], output[0])))
-        for block in model.encoder.layers
-    ]
-    with torch.no_grad(), record(model) as trace:
-        model(images)
-    for handle in handles:
-        handle.remove()
-    assert len(seen) == 3
-    for level, (x, output) in enumerate(seen):
-        attention, scores = model.encoder.layers[level].self_attention, trace.scores(level)
-        assert torch.equal(trace.x(level), x)
-        torch.testing.assert_close(scores.sum(-1), torch.ones(3, 2, 17))
+def torchvision_attention(model, level):
+    """The module, its values by head (B, H, T, D / H) as a function of its input, and its output projection."""
+    attention = model.encoder.layers[level].self_attention
+
+    def values(x):
         v = nn.functional.linear(x, attention.in_proj_weight[32:], attention.in_proj_bias[32:])
-        heads = scores @ v.unflatten(-1, (2, 8)).transpose(1, 2)  # (B, H, T, D / H)
-        torch.testing.assert_close(attention.out_proj(heads.transpose(1, 2).flatten(2)), output, rtol=1e-4, atol=1e-5)
+        return v.unflatten(-1, (2, 8)).transpose(1, 2)
+
+    return attention, values, attention.out_proj
+
+
+def timm_attention(model, level):
+    attention = model.blocks[level].attn
+    return attention, lambda x: attention.qkv(x).unflatten(-1, (3, 3, -1))[:, :, 2].transpose(1, 2), attention.proj
+
+
+@pytest.mark.parametrize(
+    "config, parts",
+    [(CONFIGS["vit"], torchvision_attention), (DeiTTinyConfig(img_size=8, setting="fitted"), timm_attention)],
+    ids=["torchvision", "timm"],
+)
+def test_vit_weights_multiply_out_to_its_attention(config, parts, images):
+    """Rows sum to 1; with the values and the output projection they give what its attention gave."""
+    torch.manual_seed(0)
+    model = config.build().eval()
+    for level in (0, 2):
+        attention, values, projection = parts(model, level)
+        seen = []
+        handle = attention.register_forward_hook(lambda module, args, output, seen=seen: seen.append((args[0], output)))
+        with torch.no_grad(), record(model) as trace:
+            expected = model(images)
+        handle.remove()
+        assert count_hooks(model) == 0 and torch.equal(model(images), expected)
+        ((x, output),) = seen
+        scores = trace.scores(level)
+        torch.testing.assert_close(scores.sum(-1), torch.ones(scores.shape[:3]))
+        heads = (scores @ values(x)).transpose(1, 2).flatten(2)
+        output = output[0] if isinstance(output, tuple) else output
+        torch.testing.assert_close(projection(heads), output, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trace.logits(trace.levels[-1]), expected)
+    first = trace.adapter.class_tokens
+    assert trace.scores(0, patches_only=True).shape[2:] == (scores.shape[2] - first, scores.shape[3] - first)

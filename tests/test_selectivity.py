@@ -62,8 +62,7 @@ def test_measures_against_plain_formulas():
 def test_planted_selectivity():
     """Active in one class only: 1; the same in all: 0; never: none; active in all classes but one."""
     labels = [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3]
-    classes = torch.tensor(labels)[:, None].expand(12, 16)
-    responses = collect(planted_model(), batches(planted_images(labels), classes, size=5), "x_sparse", k=4)
+    responses = collect(planted_model(), batches(planted_images(labels), labels, size=5), "x_sparse", k=4)
     of = measures(ranked(responses, 0), responses.labels)
     for head in (0, 1):
         index, auroc, precision, best = (
@@ -143,8 +142,7 @@ def test_responses_are_those_of_plain_loops(quantity, changed):
     """Mean over an image's patches, share of patches, strongest patches of different images; over any batches."""
     model, k = random_model(**changed), 3
     images, labels = torch.randn(7, 3, 8, 8), np.random.default_rng(3).integers(0, 4, 7)
-    classes = torch.from_numpy(labels)[:, None].expand(7, 16)
-    found = collect(model, batches(images, classes, size=3), quantity, k)
+    found = collect(model, batches(images, labels, size=3), quantity, k)
     assert np.array_equal(found.labels, labels) and np.array_equal(found.images, np.arange(7)) and found.n_heads == 2
     for level, values in enumerate(np.maximum(recorded(model, images)[quantity], 0)):  # (B, H, T, N)
         assert np.allclose(found.means[level], values.mean(2).reshape(7, 64), atol=1e-5)

@@ -1,12 +1,13 @@
 """Counts of active neurons, what is made of them, and the script."""
 
+import dataclasses
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from camvid_data import write_camvid
+from inspecting import BDH, check_error, train_unet
 from pictures import check_picture
 from planted_neurons import (
     ALWAYS,
@@ -20,7 +21,7 @@ from planted_neurons import (
     recorded,
 )
 
-from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, fit
+from training import fit
 from interpretability.common.activity import NO_CLASS, levels_of, patch_classes
 from interpretability.common.trained import TrainedRun
 from interpretability.sparsity import (
@@ -34,7 +35,6 @@ from interpretability.sparsity import (
     training_table,
 )
 from models.baselines import ViTConfig
-from models.bdh_unet import bdh_unet_config
 from models.masked_bdh import MaskedBDHConfig
 from training.runs import load_model
 
@@ -48,9 +48,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_a_pretraining_model_sees_whole_images():
     """Not its mask token, which would excite the same neurons in every image."""
-    sizes = dict(img_size=8, patch_size=2, n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
     torch.manual_seed(0)
-    model = MaskedBDHConfig(rotary="none", **sizes).build().eval()
+    model = MaskedBDHConfig(rotary="none", **BDH).build().eval()
     images = torch.randn(3, 3, 8, 8)
     for level in levels_of(model, [(images, torch.zeros(3, 16, dtype=torch.long))]):
         x_sparse = level.activity.x_sparse  # (B, H, T, N)
@@ -67,25 +66,23 @@ def test_counts_are_those_of_plain_loops(changed):
     images = torch.randn(5, 3, 8, 8)
     classes = torch.from_numpy(rng.choice([NO_CLASS, 0, 1, 3], (5, 16)))
     counts = count(model, batches(images, classes, size=2), n_classes=4)
-    by_neuron, by_class = np.zeros((3, 3, 2, 32), int), np.zeros((3, 3, 4, 2), int)
+    by_neuron, by_class = np.zeros((3, 3, 2, 32), int), np.zeros((3, 3, 2, 4), int)
     for quantity, values in enumerate(recorded(model, images).values()):
         for (level, image, head, patch, neuron), value in np.ndenumerate(values):
             if value > 0:
-                by_neuron[quantity, level, head, neuron] += 1
+                by_neuron[level, quantity, head, neuron] += 1
                 if classes[image, patch] != NO_CLASS:
-                    by_class[quantity, level, classes[image, patch], head] += 1
-    assert np.array_equal(counts.by_neuron.numpy(), by_neuron) and by_neuron.max() > 10
-    assert np.array_equal(counts.by_class.numpy(), by_class)
-    assert counts.by_neuron.dtype == counts.by_class.dtype == torch.int64
+                    by_class[level, quantity, head, classes[image, patch]] += 1
+    assert np.array_equal(counts.by_neuron, by_neuron) and by_neuron.max() > 10
+    assert np.array_equal(counts.by_class, by_class)
     assert counts.patches == 80 and counts.patches_by_class.tolist() == [int((classes == c).sum()) for c in range(4)]
-    assert np.array_equal(count(model, batches(images, classes, size=5), 4).by_class.numpy(), by_class)
+    assert np.array_equal(count(model, batches(images, classes, size=5), 4).by_class, by_class)
 
 
 def test_tables_against_means():
     model, rng = random_model(), np.random.default_rng(5)
     images, labels = torch.randn(6, 3, 8, 8), rng.permutation([0, 0, 0, 1, 1, 3])
-    classes = torch.from_numpy(labels)[:, None].expand(6, 16)
-    counts = count(model, batches(images, classes, size=4), n_classes=4)
+    counts = count(model, batches(images, labels, size=4), n_classes=4)
     table = share_table(counts, ["a", "b", "never seen", "d"])
     assert list(table) == ["level", "head", "class", "quantity", "share"]
     assert len(table) == 3 * 3 * (2 + 1) * (3 + 1) and "never seen" not in set(table["class"])
@@ -107,11 +104,10 @@ def test_tables_against_means():
 def test_planted_neurons():
     """One active for one class only, one for the others, one always, the rest never."""
     labels = [0, 1, 2, 0, 2, 1, 0, 1, 1, 2]
-    classes = torch.tensor(labels)[:, None].expand(10, 16)
-    counts = count(planted_model(), batches(planted_images(labels), classes, size=3), n_classes=3)
+    counts = count(planted_model(), batches(planted_images(labels), labels, size=3), n_classes=3)
     expected = np.zeros(32)
     expected[[CLASS_0, OTHERS, ALWAYS, CLASS_0_TOO]] = 0.3, 0.7, 1.0, 0.3
-    x_sparse, y_sparse, gated = counts.shares[:, 0]  # (H, N) each
+    x_sparse, y_sparse, gated = counts.shares[0]  # (H, N) each
     assert np.array_equal(x_sparse, [expected, expected]) and np.array_equal(gated, x_sparse) and (y_sparse == 1).all()
     table = share_table(counts, ["one", "two", "three"]).set_index(["level", "head", "class", "quantity"])["share"]
     for head in (1, 2, "all"):
@@ -126,10 +122,8 @@ def test_planted_neurons():
 
 def test_dead_at_every_level():
     """Over all levels only what is dead at each of them; not asked where levels have neurons of their own."""
-    counts = Counts(n_levels=2, n_heads=1, n_neurons=4, n_classes=1)
-    for level, on in enumerate([[1, 0, 0, 1], [1, 1, 0, 0]]):
-        activity = torch.tensor(on, dtype=torch.float32).expand(1, 1, 10, 4)
-        counts.add(level, [activity] * 3, torch.zeros(1, 10, dtype=torch.int64))
+    by_neuron = 10 * np.array([[1, 0, 0, 1], [1, 1, 0, 0]])[:, None, None].repeat(3, 1)  # (L, Q, H, N)
+    counts = Counts(by_neuron, by_neuron.sum(-1, keepdims=True), np.array([10]), 10)
     table = dead_table(counts, 0.99, shared=True)
     gated = table[table.quantity == "gated"]
     assert gated.level.tolist() == [1, 2, "all"] and gated.dead.tolist() == [2, 2, 1]
@@ -152,7 +146,8 @@ def test_classes_of_patches():
 
 
 def test_many_classes_are_drawn_in_part():
-    names = [f"class {number:02d}" for number in range(30)]
+    """Names with dollars, which are formulas to matplotlib, as they are."""
+    names = [f"$class {number:02d}$" for number in range(30)]
     rows = [
         dict(level=level, head=head, quantity=quantity, share=(place * 7 % 30) / 100) | {"class": name}
         for level in (1, 2)
@@ -160,12 +155,13 @@ def test_many_classes_are_drawn_in_part():
         for quantity in ("x_sparse", "y_sparse", "gated")
         for place, name in enumerate([*names, "all"])
     ]
-    figure = draw_shares(pd.DataFrame(rows), "title")
+    figure = draw_shares(pd.DataFrame(rows), r"run $\frac$")
+    figure.draw_without_rendering()
     heat = [ax for ax in figure.subfigs[1].axes if ax.images]
-    shown = [label.get_text() for label in heat[0].get_yticklabels()]
-    falling = sorted(names, key=lambda name: -(int(name[-2:]) * 7 % 30))
+    shown = [label.get_text().replace(r"\$", "$") for label in heat[0].get_yticklabels()]
+    falling = sorted(names, key=lambda name: -(int(name[-3:-1]) * 7 % 30))
     assert shown == falling[:10] + falling[-10:]
-    assert np.allclose(heat[2].images[0].get_array()[:, 0], [int(name[-2:]) * 7 % 30 for name in shown])
+    assert np.allclose(heat[2].images[0].get_array()[:, 0], [int(name[-3:-1]) * 7 % 30 for name in shown])
 
 
 # ---------------------------------------------------------------------------- the script
@@ -183,7 +179,7 @@ def test_script(run, data_dir, call_script, tmp_path, capsys):
     flags = ("--run", run, "--data-dir", data_dir, "--output-dir", "out", "--device", "cpu")
     assert call_script(SCRIPT, *flags, "--checkpoint-images", 9) == 0
     said = capsys.readouterr().out
-    assert "40 test images of 16 patches" in said and "over 3 epochs" in said and "GELU" not in said
+    assert "40 test images of 16 patches" in said and "3 epochs kept in training" in said and "GELU" not in said
     output = tmp_path / "out" / "trial_seed0"
     for name in ("sparsity", "sparsity_neurons", "sparsity_training"):
         check_picture(output / f"{name}.png")
@@ -228,7 +224,7 @@ def test_series_is_in_order_of_epochs_and_without_the_damaged(run, data_dir, tmp
     shuffled = {epoch: epochs[epoch] for epoch in (1000, 2, 10)}
     assert training_table(shuffled, 0.99, True).epoch.drop_duplicates().tolist() == [2, 10, 1000]
     warned = capsys.readouterr().err
-    assert warned.startswith("warning: epoch 7 is left out") and warned.count("\n") == 1
+    assert warned.startswith("warning: epoch 7 is skipped") and warned.count("\n") == 1
 
 
 def test_gelu_is_said_to_have_no_zeros(experiment, data_dir, call_script, tmp_path, capsys):
@@ -236,7 +232,7 @@ def test_gelu_is_said_to_have_no_zeros(experiment, data_dir, call_script, tmp_pa
     fit(trial)
     assert call_script(SCRIPT, "--run", trial.folder, "--data-dir", data_dir, "--output-dir", tmp_path) == 0
     said = capsys.readouterr().out
-    assert "GELU, which is zero nowhere" in said
+    assert "GELU is zero nowhere" in said
     shares = [float(share) for share in re.findall(r"([\d.]+)%", said)]
     assert shares and max(shares) < 90
     assert not (tmp_path / "gelu_seed0" / "sparsity_training.csv").exists()  # no weights were kept
@@ -244,15 +240,10 @@ def test_gelu_is_said_to_have_no_zeros(experiment, data_dir, call_script, tmp_pa
 
 def test_segmentation(call_script, tmp_path, capsys):
     """Classes are those of patches."""
-    write_camvid(tmp_path / "data_camvid", n_train=3, n_val=2, size=(48, 32))
-    sizes = dict(img_size=(32, 48), n_layer=1, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
-    train = SegmentationConfig(epochs=1, batch_size=2, learning_rate=1e-2, weight_decay=0.0)
-    options = RunOptions(data_dir=tmp_path, runs_dir=tmp_path / "runs", device="cpu", num_workers=0)
-    trial = Experiment("unet", bdh_unet_config(**sizes), train, options)
-    fit(trial)
-    assert call_script(SCRIPT, "--run", trial.folder, "--data-dir", tmp_path, "--output-dir", tmp_path / "out") == 0
+    run = train_unet(tmp_path, img_size=(32, 48))
+    assert call_script(SCRIPT, "--run", run, "--data-dir", tmp_path, "--output-dir", tmp_path / "out") == 0
     assert "2 validation images of 24 patches" in capsys.readouterr().out
-    opened = TrainedRun(trial.folder, tmp_path, "cpu")
+    opened = TrainedRun(run, tmp_path, "cpu")
     pixels, labels = next(opened.batches([0, 1]))
     active = recorded(opened.model, pixels)["x_sparse"][0] > 0  # (B, H, T, N)
     of_patches = labels.unfold(1, 8, 8).unfold(2, 8, 8).flatten(1, 2).flatten(2).mode().values.numpy()  # (B, T)
@@ -265,26 +256,21 @@ def test_segmentation(call_script, tmp_path, capsys):
         assert table[opened.class_names[label]] == pytest.approx(expected)
 
 
-def test_bad_input(run, data_dir, call_script, tmp_path, capsys):
+def test_bad_input(run, data_dir, call_script, experiment, tmp_path, capsys):
     """One message each, and nothing is written."""
-    vit = Experiment(
-        "vit",
-        ViTConfig(patch_size=8, n_layer=1, n_embd=8, n_head=2, mlp_dim=16),
-        ClassificationConfig(dataset="cifar10", epochs=1, batch_size=64, learning_rate=1e-3, weight_decay=0.0),
-        RunOptions(data_dir=data_dir, runs_dir=tmp_path / "runs", device="cpu"),
-    )
+    vit = ViTConfig(patch_size=8, n_layer=1, n_embd=8, n_head=2, mlp_dim=16)
+    vit = dataclasses.replace(experiment("vit", epochs=1), model=vit)
     fit(vit)
     capsys.readouterr()
     for flags, said in (
         (("--run", vit.folder), "has no x_sparse"),
-        (("--run", tmp_path), "is no run"),
+        (("--run", tmp_path), "has no weights to open"),
         (("--run", run, "--images", 0), "give --images 1 or more"),
-        (("--run", run, "--always-on", 0), "--always-on 0.0 is a share"),
-        (("--run", run, "--always-on", 1.5), "--always-on 1.5 is a share"),
-        (("--run", run, "--checkpoint-images", -1), "give 0 or more"),
+        (("--run", run, "--always-on", 0), "--always-on 0.0 must be above 0"),
+        (("--run", run, "--always-on", 1.5), "--always-on 1.5 must be above 0 and at most 1"),
+        (("--run", run, "--checkpoint-images", -1), "must be 0 or more"),
     ):
         assert call_script(SCRIPT, "--data-dir", data_dir, "--output-dir", tmp_path / "out", *flags) == 1
-        captured = capsys.readouterr()
-        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1 and said in captured.err
+        check_error(capsys, said)
     assert call_script(SCRIPT, "--alway-on", 0.5) == 2
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""A run opened for looking inside: its model, its images in order, and what is refused."""
+"""A run opened for inspection: its model, its images in order, and what is refused."""
 
 import dataclasses
 import os
@@ -7,102 +7,140 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from camvid_data import write_camvid
+from inspecting import train_unet
 from PIL import Image
 
-from training import Experiment, RunOptions, SegmentationConfig, TextConfig, UserError, fit
-from interpretability.common.trained import RunChoice, TrainedRun, latest_run, open_run
+from training import TextConfig, UserError, fit
+from interpretability.common.trained import PairChoice, RunChoice, TrainedRun, latest_run, open_run, open_runs
 from models.baselines import ResNet20Config
 from models.bdh import BDHConfig
-from models.bdh_unet import bdh_unet_config
 from training.augment import normalise
 from training.data import load_dataset
 from training.data.segmentation import scale_image, scale_mask
 from training.runs import Run
+<<<<<<< HEAD
 from training.stored import load_checkpoint
+=======
+>>>>>>> interp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def run(experiment, data_dir):
+def run(experiment):
     """Folder of a tiny run on the made-up CIFAR-10."""
     trial = experiment(epochs=1, options={"keep_every": 1})
     fit(trial)
     return trial.folder
 
 
+<<<<<<< HEAD
 def test_the_model_and_its_test_images(run, data_dir):
     opened = TrainedRun(run, data_dir, "cpu")
     assert torch.equal(opened.model.encoder, load_checkpoint(run / "best.pt")["model"]["encoder"])
+=======
+@pytest.fixture
+def opened(run, data_dir):
+    return TrainedRun(run, data_dir, "cpu")
+
+
+def test_the_model_and_its_test_images(opened, data_dir):
+>>>>>>> interp
     assert not opened.model.training and opened.grid == (4, 4) and opened.stem == "trial_seed0"
     assert (opened.part, opened.n_images, len(opened.class_names)) == ("test", 40, 10)
     data = load_dataset("cifar10", data_dir)
     images, labels = opened.samples([7, 3])
-    assert (
-        np.array_equal(images.numpy(), data.test_images[[7, 3]])
-        and labels.tolist() == data.test_labels[[7, 3]].tolist()
-    )
-    pixels, all_labels = (torch.cat(each) for each in zip(*opened.batches(range(40), batch_size=16), strict=True))
+    assert np.array_equal(images.numpy(), data.test_images[[7, 3]])
+    assert labels.tolist() == data.test_labels[[7, 3]].tolist()
+    pixels, all_labels = (torch.cat(each) for each in zip(*opened.batches(range(40), 16), strict=True))
     assert torch.equal(pixels, normalise(torch.from_numpy(data.test_images)))
     assert all_labels.tolist() == data.test_labels.tolist()
     with torch.no_grad():
         accuracy = (opened.model(pixels).argmax(1) == all_labels).float().mean()
-    assert float(accuracy) == pytest.approx(Run(run).read_summary()["test"]["accuracy"])
+    assert float(accuracy) == pytest.approx(Run(opened.folder).read_summary()["test"]["accuracy"])
 
 
+<<<<<<< HEAD
 def test_a_checkpoint_on_the_way(run, data_dir):
     opened = [TrainedRun(path, data_dir, "cpu") for path in Run(run).kept_weights().values()]
     assert len(opened) == 2 and opened[0].folder == run
     assert not torch.equal(opened[0].model.encoder, opened[1].model.encoder)
     assert torch.equal(opened[1].model.encoder, load_checkpoint(run / "last.pt")["model"]["encoder"])
+=======
+def test_names_of_checkpoints(run, opened, data_dir):
+    """Each has its own weights and names; best.pt is the run itself."""
+    first, last, best = (TrainedRun(run / f"{name}.pt", data_dir, "cpu") for name in ("epoch_000", "last", "best"))
+    assert {each.folder for each in (first, last, best)} == {run}
+    assert torch.equal(best.model.encoder, opened.model.encoder)
+    assert not torch.equal(first.model.encoder, last.model.encoder)
+    assert [each.title for each in (best, first)] == ["trial, seed 0", "trial, seed 0, epoch_000"]
+    assert [each.file_name("probe") for each in (opened, best, last)] == ["probe", "probe", "probe_last"]
+    assert first.stem == opened.stem and first.experiment_title == opened.title
+>>>>>>> interp
 
 
-def test_images_spread_over_the_part(run, data_dir):
-    opened = TrainedRun(run, data_dir, "cpu")
-    assert opened.spread(4) == [0, 10, 20, 30] and opened.spread(3) == [0, 13, 26]
-    assert opened.spread(None) == opened.spread(99) == list(range(40))
-    for n in (0, -2):
-        with pytest.raises(UserError, match="no image to look at"):
-            opened.spread(n)
+def test_images_spread_over_the_part(opened):
+    assert opened.choose_images(4) == [0, 10, 20, 30] and opened.choose_images(3) == [0, 13, 26]
+    assert opened.choose_images(None) == opened.choose_images(99) == list(range(40))
+    assert opened.choose_images(4, (7, 3)) == [7, 3]
+    for n, indices in ((0, None), (-2, None), (4, ())):
+        with pytest.raises(UserError, match="no images chosen"):
+            opened.choose_images(n, indices)
+
+
+def test_training_images_are_those_of_the_run(run, opened, data_dir):
+    """None that it validated with, every class alike, and not augmented."""
+    split, data = Run(run).read_split(), load_dataset("cifar10", data_dir)
+    places = opened.training_places(50)
+    assert len(set(places)) == 50 and set(places) <= set(split.train)
+    assert set(np.bincount(data.train_labels[places], minlength=10)) <= {4, 5, 6}
+    assert set(opened.training_places(10**6)) == set(split.train)
+    pixels, labels = (torch.cat(each) for each in zip(*opened.training_batches(places, 16), strict=True))
+    assert torch.equal(pixels, normalise(torch.from_numpy(data.train_images[places])))
+    assert labels.tolist() == data.train_labels[places].tolist()
+    with pytest.raises(UserError, match="no images chosen"):
+        opened.training_places(0)
+    (run / "split.npz").unlink()
+    with pytest.raises(UserError, match=r"has no split\.npz"):
+        opened.training_places(5)
 
 
 def test_data_without_a_test_part(tmp_path, data_dir, experiment):
-    """The validation images of the run's own split."""
+    """The validation images of the run's own split; two runs are compared if they have the same."""
     photos, arrays = tmp_path / "photos", load_dataset("cifar10", data_dir)
     for index, (image, label) in enumerate(zip(arrays.train_images[:60], arrays.train_labels[:60], strict=True)):
         path = photos / f"class {label}" / f"{index:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.transpose(1, 2, 0)).save(path)
     trial = experiment("photos", dataset="folder", epochs=1, options={"data_dir": photos})
-    fit(trial)
+    other = dataclasses.replace(trial, name="other", train=dataclasses.replace(trial.train, seed=1))
+    for each in (trial, other):
+        fit(each)
     opened = TrainedRun(trial.folder, photos, "cpu")
     split = Run(trial.folder).read_split()
-    assert (opened.part, opened.n_images) == ("val", len(split.val))
+    assert (opened.part, opened.n_images) == ("validation", len(split.val))
     images, labels = opened.samples(range(len(split.val)))
     data = load_dataset("folder", photos)
     assert labels.tolist() == data.train_labels[split.val].tolist()
     assert np.array_equal(images[1].numpy(), data.train_images[int(split.val[1])])
     with pytest.raises(UserError, match="no validation image 60"):
         opened.samples([60])
-    (photos / "class 1" / "new.png").write_bytes(next((photos / "class 1").glob("*.png")).read_bytes())
-    with pytest.raises(UserError, match="other numbers than those"):  # the split's numbers mean other images now
+    choice = PairChoice(run=trial.folder, versus=other.folder, data_dir=photos, device="cpu")
+    with pytest.raises(UserError, match="has another validation part: give two runs with the same seed"):
+        open_runs(choice)
+    assert len(open_runs(dataclasses.replace(choice, versus=trial.folder / "last.pt"))) == 2
+    shutil.copy(next((photos / "class 1").glob("*.png")), photos / "class 1" / "new.png")
+    with pytest.raises(UserError, match="other numbers of images"):  # the split's numbers mean other images now
         TrainedRun(trial.folder, photos, "cpu").samples([0])
     shutil.rmtree(photos / "class 0")
-    with pytest.raises(UserError, match="other classes than those"):
+    with pytest.raises(UserError, match="other class names"):
         _ = TrainedRun(trial.folder, photos, "cpu").class_names
 
 
 def test_segmentation(tmp_path):
     """Images and masks at the model's size, of the validation part."""
-    write_camvid(tmp_path / "data_camvid", n_train=3, n_val=2, size=(48, 32))
-    sizes = dict(img_size=(16, 40), n_layer=1, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
-    train = SegmentationConfig(epochs=1, batch_size=2, learning_rate=1e-2, weight_decay=0.0)
-    options = RunOptions(data_dir=tmp_path, runs_dir=tmp_path / "runs", device="cpu", num_workers=0)
-    trial = Experiment("unet", bdh_unet_config(**sizes), train, options)
-    fit(trial)
-    opened = TrainedRun(trial.folder, tmp_path, "cpu")
-    assert opened.labels_pixels and opened.grid == (2, 5) and (opened.part, opened.n_images) == ("val", 2)
+    opened = TrainedRun(train_unet(tmp_path, img_size=(16, 40)), tmp_path, "cpu")
+    assert opened.labels_pixels and opened.grid == (2, 5) and (opened.part, opened.n_images) == ("validation", 2)
     images, labels = opened.samples([1])
     image = np.array(Image.open(tmp_path / "data_camvid" / "val" / "val_001.png"))
     mask = np.array(Image.open(tmp_path / "data_camvid" / "valannot" / "val_001.png"))
@@ -116,23 +154,23 @@ def test_segmentation(tmp_path):
         opened.samples([1])
 
 
-def test_what_is_refused(run, tmp_path, data_dir, experiment):
-    opened = TrainedRun(run, data_dir, "cpu")
+def test_what_is_refused(opened, tmp_path, data_dir, experiment):
     for index in (40, -1):
-        with pytest.raises(UserError, match=f"no test image {index}: there are 40"):
+        with pytest.raises(UserError, match=f"no test image {index}: numbers go from 0 to 39"):
             opened.samples([0, index])
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="has no weights to open"):
         TrainedRun(tmp_path, None, "cpu")
     trial = dataclasses.replace(experiment("other", epochs=1), model=ResNet20Config())
     fit(trial)
-    with pytest.raises(UserError, match="ResNet20 cannot be looked into, only models of"):
+    with pytest.raises(UserError, match="ResNet20 is not supported, only models of"):
         TrainedRun(trial.folder, data_dir, "cpu")
+    assert TrainedRun(trial.folder, data_dir, "cpu", any_model=True).title == "other, seed 0"
     text = TextConfig(epochs=1, batch_size=8, learning_rate=1e-3, weight_decay=0.0, context=16, text=tmp_path / "a.txt")
     (tmp_path / "a.txt").write_bytes(bytes(range(256)) * 4)
     model = BDHConfig(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4)
     trial = dataclasses.replace(trial, name="text", model=model, train=text)
     fit(trial)
-    with pytest.raises(UserError, match="its model reads no images"):
+    with pytest.raises(UserError, match="its model does not read images"):
         TrainedRun(trial.folder, None, "cpu")
 
 

@@ -4,6 +4,7 @@ Everything is placed in inches, so that maps have the same size in every row and
 """
 
 import io
+import itertools
 import math
 import subprocess
 import textwrap
@@ -75,11 +76,9 @@ class View:
     @property
     def rows(self) -> list[list[tuple[int, int]]]:
         """Level and head of each map, row by row: as few rows as possible, about equally long."""
-        groups = [[(level, 0) for level in self.levels]]
-        if self.per_head:
-            groups = [[(level, head) for head in range(self.run.adapter.n_heads)] for level in self.levels]
+        groups = [[(level, head) for head in range(len(maps))] for level, maps in self.looks[0].maps.items()]
         rows = []
-        for group in groups:
+        for group in groups if self.per_head else [list(itertools.chain(*groups))]:
             length = math.ceil(len(group) / math.ceil(len(group) / PANELS))
             rows += [group[first : first + length] for first in range(0, len(group), length)]
         return rows

@@ -77,7 +77,7 @@ class TrainedRun:
         Raises UserError if there is no such run, or its model cannot be inspected.
         """
         self.checkpoint = folder
-        self.folder = folder.parent if folder.suffix == ".pt" else folder
+        self.folder = folder.parent if folder.suffix in (".pt", ".safetensors") else folder
         self.data_dir = data_dir
         self.device = pick_device(device)
         if self.device.type == "cpu":
@@ -124,7 +124,7 @@ class TrainedRun:
     @property
     def checkpoint_name(self) -> str:
         """Such as epoch_004; empty for the best weights."""
-        return self.checkpoint.stem if self.checkpoint.suffix == ".pt" and self.checkpoint.stem != "best" else ""
+        return "" if self.checkpoint in (self.folder, self.folder / "best.pt") else self.checkpoint.stem
 
     def file_name(self, name: str) -> str:
         """The name, with the checkpoint's appended unless it is the best, so that results are not overwritten."""
