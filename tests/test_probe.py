@@ -97,11 +97,7 @@ def test_what_is_collected(name, images):
 
 
 def test_fixed_depth(capsys):
-<<<<<<< HEAD
-    for config in (*(VARIANTS[name](n_layer=3, **SIZES) for name in FIXED), ViTConfig()):
-=======
     for config in (*(CONFIGS[name] for name in FIXED), ViTConfig(mlp_dim=32, **VIT)):
->>>>>>> interp
         model = config.build()
         assert choose_levels(model, 3, None) == choose_levels(model, 3, 3) == 3
         assert capsys.readouterr().out.count("at most its 3 levels") == 2

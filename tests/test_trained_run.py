@@ -18,10 +18,6 @@ from training.augment import normalise
 from training.data import load_dataset
 from training.data.segmentation import scale_image, scale_mask
 from training.runs import Run
-<<<<<<< HEAD
-from training.stored import load_checkpoint
-=======
->>>>>>> interp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,18 +30,12 @@ def run(experiment):
     return trial.folder
 
 
-<<<<<<< HEAD
-def test_the_model_and_its_test_images(run, data_dir):
-    opened = TrainedRun(run, data_dir, "cpu")
-    assert torch.equal(opened.model.encoder, load_checkpoint(run / "best.pt")["model"]["encoder"])
-=======
 @pytest.fixture
 def opened(run, data_dir):
     return TrainedRun(run, data_dir, "cpu")
 
 
 def test_the_model_and_its_test_images(opened, data_dir):
->>>>>>> interp
     assert not opened.model.training and opened.grid == (4, 4) and opened.stem == "trial_seed0"
     assert (opened.part, opened.n_images, len(opened.class_names)) == ("test", 40, 10)
     data = load_dataset("cifar10", data_dir)
@@ -60,13 +50,6 @@ def test_the_model_and_its_test_images(opened, data_dir):
     assert float(accuracy) == pytest.approx(Run(opened.folder).read_summary()["test"]["accuracy"])
 
 
-<<<<<<< HEAD
-def test_a_checkpoint_on_the_way(run, data_dir):
-    opened = [TrainedRun(path, data_dir, "cpu") for path in Run(run).kept_weights().values()]
-    assert len(opened) == 2 and opened[0].folder == run
-    assert not torch.equal(opened[0].model.encoder, opened[1].model.encoder)
-    assert torch.equal(opened[1].model.encoder, load_checkpoint(run / "last.pt")["model"]["encoder"])
-=======
 def test_names_of_checkpoints(run, opened, data_dir):
     """Each has its own weights and names; best.pt is the run itself."""
     first, last, best = (TrainedRun(run / f"{name}.pt", data_dir, "cpu") for name in ("epoch_000", "last", "best"))
@@ -76,7 +59,6 @@ def test_names_of_checkpoints(run, opened, data_dir):
     assert [each.title for each in (best, first)] == ["trial, seed 0", "trial, seed 0, epoch_000"]
     assert [each.file_name("probe") for each in (opened, best, last)] == ["probe", "probe", "probe_last"]
     assert first.stem == opened.stem and first.experiment_title == opened.title
->>>>>>> interp
 
 
 def test_images_spread_over_the_part(opened):
