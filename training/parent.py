@@ -20,7 +20,7 @@ def end_with_parent() -> None:
 
 
 def _wait_for_end() -> None:
-    while os.read(0, 1):  # not through sys.stdin, whose lock a thread must not hold when the interpreter ends
+    while os.read(0, 1):  # not sys.stdin.buffer, whose lock Python waits for at exit, and then aborts
         pass
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(PATIENCE)
