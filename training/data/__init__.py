@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from training.config import UserError
 from training.data.arrays import load_cifar, load_digits
 from training.data.batches import DataSet, ImageBatches, Split, split_train
 from training.data.folder import load_folder
@@ -38,7 +39,10 @@ def load_dataset(name: str, data_dir: Path | None, img_size: int = 32, in_channe
 
     img_size, in_channels: what images of a folder are converted to; other data sets have their own size.
     """
-    return DATASETS[name](data_dir, img_size, in_channels)
+    try:
+        return DATASETS[name](data_dir, img_size, in_channels)
+    except PermissionError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): make it readable") from None
 
 
 __all__ = ["DATASETS", "DataSet", "ImageBatches", "Split", "data_folder", "load_dataset", "split_train"]

@@ -80,6 +80,8 @@ def find_parts(data_dir: Path, finder: Finder) -> dict[str, Path]:
 
     Parts are recognised by their usual names in any case, and are never taken for classes. Raises UserError.
     """
+    if not data_dir.is_dir():
+        raise UserError(f"{data_dir} {ONE_FOLDER_PER_CLASS}, but there is no such folder: name another with --data-dir")
     folders = [entry.name for entry in finder.list_folder(data_dir) if entry.is_dir()]
     named = {part: [name for name in folders if part_of(name) == part] for part in ("train", "val", "test")}
     for part, names in named.items():
