@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from training import ClassificationConfig, UserError, fit
-from training.data import ImageBatches, Split, finding, load_dataset, split_train
+from training.data import ImageBatches, Split, draw_split, finding, load_dataset
 from training.data.masks import read_image
 from training.data.text import load_text
 from training.runs import Run
@@ -39,7 +39,7 @@ def load(folder, channels=3):
 def batches_of(dataset, **fields):
     defaults = dict(dataset="folder", epochs=1, batch_size=4, learning_rate=1e-3, weight_decay=0.0)
     config = ClassificationConfig(**(defaults | fields))
-    split = split_train(dataset.train_labels, config.val_fraction, config.train_limit, config.seed)
+    split = draw_split(dataset, config.val_fraction, config.train_limit, config.seed)
     return ImageBatches(dataset, split, config, 4, torch.device("cpu"))
 
 

@@ -349,7 +349,8 @@ def default_fields(config_class: type) -> dict[str, Any]:
 def name_of_file(path: Path) -> str:
     """What identifies a file wherever it lies; of a checkpoint also its run, because all are called best.pt."""
     is_weights = path.suffix in (".pt", ".safetensors")
-    return "-".join(path.resolve().parts[-3:]) if is_weights else path.name
+    name = "-".join(path.resolve().parts[-3:]) if is_weights else path.name
+    return name.encode("utf-8", "backslashreplace").decode()  # file names need not be UTF-8
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.masked_bdh import Reconstruction
 from training.config import ClassificationConfig, Experiment, SegmentationConfig, TextConfig, UserError
-from training.data import DataSet, ImageBatches, Split, data_folder, load_dataset, split_train
+from training.data import DataSet, ImageBatches, Split, data_folder, draw_split, load_dataset
 from training.data.masks import CLASSES, MaskFiles, find_masks
 from training.data.segmentation import MaskBatches, refuse
 from training.data.text import Text, TextBatches, load_text
@@ -105,7 +105,7 @@ class Classification(OneForward):
     def load(self, source: DataSet, split: Split | None, experiment: Experiment, device: torch.device) -> ImageBatches:
         _check_fit(experiment.model, source)
         train, options = self.train, experiment.options
-        split = split or split_train(source.train_labels, train.val_fraction, train.train_limit, train.seed)
+        split = split or draw_split(source, train.val_fraction, train.train_limit, train.seed)
         eval_batch_size = options.eval_batch_size or EVAL_BATCH_SIZE
         return ImageBatches(source, split, train, eval_batch_size, device, options.num_workers)
 

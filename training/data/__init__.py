@@ -20,7 +20,7 @@ from pathlib import Path
 
 from training.config import UserError
 from training.data.arrays import load_cifar, load_digits
-from training.data.batches import DataSet, ImageBatches, Split, split_train
+from training.data.batches import DataSet, ImageBatches, Split, draw_split, split_train
 from training.data.folder import load_folder
 from training.data.places import data_folder
 
@@ -45,4 +45,4 @@ def load_dataset(name: str, data_dir: Path | None, img_size: int = 32, in_channe
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): make it readable") from None
 
 
-__all__ = ["DATASETS", "DataSet", "ImageBatches", "Split", "data_folder", "load_dataset", "split_train"]
+__all__ = ["DATASETS", "DataSet", "ImageBatches", "Split", "data_folder", "draw_split", "load_dataset", "split_train"]

@@ -78,6 +78,13 @@ class Split:
     val: np.ndarray
 
 
+def draw_split(dataset: DataSet, val_fraction: float, limit: int | None, seed: int) -> Split:
+    """The split of a new run: the data's own validation set, or `split_train`."""
+    if dataset.val_labels is not None:
+        return dataset.own_split(limit, seed)
+    return split_train(dataset.train_labels, val_fraction, limit, seed)
+
+
 def split_train(labels: np.ndarray, val_fraction: float, limit: int | None, seed: int) -> Split:
     """A stratified split of the training images, drawn from the seed alone.
 
@@ -171,17 +178,13 @@ class ImageBatches:
         device: torch.device,
         num_workers: int = 0,
     ):
-        """split: which training images train and which validate; not used if the data have a validation set."""
         for note in dataset.notes:
             print(note)
-        if dataset.val_labels is not None:
-            split = dataset.own_split(config.train_limit, config.seed)
         parts = {name: dataset.part(name, split) for name in ("train", "val", "test")}
         n_bytes = sum(math.prod(images.shape) for images, _ in parts.values())
         places = {device, torch.device("cpu")}  # images pass through host memory on their way to a GPU
-        in_memory = isinstance(dataset.train_images, np.ndarray) or all(
-            fits_in_memory(n_bytes, place) for place in places
-        )
+        fits = all(fits_in_memory(n_bytes, place) for place in places)
+        in_memory = isinstance(dataset.train_images, np.ndarray) or fits
         self.config = config
         self.augmentations = config.make_augmentations(len(dataset.class_names))
         self.eval_batch_size = eval_batch_size
