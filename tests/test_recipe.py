@@ -11,7 +11,7 @@ from torch import nn
 
 from training import ClassificationConfig, PretrainingConfig, fit, loop, randaugment
 from models.baselines import ResNet20Config, ViTConfig
-from models.vision_bdh import v2_config
+from models.vision_bdh import v2_config, v3_config
 from training.augment import PadAndCrop, RandomErasing
 from training.mixing import Mix, SmoothLabels
 from training.muon import MuonWithAdamW, orthogonalise
@@ -160,6 +160,29 @@ def test_fields_are_refused_where_they_make_no_sense(fields, word):
 def test_pretraining_has_no_labels_to_mix():
     with pytest.raises(ValueError, match="mixup"):
         PretrainingConfig(**(dataclasses.asdict(make_train()) | {"mixup": 0.8}))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        v2_config(n_layer=2, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, dropout=0.0, drop_path=0.5),
+        v3_config(n_layer=2, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, dropout=0.0, drop_path=0.5),
+        ViTConfig(n_layer=2, n_embd=12, mlp_dim=24, drop_path=0.5),
+    ],
+    ids=["v2", "v3", "vit"],
+)
+def test_drop_path_skips_levels_in_proportion_to_their_depth_and_only_in_training(config):
+    model, images = config.build(), torch.randn(1, 3, 32, 32).expand(800, -1, -1, -1)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    plain = dataclasses.replace(config, drop_path=0.0).build()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(images[:2]), plain.eval()(images[:2]))
+    torch.manual_seed(0)
+    outputs = model.train()(images)
+    groups = {tuple(row.tolist()) for row in torch.cdist(outputs, outputs) < 1e-2 * outputs.std()}
+    shares = sorted(sum(group) / 800 for group in groups)  # both levels, one of them, none kept: p = 0.25 and 0.5
+    assert shares == pytest.approx([0.125, 0.125, 0.375, 0.375], abs=0.06)
 
 
 # ---------------------------------------------------------------------------- averaging
