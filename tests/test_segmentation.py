@@ -189,7 +189,7 @@ def coloured_blocks(rng, labels=(0, 4, 10), size=(48, 64), block=16):
 
 
 def test_image_and_mask_move_together():
-    transform = JointTransform(make_config(**(AUGMENTED | dict(brightness_contrast=0.0))), VOID)
+    transform = JointTransform(make_config(**(AUGMENTED | dict(brightness_contrast=0.0))), VOID, (32, 48))
     image, mask = coloured_blocks(np.random.default_rng(0), size=(96, 128))
     wrong, still = [], []
     for seed in range(8):
@@ -205,7 +205,7 @@ def test_image_and_mask_move_together():
 
 def test_labels_are_never_mixed_and_what_comes_into_view_is_void():
     """Between 0 and 10, interpolation would make all others; fill 0 would be sky."""
-    transform = JointTransform(make_config(**AUGMENTED), VOID)
+    transform = JointTransform(make_config(**AUGMENTED), VOID, (32, 48))
     image, mask = coloured_blocks(np.random.default_rng(0), labels=(0, 10))
     seen, outside = set(), 0
     for seed in range(30):
@@ -218,7 +218,7 @@ def test_labels_are_never_mixed_and_what_comes_into_view_is_void():
 
 
 def test_brightness_leaves_the_mask_alone():
-    transform = JointTransform(make_config(brightness_contrast=1.0), VOID)
+    transform = JointTransform(make_config(brightness_contrast=1.0), VOID, (32, 48))
     image, mask = coloured_blocks(np.random.default_rng(0))
     results = [transform(image, mask, seed) for seed in range(5)]
     assert all(np.array_equal(each, mask) for _, each in results)
@@ -226,7 +226,7 @@ def test_brightness_leaves_the_mask_alone():
 
 
 def test_nothing_is_changed_unless_asked_for():
-    transform = JointTransform(make_config(), VOID)
+    transform = JointTransform(make_config(), VOID, (32, 48))
     image, mask = coloured_blocks(np.random.default_rng(0))
     for seed in range(5):
         same_image, same_mask = transform(image, mask, seed)
@@ -235,7 +235,7 @@ def test_nothing_is_changed_unless_asked_for():
 
 def test_draws_follow_from_the_seed_and_are_independent_of_each_other():
     """Flips and changes of brightness each come half of the time, together a quarter."""
-    transform = JointTransform(make_config(horizontal_flip=0.5, brightness_contrast=0.5), VOID)
+    transform = JointTransform(make_config(horizontal_flip=0.5, brightness_contrast=0.5), VOID, (32, 48))
     image, mask = coloured_blocks(np.random.default_rng(1))
     assert not np.array_equal(mask, mask[:, ::-1])
     flipped, changed = [], []
@@ -252,7 +252,7 @@ def test_draws_follow_from_the_seed_and_are_independent_of_each_other():
 
 
 def test_workers_that_are_not_forked_can_be_given_it():
-    transform = JointTransform(make_config(**AUGMENTED), VOID)
+    transform = JointTransform(make_config(**AUGMENTED), VOID, (32, 48))
     copy = pickle.loads(pickle.dumps(transform))
     image, mask = coloured_blocks(np.random.default_rng(2))
     for one, other in zip(transform(image, mask, 3), copy(image, mask, 3), strict=True):
@@ -262,7 +262,7 @@ def test_workers_that_are_not_forked_can_be_given_it():
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "albumentations", None)
     with pytest.raises(UserError, match=r"albumentations, which is missing.*requirements\.txt"):
-        JointTransform(make_config(), VOID)
+        JointTransform(make_config(), VOID, (32, 48))
 
 
 # ---------------------------------------------------------------------------- batches

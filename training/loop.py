@@ -235,7 +235,7 @@ def _epoch(session: Session, run: Run) -> dict[str, Any]:
     run.append_metrics(row)
     if session.history is not None:
         session.history.append(row)
-    if session.best is None or _score(row, task) > _score(session.best, task):
+    if session.best is None or not task.selects_best or _score(row, task) > _score(session.best, task):
         session.best = {key: value for key, value in row.items() if key == "epoch" or key.startswith("val_")}
         run.save_best(session.weights() | session.best)
     _keep_weights(session, run)

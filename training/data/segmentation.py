@@ -138,11 +138,12 @@ class MaskBatches:
         refuse(files.problems, files.name)
         for note in files.notes:
             print(note)
-        transform = JointTransform(config, files.classes.void)
+        transform = JointTransform(config, files.classes.void, height_and_width(img_size))
         self.description = files.description
         self.batch_size = config.batch_size
         self.device = device
-        pairs = files.pairs | {"train": _limit(files.pairs["train"], config)}
+        trained_on = files.pairs["train"] + files.pairs["val"] * config.train_val
+        pairs = files.pairs | {"train": _limit(trained_on, config)}
         height, width = height_and_width(img_size)
         n_bytes = sum(map(len, pairs.values())) * height * width * 4
         if not fits_in_memory(n_bytes, torch.device("cpu")):
