@@ -168,8 +168,9 @@ class JointTransform:
     """
 
     def __init__(self, config: SegmentationConfig, void: int, img_size: tuple[int, int]):
-        """img_size: height and width of the images, and of the crops of scaled ones. Raises UserError if albumentations is
-        missing.
+        """img_size: height and width of the images, and of crops after a random scale.
+
+        Raises UserError if albumentations is missing.
         """
         os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else importing it asks the network for a newer version
         try:
