@@ -1,7 +1,6 @@
 """The runs behind results/: plans of published experiments and smaller versions of them, and what each run costs."""
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +10,8 @@ import torch
 
 from analysis.published import read_published
 from analysis.reading import SMALL
-from benchmarks.training_steps import flop_per_image, in_full, made_up_batches, training_step
+from benchmarks.measure import seconds_of
+from benchmarks.training_steps import flop_per_image, made_up_batches, training_step
 from training.config import Experiment
 
 
@@ -197,13 +197,11 @@ def measure_step(experiment: Experiment, seconds: float = 4.0) -> float:
     """Median seconds of a training step on random images, over steps that take about this long in all, at least one."""
     device, model = torch.device("cpu"), experiment.model
     batches = made_up_batches(experiment.train.batch_size, model.img_size, model.num_classes, device)
-    step = in_full(training_step(model.build(), batches, experiment.train.precision, device), 1, device)
+    step = training_step(model.build(), batches, experiment.train.precision, device)
     step()  # warm up
-    times: list[float] = []
+    times = [seconds_of(step)]
     while sum(times) < seconds:
-        started = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - started)
+        times.append(seconds_of(step))
     return float(np.median(times))
 
 

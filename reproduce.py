@@ -22,6 +22,7 @@ import dataclasses
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -32,14 +33,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from analysis.reading import read_runs
+from analysis.reading import RunFiles, read_runs
 from plans import PLANS, Entry, Part, Plan, epoch_minutes, measure_step, training_flop
 from training.command_line import exit_with, experiment_of, flags_of, run_script
 from training.config import ROOT, RunOptions, UserError
 from training.device import describe_hardware, has_fast_bf16, tune_cpu_allocator
 from training.runs import Run
 from training.schedule import Job, run_jobs
-from training.stored import Damaged, read_metrics
 
 KEPT = ("config.json", "metrics.csv", "summary.json")  # summary.json last: it marks the copy as complete
 
@@ -80,7 +80,7 @@ class Options:
     @property
     def threads(self) -> int:
         """Threads of each run on a CPU."""
-        return max(1, (os.cpu_count() or 1) // self.jobs)
+        return torch.get_num_threads() if self.jobs == 1 else max(1, (os.cpu_count() or 1) // self.jobs)
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,11 @@ class Planned:
         """Whether its files are under results/. Raises UserError if a damaged or different run is there."""
         return Run(self.kept).is_complete(self.job.experiment)
 
-    def epochs_done(self) -> int:
-        """Epochs of the run so far, 0 if it has not started or cannot be read."""
-        try:
-            return len(read_metrics(self.job.experiment.folder))
-        except Damaged:
-            return 0
+    def run(self) -> RunFiles | None:
+        """The run so far; None if it has not started or cannot be read."""
+        folder = self.job.experiment.folder
+        started = (folder / "config.json").exists() and (folder / "metrics.csv").exists()
+        return next(iter(read_runs([folder] * started)), None)
 
     def keep(self) -> None:
         """Copies the files from the run. Raises UserError if that fails."""
@@ -184,7 +183,8 @@ def choose_runs(planned: Sequence[Planned], epoch: dict[str, float], left: float
     """
     fitting, longer = [], []
     for each in planned:
-        minutes = epoch[each.job.label] * (each.job.experiment.train.epochs - each.epochs_done())
+        run = each.run()
+        minutes = epoch[each.job.label] * (each.job.experiment.train.epochs - (len(run.epochs) if run else 0))
         if minutes <= left:
             fitting.append(each)
             left -= minutes
@@ -223,10 +223,9 @@ def state_of(planned: Planned) -> tuple[str, str]:
         kept = planned.is_kept()
     except UserError:
         return "other or damaged run", ""
-    folder = planned.kept if kept else planned.job.experiment.folder
-    if not kept and not planned.epochs_done():
+    run = read_runs([planned.kept])[0] if kept else planned.run()
+    if run is None:
         return "", ""
-    (run,) = read_runs([folder])
     if run.summary is None:
         return f"epoch {len(run.epochs)} of {planned.job.experiment.train.epochs}", ""
     return "kept" if kept else "complete", f"{run.seconds / 60:.1f}"
@@ -258,12 +257,15 @@ def make(plan: Plan, planned: Sequence[Planned], options: Options) -> None:
     print(
         f"{len(planned)} runs in the plan, {len(planned) - len(todo) - len(failures)} already in {options.results_dir}"
     )
-    chosen = list(todo.values())
-    if plan.on_cpu and options.budget_minutes and chosen:
-        chosen = choose_runs(chosen, estimate(chosen, options), options.budget_minutes * options.jobs)
+    chosen, budget = list(todo.values()), options.budget_minutes
+    if plan.on_cpu and budget and chosen:
+        started = time.monotonic()
+        epoch = estimate(chosen, options)
+        budget -= (time.monotonic() - started) / 60
+        chosen = choose_runs(chosen, epoch, budget * options.jobs)
     try:
         jobs = [each.job for each in chosen]
-        outcome = run_jobs(jobs, options.jobs, options.budget_minutes, keep=lambda job: todo[job.label].keep())
+        outcome = run_jobs(jobs, options.jobs, budget, keep=lambda job: todo[job.label].keep())
     except KeyboardInterrupt:
         exit_with("stopped; the same command continues", 130)
     started = {each.job.label for each in chosen}

@@ -202,10 +202,10 @@ def draw_gaps(rows: Sequence[Row]) -> Figure:
     """Training against validation mIoU, a panel for each experiment and each unfinished run."""
     labels, title = labels_of(rows)
     curves = curves_of(labels, rows)
-    across = 2 if len(curves) in (2, 4) else min(3, len(curves))
+    across = min(3, len(curves))
     titles = [textwrap.fill(curve.text, 102 // across) + f"\n{_gap_text(curve.runs)}" for curve in curves]
     down = math.ceil(len(curves) / across)
-    panel = {1: 3.0, 2: 2.4, 3: 1.9}[across] + style.LINE * max(len(each.splitlines()) for each in titles)  # inches
+    panel = 2.0 + style.LINE * max(len(each.splitlines()) for each in titles)  # inches
     figure, (block,) = style.new_blocks([title], [down * panel + 2 * style.LINE])
     axes = block.subplots(down, across, sharey=True, squeeze=False)
     for ax, curve, text in zip(axes.flat, curves, titles, strict=False):

@@ -18,18 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.pages import (
-    LEFT,
-    NONE,
-    PROTOCOL,
-    count_verdicts,
-    headline_table,
-    measured_cell,
-    page_with,
-    protocol_cells,
-    results_block,
-    setting_of,
-)
+from analysis import pages
 from analysis.published import (
     ABOVE,
     BELOW,
@@ -133,8 +122,10 @@ def wanted_files(options: Options) -> dict[Path, str]:
     if options.output:
         return {options.output: text}
     return {
-        options.readme: page_with(options.readme, "headline", headline_table(claims)),
-        options.results_page: page_with(options.results_page, "results", results_block(claims, runs, results)),
+        options.readme: pages.page_with(options.readme, "headline", pages.headline_table(claims)),
+        options.results_page: pages.page_with(
+            options.results_page, "results", pages.results_block(claims, runs, results)
+        ),
         results / FILE: text,
     }
 
@@ -144,7 +135,7 @@ def claims_markdown(runs: Iterable[RunFiles], results: Path) -> tuple[list[Claim
     runs = [run for run in runs if not is_small(run, results)]
     claims = claims_of(runs, read_published())
     lines = ["<!-- made by python analysis/claims.py: do not edit -->", ""]
-    lines += ["# Published and measured results", "", count_verdicts(claims), "", COMMON, ""]
+    lines += ["# Published and measured results", "", pages.count_verdicts(claims), "", COMMON, ""]
     for (source, dataset), group in groupby(claims, lambda claim: (claim.published.source, claim.published.dataset)):
         lines += [f"## {dataset}, {SOURCES[source]}", "", *_claims_table(list(group)), ""]
     lines += ["## Protocol of the measured runs", "", *_protocol_table([claim for claim in claims if claim.row]), ""]
@@ -161,7 +152,7 @@ def _claims_table(claims: Sequence[Claim]) -> list[str]:
     metrics = _metrics(claims[0])
     titles = ["published as", "experiment here", "epochs", "published (%)"]
     titles += [*(f"measured {metric.title}" for metric in metrics), "seeds", "95 % interval", "verdict", "notes"]
-    return markdown_table(titles, map(_claim_cells, claims), left=LEFT)
+    return markdown_table(titles, map(_claim_cells, claims), left=pages.LEFT)
 
 
 def _metrics(claim: Claim) -> list[Metric]:
@@ -173,13 +164,13 @@ def _claim_cells(claim: Claim) -> list[str]:
     values = [claim.values, claim.row.result if claim.row else claim.values]
     reasons = f" ({_numbers(published.not_comparable)})" if published.not_comparable else ""
     return [
-        published.experiment + setting_of(claim),
+        published.experiment + pages.setting_of(claim),
         claim.experiment,
-        published.epochs or NONE,
+        published.epochs or pages.NONE,
         published.value,
-        *(measured_cell(metric, each) for metric, each in zip(metrics, values, strict=False)),
+        *(pages.measured_cell(metric, each) for metric, each in zip(metrics, values, strict=False)),
         str(len(claim.values)),
-        " to ".join(published.ours.number(end) for end in claim.interval) if claim.interval else NONE,
+        " to ".join(published.ours.number(end) for end in claim.interval) if claim.interval else pages.NONE,
         claim.verdict + reasons,
         _numbers(published.remarks),
     ]
@@ -193,13 +184,13 @@ def _numbers(notes: str) -> str:
 def _protocol_table(claims: Sequence[Claim]) -> list[str]:
     if not claims:
         return ["No run counts for any of these rows yet."]
-    titles = ["experiment", *PROTOCOL, "parameters", "published parameters"]
+    titles = ["experiment", *pages.PROTOCOL, "parameters", "published parameters"]
     counted = [f"{claim.row.runs[0].config['parameters']:,}" for claim in claims]
     lines = [
-        [claim.experiment, *protocol_cells(claim.row), parameters, claim.published.params_published or NONE]
+        [claim.experiment, *pages.protocol_cells(claim.row), parameters, claim.published.params_published or pages.NONE]
         for claim, parameters in zip(claims, counted, strict=True)
     ]
-    return markdown_table(titles, lines, left=LEFT)
+    return markdown_table(titles, lines, left=pages.LEFT)
 
 
 def main(options: Options) -> None:

@@ -185,7 +185,8 @@ def mismatches(run: RunFiles, published: Published, asked: Experiment) -> list[s
     wrong = [f"{name} is {ours}, not {theirs}" for name, (ours, theirs) in facts.items() if ours != theirs]
     ours, theirs = (_any_start(each) for each in (asked.configuration, run.configuration))
     lacks = f"val_{published.ours.key}" not in run.epochs
-    return [*ours.differences(theirs, FREE), *wrong, *["metrics.csv has no val_" + published.ours.key] * lacks]
+    differ = ours.differences(theirs, FREE | facts.keys())
+    return [*differ, *wrong, *["metrics.csv has no val_" + published.ours.key] * lacks]
 
 
 def _any_start(configuration: Configuration) -> Configuration:

@@ -19,7 +19,7 @@ from training.device import describe_hardware, pick_device, synchronize, tune_cp
 
 Precision = Literal["float32", "tf32", "bf16"]
 S, T = TypeVar("S", bound=Hashable), TypeVar("T")
-MAY_BE_0 = ("seed", "warm_up")
+MAY_BE_0, MAY_BE_EMPTY = ("seed", "warm_up"), ("batch_sizes", "img_sizes", "multipliers", "depths")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from printing at every start and stop
 
 
@@ -37,7 +37,7 @@ class BenchmarkOptions:
     def __post_init__(self):
         for name in (field.name for field in dataclasses.fields(self)):
             value = getattr(self, name)
-            if value == ():
+            if value == () and name not in MAY_BE_EMPTY:
                 raise ValueError(f"{name} is empty: give at least one value")
             for number in value if isinstance(value, tuple) else (value,):
                 least = 0 if name in MAY_BE_0 else 1

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from analysis.plotting.style import COLORS, PAGE, add_legend, new_figure, style_axes
 from benchmarks.measure import BenchmarkOptions, Precision, machine_of, prepare_device, write_results
-from benchmarks.training_steps import Batch, StackedReference, endless_batches, training_step
+from benchmarks.training_steps import Batch, StackedReference, endless_batches, protocol, training_step
 from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
 from training.command_line import run_script
 from training.config import ClassificationConfig
@@ -71,7 +71,7 @@ def real_batches(options: Options, device: torch.device) -> Iterator[Batch]:
     """Training batches of CIFAR-10 by the protocol."""
     data = load_dataset("cifar10", options.data_dir)
     split = split_train(data.train_labels, ClassificationConfig.val_fraction, None, options.seed)
-    return endless_batches(data, split, options.batch_size, device, options.seed)
+    return endless_batches(data, split, protocol(batch_size=options.batch_size, seed=options.seed), device)
 
 
 def with_other_last_bits(config: VisionBDHConfig) -> nn.Module:

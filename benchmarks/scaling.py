@@ -51,7 +51,7 @@ VARIED = {"batch_size": "images a batch", "tokens": "tokens T", "neurons": "neur
 
 @dataclass(frozen=True, kw_only=True)
 class Options(BenchmarkOptions):
-    """The base size, and the values of each of the four quantities."""
+    """The base size, and the values of each of the four quantities; an empty list skips one."""
 
     n_embd: int = 192
     """token width D"""
@@ -78,7 +78,8 @@ class Options(BenchmarkOptions):
         super().__post_init__()
         if unknown := set(self.sides) - set(IMPLEMENTATIONS):
             raise ValueError(f"sides: {', '.join(sorted(unknown))} is none of {', '.join(IMPLEMENTATIONS)}")
-        list(points_of(self))  # raises ValueError for sizes that do not fit each other
+        if not list(points_of(self)):  # raises ValueError for sizes that do not fit each other
+            raise ValueError("there is nothing to measure: every list is empty")
 
 
 class Point(NamedTuple):

@@ -1,7 +1,7 @@
 """Training speed on this device: v2 in each of its implementations, ViT-Tiny and ResNet-20.
 
 A step is that of fit(): augmentation on the device, forward, loss, backward, clip, AdamW. All sides of a precision are
-measured in one process, in turns. TFLOP/s count the products that a model needs, once, without recomputation; "of
+measured in one process, in turns. TFLOP/s count the products that a model needs, once, without recomputation; "% of
 dense" is their share of a large matrix product's rate in the same precision. Seconds an epoch: 40,000 training images,
 without validation. Run nothing else on the machine meanwhile.
 
@@ -20,8 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from analysis.plotting.style import COLORS, PAGE, new_figure, style_axes
@@ -36,7 +34,7 @@ from benchmarks.measure import (
     write_results,
 )
 from benchmarks.training_steps import IMPLEMENTATIONS, flop_per_image, made_up_batches, training_step
-from models.baselines import resnet20_config, vit_tiny_config
+from models.baselines import ResNet20Config, ViTConfig
 from models.vision_bdh import v2_config
 from training.command_line import run_script
 
@@ -75,10 +73,10 @@ def sides_of(models: tuple[Name, ...], compiled: bool) -> list[Side]:
     everything = [
         *(Side("v2", name, lambda build=build: build(v2_config())) for name, build in IMPLEMENTATIONS.items()),
         Side("v2", "plain, compiled", lambda: v2_config().build(), compiled=True),
-        Side("vit_tiny", "eager", lambda: vit_tiny_config().build()),
-        Side("vit_tiny", "compiled", lambda: vit_tiny_config().build(), compiled=True),
-        Side("resnet20", "eager", lambda: resnet20_config().build()),
-        Side("resnet20", "compiled", lambda: resnet20_config().build(), compiled=True),
+        Side("vit_tiny", "eager", lambda: ViTConfig().build()),
+        Side("vit_tiny", "compiled", lambda: ViTConfig().build(), compiled=True),
+        Side("resnet20", "eager", lambda: ResNet20Config().build()),
+        Side("resnet20", "compiled", lambda: ResNet20Config().build(), compiled=True),
     ]
     return [side for side in everything if side.model in models and (compiled or not side.compiled)]
 
@@ -129,25 +127,16 @@ def with_ratios(rows: list[dict]) -> list[dict]:
 
 
 def show(rows: list[dict], title: str) -> None:
-    table = Table(title=title)
-    columns = {
-        "images/s": lambda row: f"{row['images_per_sec']:,.0f}",
-        "ms a step": lambda row: f"{1e3 * row['seconds']:.3g}",
-        "fastest": lambda row: f"{1e3 * row['fastest']:.3g}",
-        "slowest": lambda row: f"{1e3 * row['slowest']:.3g}",
-        "s an epoch": lambda row: f"{row['seconds_per_epoch']:,.1f}",
-        "times faster": lambda row: f"{row['times_faster']:.2f}",
-        "TFLOP/s": lambda row: f"{row['tflops']:.3g}",
-        "of dense": lambda row: f"{row['tflops'] / row['dense_tflops']:.0%}",
-        "step MB": lambda row: "" if row["step_memory_mb"] is None else f"{row['step_memory_mb']:,.0f}",
-    }
-    for name in ("model", "side", "precision"):
-        table.add_column(name)
-    for name in columns:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(row["model"], row["side"], row["precision"], *(cell(row) for cell in columns.values()))
-    Console(width=150).print(table)
+    """Prints the table."""
+    table = pd.DataFrame(rows)
+    shown = table[["model", "side", "precision"]].assign(**{"images/s": table["images_per_sec"]})
+    for name, column in {"ms a step": "seconds", "fastest": "fastest", "slowest": "slowest"}.items():
+        shown[name] = 1e3 * table[column]
+    columns = {"s an epoch": "seconds_per_epoch", "times faster": "times_faster", "TFLOP/s": "tflops"}
+    shown = shown.assign(**{name: table[column] for name, column in columns.items()})
+    shown["% of dense"] = 100 * table["tflops"] / table["dense_tflops"]
+    shown["step MB"] = table["step_memory_mb"]
+    print(title, shown.to_string(index=False, na_rep="", float_format="{:,.4g}".format), sep="\n")
 
 
 def draw(rows: list[dict], title: str) -> Figure:

@@ -16,6 +16,7 @@ from models.vision_bdh import ImageSize, VisionBDH, VisionBDHConfig, height_and_
 from training.config import ClassificationConfig
 from training.data import DataSet, ImageBatches, Split
 from training.device import set_precision
+from training.optimiser import make_average
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, height, width) in [-1, 1] and labels (B,)
 
@@ -47,26 +48,41 @@ IMPLEMENTATIONS: dict[str, Callable[[VisionBDHConfig], VisionBDH]] = {
 }
 
 
-def training_step(
-    model: nn.Module, batches: Iterator[Batch], precision: Precision, device: torch.device, compiled: bool = False
-) -> Callable[[], Tensor]:
-    """A step on the next batch: forward, loss, backward, clip, AdamW at the protocol's rate. Returns the detached loss.
+def protocol(**changes: object) -> ClassificationConfig:
+    """Training by the CIFAR protocol, with changes."""
+    fields = dict(dataset="cifar10", epochs=1, batch_size=32, learning_rate=1e-4, weight_decay=0.05)
+    return ClassificationConfig(**(fields | dict(crop_scale_min=0.8, horizontal_flip=True) | changes))
 
-    Moves the model to the device. The step does not synchronise with the device.
+
+def training_step(
+    model: nn.Module,
+    batches: Iterator[Batch],
+    precision: Precision,
+    device: torch.device,
+    compiled: bool = False,
+    train: ClassificationConfig | None = None,
+) -> Callable[[], Tensor]:
+    """A step on the next batch: forward, loss, backward, clip, optimizer, averaging. Returns the detached loss.
+
+    train: default, `protocol()`. Moves the model to the device. The step does not synchronise with the device.
     """
+    train = train or protocol()
     autocast = set_precision(precision, device)
     model = model.to(device)
     forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=device.type in ("cpu", "cuda"))
+    optimizer = train.make_optimizer(model)
+    average = make_average(model, train.ema) if train.ema else None
 
     def step() -> Tensor:
         images, labels = next(batches)
         with autocast:
             loss = F.cross_entropy(forward(images).float(), labels)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        if average is not None:
+            average.update_parameters(model)
         return loss.detach()
 
     return step
@@ -85,29 +101,20 @@ def flop_per_image(model: nn.Module, img_size: ImageSize) -> float:
     return counter.get_total_flops() / len(images)
 
 
-def endless_batches(
-    data: DataSet, split: Split, batch_size: int, device: torch.device, seed: int = 0
-) -> Iterator[Batch]:
-    """Training batches by the CIFAR protocol, epoch after epoch."""
-    config = ClassificationConfig(
-        dataset="cifar10",
-        epochs=1,
-        batch_size=batch_size,
-        learning_rate=1e-4,
-        weight_decay=0.05,
-        crop_scale_min=0.8,
-        horizontal_flip=True,
-        seed=seed,
-    )
-    batches = ImageBatches(data, split, config, batch_size, device)
+def endless_batches(data: DataSet, split: Split, train: ClassificationConfig, device: torch.device) -> Iterator[Batch]:
+    """Training batches, epoch after epoch."""
+    batches = ImageBatches(data, split, train, train.batch_size, device)
     for epoch in count():
         yield from batches.train_batches(epoch)
 
 
-def made_up_batches(batch_size: int, img_size: int, n_classes: int, device: torch.device) -> Iterator[Batch]:
+def made_up_batches(
+    batch_size: int, img_size: int, n_classes: int, device: torch.device, train: ClassificationConfig | None = None
+) -> Iterator[Batch]:
     """Endless batches of random images, kept as uint8 and augmented on the device as in training."""
     rng, n = np.random.default_rng(0), 16 * batch_size
-    images = rng.integers(256, size=(n + 1, 3, img_size, img_size), dtype=np.uint8)
-    data = DataSet("made up", images, rng.integers(n_classes, size=n + 1), images[:0], np.zeros(0, np.int64), ())
+    images, names = rng.integers(256, size=(n + 1, 3, img_size, img_size), dtype=np.uint8), map(str, range(n_classes))
+    labels = rng.integers(n_classes, size=n + 1)
+    data = DataSet("made up", images, labels, images[:0], np.zeros(0, np.int64), tuple(names))
     split = Split(train=np.arange(n), val=np.array([n]))  # a whole number of batches
-    return endless_batches(data, split, batch_size, device)
+    return endless_batches(data, split, train or protocol(batch_size=batch_size), device)

@@ -7,12 +7,14 @@ the unchanged library model, used for the published numbers: a 32 x 32 image bec
 """
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
+from torchvision.ops import stochastic_depth
 
 from models.vision_bdh import ImageSize, check_image_size
 
@@ -63,6 +65,8 @@ class ViTConfig(BaselineConfig):
     """hidden width of the MLP"""
     dropout: float = 0.0
     """dropout probability after the position embedding, after attention and in the MLP"""
+    drop_path: float = 0.0
+    """stochastic depth: probability of skipping the last layer for an image; earlier layers in proportion"""
     patch_size: int = 4
     """side of a square patch in pixels; each patch is one token"""
 
@@ -73,7 +77,7 @@ class ViTConfig(BaselineConfig):
         _check_patches(self.img_size, self.patch_size, f"patch_size = {self.patch_size}")
 
     def build(self) -> nn.Module:
-        return torchvision_models.VisionTransformer(
+        model = torchvision_models.VisionTransformer(
             image_size=self.img_size,
             patch_size=self.patch_size,
             num_layers=self.n_layer,
@@ -83,6 +87,16 @@ class ViTConfig(BaselineConfig):
             dropout=self.dropout,
             num_classes=self.num_classes,
         )
+        if self.drop_path:
+            for index, layer in enumerate(model.encoder.layers):
+                layer.register_forward_hook(partial(_sometimes, self.drop_path * (index + 1) / self.n_layer))
+        return model
+
+
+def _sometimes(probability: float, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    """Stochastic depth (arXiv 1603.09382) of a whole layer: what it adds to its input is dropped for some samples."""
+    (x,) = inputs
+    return x + stochastic_depth(output - x, probability, "row") if layer.training else output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +107,8 @@ class DeiTTinyConfig(BaselineConfig):
     """
 
     setting: Setting = "published"
-    """published: 16 x 16 pixel patches, 4 tokens for a 32 x 32 image; fitted: 4 x 4 pixel patches, 64 tokens"""
+    """published: patches of 16 x 16 pixels, 4 tokens for a 32 x 32 image;
+    fitted: patches of 4 x 4 pixels, 64 tokens"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -124,8 +139,8 @@ class MobileNetV2Config(BaselineConfig):
     """MobileNetV2 (torchvision), untrained."""
 
     setting: Setting = "published"
-    """published: the library's strides, which reduce 32 x 32 pixels to a 1 x 1 feature map; fitted: the first two
-    strides are 1 instead of 2, which leaves 4 x 4"""
+    """published: the library's strides, which leave 1 x 1 of 32 x 32 pixels;
+    fitted: the first two strides are 1 instead of 2, which leaves 4 x 4"""
     dropout: float = 0.2
     """dropout probability before the classification head"""
 
@@ -139,8 +154,8 @@ class EfficientNetB0Config(BaselineConfig):
     """EfficientNet-B0 (torchvision), untrained."""
 
     setting: Setting = "published"
-    """published: the library's strides, which reduce 32 x 32 pixels to a 1 x 1 feature map; fitted: the first two
-    strides are 1 instead of 2, which leaves 4 x 4"""
+    """published: the library's strides, which leave 1 x 1 of 32 x 32 pixels;
+    fitted: the first two strides are 1 instead of 2, which leaves 4 x 4"""
     dropout: float = 0.2
     """dropout probability before the classification head"""
     stochastic_depth_prob: float = 0.2

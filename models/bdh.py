@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import stochastic_depth
 
 from models import kernels
 from models.rotary import RotaryAttention, Tables, rope
@@ -28,7 +29,8 @@ ACTIVATIONS = {"relu": F.relu, "relu2": lambda v: F.relu(v).square(), "gelu": F.
 class CoreConfig:
     """Size and design choices of the BDH step, common to all BDH models."""
 
-    outside_step: ClassVar[tuple[str, ...]] = ()  # a subclass lists its fields that do not affect the step
+    # fields that do not affect the step; a subclass lists its own
+    outside_step: ClassVar[tuple[str, ...]] = ("drop_path",)
 
     n_layer: int = 6
     """number of levels: how many times the step is applied"""
@@ -40,28 +42,34 @@ class CoreConfig:
     """total number of neurons, over all heads, as a multiple of n_embd"""
     dropout: float = 0.1
     """dropout probability of the gated neurons"""
+    drop_path: float = 0.0
+    """stochastic depth: probability of skipping the last level's update for an image; lower levels in proportion"""
     residual: Literal["post", "pre", "true_pre", "scaled_pre", "none"] = "post"
-    """residual connection around the step f: post is x = LN(x + f(x)); pre is x = LN(x), then x = x + f(x);
-    true_pre is x = x + f(LN(x)); scaled_pre is x = x + f(LN(x) / sqrt(level)) with a learned LN per level;
-    none is x = x + f(x)"""
+    """how the step f updates the residual stream x:
+    post: x = LN(x + f(x));
+    pre: x = LN(x), then x = x + f(x);
+    true_pre: x = x + f(LN(x));
+    scaled_pre: x = x + f(LN(x) / sqrt(level)), with a learned LN per level;
+    none: x = x + f(x)"""
     attn_norm: bool = True
     """apply LayerNorm to the attention output"""
     update_norm: bool = True
     """apply LayerNorm to the update before it is added to x"""
     attention: Literal["raw", "softmax"] = "raw"
-    """attention weights: raw is q k^T without scale or softmax; softmax is softmax(q k^T / sqrt(N))"""
+    """attention weights: q k^T without scale (raw), or softmax(q k^T / sqrt(N))"""
     qk: Literal["tied", "separate"] = "tied"
-    """tied uses the queries as keys; separate computes keys with a second encoder"""
+    """use the queries as keys (tied), or compute keys with a second encoder"""
     gate: Literal["multiplicative", "sigmoid", "none"] = "multiplicative"
-    """factor on the attention-driven neurons: multiplicative is the token-driven neurons, sigmoid is sigmoid(x E),
-    none is 1"""
+    """what multiplies the attention-driven neurons: the token-driven neurons, sigmoid(x E), or nothing"""
     activation: Literal["relu", "relu2", "gelu"] = "relu"
-    """activation function of the neurons; relu2 is relu squared"""
+    """activation function of the neurons; relu2 is the square of relu"""
     init: Literal["normal", "xavier", "xavier_per_head"] = "normal"
-    """initial encoders and decoder: normal is N(0, 0.02); xavier is uniform, with fan-in and fan-out of the stacked
-    weight tensors; xavier_per_head is uniform, with those of one head"""
+    """initial encoders and decoder:
+    normal: N(0, 0.02);
+    xavier: uniform, with fan-in and fan-out of the stacked weight tensors;
+    xavier_per_head: uniform, with those of one head"""
     rotary: Literal["raster", "axial", "none"] = "raster"
-    """rotary position embedding: raster by token index, axial by row and column of the patch, none without"""
+    """rotary positions: by token index (raster), by row and column of the patch (axial), or none"""
     shared: bool = True
     """use the same weights at every level instead of separate weights per level"""
 
@@ -69,6 +77,8 @@ class CoreConfig:
         for name in ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"drop_path = {self.drop_path} must be at least 0 and below 1")
         if not 0.0 <= self.dropout <= 0.99:
             raise ValueError(f"dropout = {self.dropout} must be between 0 and 0.99")
         if self.n_embd % self.n_head:
@@ -212,20 +222,25 @@ class BDHCore(nn.Module):
         for level in range(self.config.n_layer):
             step = (weights[level], tables, products[level])
             if residual == "post":
-                x = layer_norm(x + self.update(x, *step))
+                x = layer_norm(x + self.sometimes(self.update(x, *step), level))
             elif residual == "pre":
                 x = layer_norm(x)
-                x = x + self.update(x, *step)
+                x = x + self.sometimes(self.update(x, *step), level)
             elif residual == "true_pre":
-                x = x + self.update(layer_norm(x), *step)
+                x = x + self.sometimes(self.update(layer_norm(x), *step), level)
             elif residual == "scaled_pre":
-                x = x + self.update(self.scaled_norm(x, level), *step)
+                x = x + self.sometimes(self.update(self.scaled_norm(x, level), *step), level)
             else:
-                x = x + self.update(x, *step)
+                x = x + self.sometimes(self.update(x, *step), level)
             x = self.level_output(x)
             states.append(x)
         states[-1] = self.finished(x)
         return states
+
+    def sometimes(self, update: Tensor, level: int) -> Tensor:
+        """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): drops a sample's update, and scales the kept ones."""
+        probability = self.config.drop_path * (level + 1) / self.config.n_layer
+        return stochastic_depth(update, probability, "row", self.training and probability > 0)
 
     def finished(self, x: Tensor) -> Tensor:
         """Applies the final norm (scaled_pre only). x: (B, T, D), the residual stream after any level."""

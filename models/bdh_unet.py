@@ -26,8 +26,7 @@ class BDHUNetConfig(VisionEncoderConfig):
     img_size: ImageSize = 384
     """image size in pixels: one side, or height and width"""
     patch_size: int = 8
-    """side of a square patch in pixels, a power of 2; each patch is one token, and each decoder stage doubles the
-    resolution"""
+    """side of a square patch in pixels, a power of 2; each patch is one token"""
     num_classes: int = 11
     """number of classes, not counting void"""
     n_embd: int = 256
@@ -39,8 +38,7 @@ class BDHUNetConfig(VisionEncoderConfig):
     skips: bool = False
     """add skip connections to the decoder, from earlier levels and from a convolutional stem on the image"""
     skip_levels: tuple[int, ...] = (4, 2)
-    """levels (counted from 1) that feed the skip connections, one per decoder stage except the last, coarsest stage
-    first; used with skips only"""
+    """levels (from 1) that feed the skip connections, coarsest decoder stage first; used with skips only"""
     encoder: Path | None = None
     """checkpoint (best.pt) of a trained Vision-BDH from which the encoder starts; replaces start_from"""
 

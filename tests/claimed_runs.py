@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from training import SegmentationConfig
-from analysis.published import asked_of, read_published
+from analysis.published import read_published
+from training.command_line import experiment_of
 from training.metrics import METRICS
 
 GPU = {"device": "cuda", "name": "GPU X", "memory_gb": 8.0}
@@ -42,8 +43,8 @@ def write_run(
     metrics.csv, one value an epoch, beside or in place of the usual ones. Keywords are fields of model or training that
     are stored in place of the script's; those that are ... are not stored.
     """
-    asked = asked_of(script, flags)
-    config = json.loads(json.dumps(asked.fields()))
+    asked = experiment_of(script, flags)
+    config = json.loads(json.dumps(asked.configuration.fields()))
     for part in config.values():
         part |= {key: value for key, value in fields.items() if key in part}
     config["train"]["seed"] = seed
@@ -74,6 +75,6 @@ def write_run(
 
 def write_seeds(results, tests, script="train_v2_cifar10.py", flags="", name=None, **changed):
     """A run for each test accuracy, with seeds from 0, in results/<experiment>/seed<k>."""
-    name = name or asked_of(script, flags).name
+    name = name or experiment_of(script, flags).name
     for seed, test in enumerate(tests):
         write_run(results / name / f"seed{seed}", script, flags, seed, test, **changed)

@@ -11,7 +11,7 @@ from matplotlib.text import Text
 from training import UserError
 from analysis.analyze import analyze, by_task, draw_curves, draw_final, write_tables
 from analysis.plotting.curves import labels_of
-from analysis.plotting.style import labels_of, plain_text
+from analysis.plotting.style import plain_text
 from analysis.reading import find_runs, make_rows, read_runs
 from tests.pictures import check_picture
 from training.config import ROOT

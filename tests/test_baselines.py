@@ -1,5 +1,6 @@
-"""The baselines: parameters, what each setting does to 32 x 32 images, ResNet-20 by its paper, timm's attention."""
+"""The baselines: parameters, settings, ResNet-20 by its paper, configs, and timm's attention."""
 
+import dataclasses
 import math
 import runpy
 import shutil
@@ -10,46 +11,47 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from reference import count
 from torch import nn
 from torchvision import models as torchvision_models
 
-from training import ClassificationConfig, Experiment, RunOptions, fit
+from training import fit
 from interpretability.common.recorder import record
 from models import CONFIG_CLASSES, build_config
 from models.baselines import (
     BaselineConfig,
-    deit_tiny,
-    deit_tiny_config,
-    efficientnet_b0,
-    efficientnet_b0_config,
-    mobilenetv2,
-    mobilenetv2_config,
-    resnet20,
-    resnet20_config,
-    vit_tiny,
-    vit_tiny_config,
+    DeiTTinyConfig,
+    EfficientNetB0Config,
+    MobileNetV2Config,
+    ResNet20Config,
+    ViTConfig,
 )
-from training.runs import load_file
+from models.vision_bdh import VisionBDHConfig
+from training.stored import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = {
-    mobilenetv2: torchvision_models.mobilenet_v2,
-    efficientnet_b0: torchvision_models.efficientnet_b0,
-    deit_tiny: lambda **fields: timm.create_model("deit_tiny_patch16_224", pretrained=False, img_size=32, **fields),
+    MobileNetV2Config: torchvision_models.mobilenet_v2,
+    EfficientNetB0Config: torchvision_models.efficientnet_b0,
+    DeiTTinyConfig: lambda **fields: timm.create_model(
+        "deit_tiny_patch16_224", pretrained=False, img_size=32, **fields
+    ),
 }
-CONFIGS = [vit_tiny_config, deit_tiny_config, resnet20_config, mobilenetv2_config, efficientnet_b0_config]
-HAVE_SETTINGS = [deit_tiny_config, mobilenetv2_config, efficientnet_b0_config]
-SETTINGS = [(build, setting) for build in LIBRARY for setting in ("published", "fitted")]
-ALL = [(vit_tiny, {}), (resnet20, {}), *((build, dict(setting=setting)) for build, setting in SETTINGS)]
+CONFIGS = [ViTConfig, ResNet20Config, *LIBRARY]
+PUBLISHED, FITTED = dict(setting="published"), dict(setting="fitted")
+# config, fields, parameters with 10 and with 100 classes, side of the feature map or grid of patches for 32 x 32 pixels
+MODELS = [
+    (ResNet20Config, {}, (269_722, 275_572), 8),  # 269,722 is the known count for option A
+    (ViTConfig, {}, (5_362_762, 5_380_132), 8),
+    (DeiTTinyConfig, PUBLISHED, (5_489_482, 5_506_852), 2),
+    (DeiTTinyConfig, FITTED, (5_362_762, 5_380_132), 8),
+    (MobileNetV2Config, PUBLISHED, (2_236_682, 2_351_972), 1),
+    (MobileNetV2Config, FITTED, (2_236_682, 2_351_972), 4),
+    (EfficientNetB0Config, PUBLISHED, (4_020_358, 4_135_648), 1),
+    (EfficientNetB0Config, FITTED, (4_020_358, 4_135_648), 4),
+]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def single_thread(one_thread):
-    """Tensors are small here."""
-
-
-def count(model):
-    return sum(parameter.numel() for parameter in model.parameters())
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def draw_weights(model, std=0.05):
@@ -65,81 +67,40 @@ def draw_weights(model, std=0.05):
     return model
 
 
-# ---------------------------------------------------------------------------- parameters and shapes
+# ---------------------------------------------------------------------------- sizes and settings
 
 
-@pytest.mark.parametrize("num_classes", [10, 100])
-@pytest.mark.parametrize(
-    "build, fields, counted",
-    [
-        (resnet20, {}, {10: 269_722, 100: 275_572}),  # the former is the count known for option A
-        (vit_tiny, {}, {10: 5_362_762, 100: 5_380_132}),
-        (deit_tiny, dict(setting="published"), {10: 5_489_482, 100: 5_506_852}),
-        (deit_tiny, dict(setting="fitted"), {10: 5_362_762, 100: 5_380_132}),
-        *((mobilenetv2, dict(setting=each), {10: 2_236_682, 100: 2_351_972}) for each in ("published", "fitted")),
-        *((efficientnet_b0, dict(setting=each), {10: 4_020_358, 100: 4_135_648}) for each in ("published", "fitted")),
-    ],
-)
-def test_parameters(build, fields, counted, num_classes):
+@pytest.mark.parametrize(("config", "fields", "parameters", "side"), MODELS)
+def test_parameters_feature_maps_and_gradients(config, fields, parameters, side):
     with torch.device("meta"):
-        model = build(num_classes=num_classes, **fields)
-        assert count(model) == counted[num_classes]
-        if build in LIBRARY:
-            patch = dict(patch_size=4) if (build, fields["setting"]) == (deit_tiny, "fitted") else {}
-            assert count(model) == count(LIBRARY[build](num_classes=num_classes, **patch))
-
-
-@pytest.mark.parametrize("build, fields", ALL)
-def test_shapes_and_gradients(build, fields):
-    """Every parameter learns, at another size of image too."""
-    model = build(num_classes=7, img_size=64, **fields).train()
-    logits = model(torch.randn(2, 3, 64, 64))
-    assert logits.shape == (2, 7)
-    if build is vit_tiny:
-        draw_weights(model)  # its head starts at zero
-        logits = model(torch.randn(2, 3, 64, 64))
-    logits.square().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
-    assert model.eval()(torch.randn(1, 3, 64, 64)).isfinite().all()
-
-
-# ---------------------------------------------------------------------------- settings
-
-
-@pytest.mark.parametrize(
-    "build, setting, grid",
-    [
-        (mobilenetv2, "published", 1),
-        (mobilenetv2, "fitted", 4),
-        (efficientnet_b0, "published", 1),
-        (efficientnet_b0, "fitted", 4),
-        (resnet20, None, 8),
-        (deit_tiny, "published", 2),
-        (deit_tiny, "fitted", 8),
-    ],
-)
-def test_what_is_left_of_an_image_before_pooling(build, setting, grid):
-    model = build(**({"setting": setting} if setting else {})).eval()
-    last = {resnet20: "blocks", deit_tiny: "norm"}.get(build, "features")
-    shapes = []
-    getattr(model, last).register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+        assert tuple(count(config(num_classes=n, **fields).build()) for n in (10, 100)) == parameters
+    last = {ResNet20Config: "blocks", DeiTTinyConfig: "norm", ViTConfig: "encoder"}.get(config, "features")
+    model, shapes = config(num_classes=7, **fields).build().eval(), []
+    model.get_submodule(last).register_forward_hook(lambda *args: shapes.append(tuple(args[-1].shape)))
     with torch.no_grad():
         model(torch.randn(1, 3, 32, 32))
     (shape,) = shapes
-    assert shape[1:] == (1 + grid**2, 192) if build is deit_tiny else shape[2:] == (grid, grid)
+    assert shape[1:] == (1 + side**2, 192) if len(shape) == 3 else shape[2:] == (side, side)
+    # another image size; every parameter learns
+    model = draw_weights(config(num_classes=7, img_size=64, **fields).build()).train()
+    logits = model(torch.randn(2, 3, 64, 64))
+    assert logits.shape == (2, 7)
+    logits.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert model.eval()(torch.randn(1, 3, 64, 64)).isfinite().all()
 
 
 def strides(model):
     return {name: each.stride for name, each in model.named_modules() if isinstance(each, nn.Conv2d)}
 
 
-@pytest.mark.parametrize("build", LIBRARY)
-def test_published_is_the_librarys_model(build):
+@pytest.mark.parametrize("config", LIBRARY)
+def test_published_is_the_librarys_model(config):
     """The same modules, names, shapes and strides, from one seed the same weights, and the same logits."""
     torch.manual_seed(0)
-    model = build(setting="published", num_classes=10).eval()
+    model = config(**PUBLISHED).build().eval()
     torch.manual_seed(0)
-    library = LIBRARY[build](num_classes=10).eval()
+    library = LIBRARY[config](num_classes=10).eval()
     assert repr(model) == repr(library) and strides(model) == strides(library)
     ours, theirs = model.state_dict(), library.state_dict()
     assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -149,14 +110,14 @@ def test_published_is_the_librarys_model(build):
 
 
 @pytest.mark.parametrize(
-    "build, changed",
+    ("config", "changed"),
     [
-        (mobilenetv2, ["features.0.0", "features.2.conv.1.0"]),
-        (efficientnet_b0, ["features.0.0", "features.2.0.block.1.0"]),
+        (MobileNetV2Config, ["features.0.0", "features.2.conv.1.0"]),
+        (EfficientNetB0Config, ["features.0.0", "features.2.0.block.1.0"]),
     ],
 )
-def test_fitted_differs_in_two_strides_and_takes_the_same_weights(build, changed):
-    published, fitted = build(setting="published"), build(setting="fitted")
+def test_fitted_differs_in_two_strides_and_takes_the_same_weights(config, changed):
+    published, fitted = config(**PUBLISHED).build(), config(**FITTED).build()
     before, after = strides(published), strides(fitted)
     assert [name for name in before if before[name] != after[name]] == changed
     assert all((before[name], after[name]) == ((2, 2), (1, 1)) for name in changed)
@@ -173,8 +134,8 @@ def test_fitted_differs_in_two_strides_and_takes_the_same_weights(build, changed
 
 
 def test_the_fitted_deit_is_vit_tiny():
-    """Weights moved from timm's names to torchvision's give the same logits: only the start differs."""
-    deit, vit = draw_weights(deit_tiny(setting="fitted")).eval(), vit_tiny().eval()
+    """Weights renamed from timm's to torchvision's names give the same logits: only the initial weights differ."""
+    deit, vit = draw_weights(DeiTTinyConfig(**FITTED).build()).eval(), ViTConfig().build().eval()
     names = {
         "cls_token": "class_token",
         "pos_embed": "encoder.pos_embedding",
@@ -200,11 +161,11 @@ def test_the_fitted_deit_is_vit_tiny():
         assert deit(images).std() > 0.1
 
 
-@pytest.mark.parametrize("config", [mobilenetv2_config, efficientnet_b0_config])
+@pytest.mark.parametrize("config", [MobileNetV2Config, EfficientNetB0Config])
 def test_dropout_fields_arrive(config):
     model = config(dropout=0.35).build()
     assert [each.p for each in model.modules() if isinstance(each, nn.Dropout)] == [0.35]
-    if config is efficientnet_b0_config:
+    if config is EfficientNetB0Config:
         model = config(stochastic_depth_prob=0.5).build()
         skips = [each.p for each in model.modules() if type(each).__name__ == "StochasticDepth"]
         assert skips == [0.5 * block / 16 for block in range(16)]
@@ -241,7 +202,7 @@ def reference_resnet20(weights, images, training):
 @pytest.mark.parametrize("size", [32, 27])
 @pytest.mark.parametrize("training", [False, True])
 def test_resnet20_by_its_paper(training, size):
-    model = draw_weights(resnet20(num_classes=5).double(), std=0.15).train(training)
+    model = draw_weights(ResNet20Config(num_classes=5).build().double(), std=0.15).train(training)
     weights = [value.clone() for value in model.state_dict().values() if value.is_floating_point()]
     images = torch.randn(4, 3, size, size, dtype=torch.float64)
     logits = model(images)
@@ -251,7 +212,7 @@ def test_resnet20_by_its_paper(training, size):
 
 def test_resnet20_starts_from_he_initialisation():
     torch.manual_seed(0)
-    for module in resnet20().modules():
+    for module in ResNet20Config().build().modules():
         if isinstance(module, nn.Conv2d):
             fan_in = module.weight[0].numel()
             # the deviation of n draws is known to 1 / sqrt(2 n) of itself; 5 of these
@@ -263,143 +224,114 @@ def test_resnet20_starts_from_he_initialisation():
 # ---------------------------------------------------------------------------- training
 
 
-def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(data_dir, tmp_path):
-    """To the bit, with running statistics, dropout and skipped blocks, which no BDH has."""
+def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(experiment_in, tmp_path):
+    """Bit-identical, with running statistics, dropout and skipped blocks, which no BDH has."""
 
-    def experiment(folder, **options):
-        train = ClassificationConfig(
-            dataset="cifar10", epochs=2, batch_size=8, learning_rate=1e-3, weight_decay=0.05, train_limit=20
-        )
-        options = RunOptions(data_dir=data_dir, runs_dir=tmp_path / folder, device="cpu", **options)
-        return Experiment("trial", efficientnet_b0_config(), train, options)
+    def trial(folder, **options):
+        train = dict(epochs=2, batch_size=8, learning_rate=1e-3, train_limit=20)
+        experiment = experiment_in(tmp_path / folder, options=options, **train)
+        return dataclasses.replace(experiment, model=EfficientNetB0Config())
 
-    whole, stopped = experiment("whole"), experiment("stopped", resume=True)
+    whole, stopped = trial("whole"), trial("stopped", resume=True)
     fit(whole)
     shutil.copytree(whole.folder, stopped.folder)
     for name in ("last.pt", "summary.json"):  # as after the first epoch, whose checkpoint is previous.pt
         (stopped.folder / name).unlink()
     fit(stopped)
-    ours, expected = (load_file(each.folder / "last.pt")["model"] for each in (stopped, whole))
+    ours, expected = (load_checkpoint(each.folder / "last.pt")["model"] for each in (stopped, whole))
     assert all(torch.equal(ours[name], expected[name]) for name in expected)
-    first = load_file(whole.folder / "previous.pt")["model"]
+    first = load_checkpoint(whole.folder / "previous.pt")["model"]
     assert not torch.equal(first["features.0.1.running_mean"], expected["features.0.1.running_mean"])
 
 
 # ---------------------------------------------------------------------------- configs
 
 
-@pytest.mark.parametrize("make", CONFIGS)
-def test_a_config_survives_being_stored(make):
-    config = make(num_classes=12, img_size=64)
-    fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    assert CONFIG_CLASSES[type(config).__name__] is type(config)
-    assert build_config(type(config).__name__, fields) == config
+@pytest.mark.parametrize("cls", CONFIGS)
+def test_a_config_survives_being_stored(cls):
+    config = cls(num_classes=12, img_size=64)
+    assert CONFIG_CLASSES[cls.__name__] is cls and isinstance(config, BaselineConfig)
+    assert build_config(cls.__name__, dataclasses.asdict(config)) == config
     assert (config.num_classes, config.img_size, config.in_channels) == (12, 64, 3)
-    assert isinstance(config, BaselineConfig)
 
 
 @pytest.mark.parametrize(
-    "make, fields, words",
+    ("name", "fields", "words"),
     [
-        *((make, dict(num_classes=0), "num_classes = 0 must be at least 1") for make in CONFIGS),
-        *((make, dict(img_size=0), "img_size = 0 must be at least 1") for make in CONFIGS),
-        *((make, dict(setting="fited"), "published, fitted") for make in HAVE_SETTINGS),
-        (mobilenetv2_config, dict(dropout=1.0), "dropout = 1.0 must be at least 0 and below 1"),
-        (efficientnet_b0_config, dict(dropout=-0.1), "dropout = -0.1"),
-        (efficientnet_b0_config, dict(stochastic_depth_prob=1.5), "stochastic_depth_prob = 1.5"),
-        (efficientnet_b0_config, dict(stochastic_depth_prob=math.nan), "stochastic_depth_prob = nan"),
-        (deit_tiny_config, dict(img_size=40), "img_size = 40 is not a multiple of 16.*published"),
-        (deit_tiny_config, dict(img_size=42, setting="fitted"), "img_size = 42 is not a multiple of 4.*fitted"),
-        (vit_tiny_config, dict(img_size=30), "img_size = 30 is not a multiple of patch_size = 4"),
-        (vit_tiny_config, dict(n_layer=0), "n_layer = 0 must be at least 1"),
-        (vit_tiny_config, dict(dropout=1.0), "dropout = 1.0"),
-        (vit_tiny_config, dict(n_head=5), "n_embd = 192 is not a multiple of n_head = 5"),
+        ("GPTConfig", {}, r"unknown model config GPTConfig: register it .*VisionBDHConfig"),
+        ("ViTConfig", dict(n_layer=2, n_layers=2, width=3), "ViTConfig has no field n_layers, width:"),
+        ("ViTConfig", dict(n_layer="two"), "ViTConfig does not take the stored values"),
+        ("ViTConfig", dict(n_layer=0), "n_layer = 0 must be at least 1"),
     ],
 )
-def test_fields_that_make_no_sense_are_refused(make, fields, words):
+def test_a_stored_config_that_cannot_be_built(name, fields, words):
+    assert build_config("VisionBDHConfig", dict(n_layer=2)) == VisionBDHConfig(n_layer=2)  # the others by default
     with pytest.raises(ValueError, match=words):
-        make(**fields)
+        build_config(name, fields)
 
 
-def test_a_flag_of_another_model_is_refused():
-    for make in (resnet20_config, deit_tiny_config):
-        with pytest.raises(TypeError):
-            make(dropout=0.1)
-    with pytest.raises(TypeError):
-        resnet20_config(setting="fitted")
+@pytest.mark.parametrize(
+    ("cls", "fields", "words"),
+    [
+        *((cls, dict(num_classes=0), "num_classes = 0 must be at least 1") for cls in CONFIGS),
+        *((cls, dict(img_size=0), "img_size = 0 must be at least 1") for cls in CONFIGS),
+        *((cls, dict(setting="fited"), "published, fitted") for cls in LIBRARY),
+        (MobileNetV2Config, dict(dropout=1.0), "dropout = 1.0 must be at least 0 and below 1"),
+        (EfficientNetB0Config, dict(dropout=-0.1), "dropout = -0.1"),
+        (EfficientNetB0Config, dict(stochastic_depth_prob=1.5), "stochastic_depth_prob = 1.5"),
+        (EfficientNetB0Config, dict(stochastic_depth_prob=math.nan), "stochastic_depth_prob = nan"),
+        (DeiTTinyConfig, dict(img_size=40), "img_size = 40 is not a multiple of 16.*published"),
+        (DeiTTinyConfig, dict(img_size=42, **FITTED), "img_size = 42 is not a multiple of 4.*fitted"),
+        (ViTConfig, dict(img_size=30), "img_size = 30 is not a multiple of patch_size = 4"),
+        (ViTConfig, dict(n_layer=0), "n_layer = 0 must be at least 1"),
+        (ViTConfig, dict(dropout=1.0), "dropout = 1.0"),
+        (ViTConfig, dict(n_head=5), "n_embd = 192 is not a multiple of n_head = 5"),
+    ],
+)
+def test_impossible_values_are_refused(cls, fields, words):
+    with pytest.raises(ValueError, match=words):
+        cls(**fields)
 
 
 def test_only_deit_needs_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
     with pytest.raises(ImportError, match="pip install timm"):
-        deit_tiny()
-    for file in ("models/baselines.py", "interpretability/recorder.py"):
+        DeiTTinyConfig().build()
+    for file in ("models/baselines.py", "interpretability/common/recorder.py"):
         runpy.run_path(str(ROOT / file))
     with torch.device("meta"):
-        for make in CONFIGS:
-            if make is not deit_tiny_config:
-                make().build()
+        for cls in set(CONFIGS) - {DeiTTinyConfig}:
+            cls().build()
 
 
 # ---------------------------------------------------------------------------- attention of timm's model
 
 
-@pytest.fixture(params=["published", "fitted"])
-def deit(request):
-    return draw_weights(deit_tiny(setting=request.param)).eval()
-
-
-def test_recording_a_deit_changes_nothing(deit):
-    images = torch.randn(2, 3, 32, 32)
+@pytest.mark.parametrize(("setting", "tokens"), [("published", 5), ("fitted", 65)])
+def test_recording_a_deit_changes_nothing(setting, tokens):
+    """That the recorded scores are the model's is tested in tests/test_recorder.py."""
+    deit, images = draw_weights(DeiTTinyConfig(setting=setting).build()).eval(), torch.randn(2, 3, 32, 32)
 
     def step():
         deit.zero_grad()
         logits = deit(images)
         logits.square().sum().backward()
-        return logits, [parameter.grad.clone() for parameter in deit.parameters()]
+        return logits, *(parameter.grad.clone() for parameter in deit.parameters())
 
-    logits, gradients = step()
+    expected = step()
     with record(deit) as trace:
-        recorded_logits, recorded_gradients = step()
-    assert torch.equal(logits, recorded_logits)
-    assert all(torch.equal(*pair) for pair in zip(gradients, recorded_gradients, strict=True))
-    assert sorted(trace.inputs) == list(range(12))
+        recorded = step()
+    assert all(torch.equal(*pair) for pair in zip(recorded, expected, strict=True))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in deit.modules())
-
-
-def test_deit_scores(deit):
-    """Against the layers followed from the tokens on, a head at a time in float64; and none of it left to the hooks."""
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad(), record(deit, levels=[0, 1, 2]) as trace:
-        deit(images)
-    weights = {name: value.double() for name, value in deit.state_dict().items()}
-    norm = lambda x, name: F.layer_norm(x, (192,), weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)  # noqa: E731
-    linear = lambda x, name: x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]  # noqa: E731
-    side = deit.patch_embed.proj.stride[0]
-    x = F.conv2d(images.double(), weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=side)
-    x = torch.cat((weights["cls_token"].expand(2, -1, -1), x.flatten(2).mT), 1) + weights["pos_embed"]
-    for level in range(3):
-        qkv = linear(norm(x, f"blocks.{level}.norm1"), f"blocks.{level}.attn.qkv")
-        heads, expected = [], []
-        for head in range(3):
-            q, k, v = (qkv[..., part * 192 + head * 64 :][..., :64] for part in range(3))
-            scores = (q @ k.mT / 8).exp()
-            expected.append(scores / scores.sum(-1, keepdim=True))
-            heads.append(expected[-1] @ v)
-        x = x + linear(torch.cat(heads, -1), f"blocks.{level}.attn.proj")
-        hidden = F.gelu(linear(norm(x, f"blocks.{level}.norm2"), f"blocks.{level}.mlp.fc1"))
-        x = x + linear(hidden, f"blocks.{level}.mlp.fc2")
-        expected = torch.stack(expected, 1)
-        tokens = 1 + (32 // side) ** 2
-        assert trace.scores(level).shape == (2, 3, tokens, tokens)
-        assert torch.allclose(trace.scores(level).double(), expected, atol=2e-5)
-        torch.testing.assert_close(trace.scores(level, patches_only=True), trace.scores(level)[:, :, 1:, 1:])
-        assert expected.std() > 0.1 / tokens  # not uniform
-    assert not trace.adapter.signed and trace.adapter.n_levels == 12
+    assert sorted(trace.inputs) == list(range(12)) and trace.adapter.n_levels == 12 and not trace.adapter.signed
+    for level in (0, 11):
+        scores = trace.scores(level)
+        assert scores.shape == (2, 3, tokens, tokens) and scores.std() > 0.1 / tokens  # not uniform
+        torch.testing.assert_close(trace.scores(level, patches_only=True), scores[:, :, 1:, 1:])
 
 
 def test_a_convolutional_network_has_no_levels_to_record():
-    with pytest.raises(TypeError, match="ResNet20 cannot be looked into"), record(resnet20()):
+    with pytest.raises(TypeError, match="ResNet20"), record(ResNet20Config().build()):
         pass
 
 
@@ -425,7 +357,7 @@ def test_a_last_batch_of_one_image_is_one_message(call_script, data_dir, tmp_pat
 
 
 def test_the_attention_of_a_trained_deit_is_drawn(call_script, data_dir, tmp_path, capsys):
-    more = flags(data_dir, tmp_path, "--setting", "fitted", "--train-limit", 125, "--name", "deit")
+    more = flags(data_dir, tmp_path, "--setting", "fitted", "--train-limit", 40, "--name", "deit")
     assert call_script("train_deit_tiny_cifar100.py", *more) == 0
     where = ["--run", tmp_path / "runs" / "deit" / "seed0", "--data-dir", data_dir, "--output-dir", tmp_path / "maps"]
     assert call_script("interpretability/visualize_attention.py", *where) == 0

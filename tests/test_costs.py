@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 
 from training import UserError
 from analysis.analyze import analyze, by_task
-from analysis.costs import draw_multipliers, draw_parameters, draw_speed, draw_time, sweeps_of
 from analysis.plotting.costs import draw_multipliers, draw_parameters, draw_speed, draw_time, sweeps_of
 from analysis.plotting.style import COLORS, choose_scale
 from analysis.reading import find_runs, make_rows, read_runs

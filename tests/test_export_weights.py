@@ -25,7 +25,7 @@ def run_and_copy(experiment, tmp_path):
 
 def test_a_folder_with_exported_weights_opens_as_the_run_does(run_and_copy, call_script):
     run, copy = run_and_copy
-    assert call_script(SCRIPT, "--run", run, "--to", copy) == 0
+    assert call_script(SCRIPT, run, "--to", copy) == 0
     before, config = load_model(run)
     after, same = load_model(copy)
     assert same == config and not after.training
@@ -47,12 +47,12 @@ def test_a_checkpoint_is_preferred_to_what_was_exported_from_it(run_and_copy, ca
 
 def test_what_cannot_be_exported_or_opened_is_refused_with_one_message(run_and_copy, call_script, tmp_path, capsys):
     run, copy = run_and_copy
-    assert call_script(SCRIPT, "--run", tmp_path, "--to", copy) == 1
-    assert "is no run whose model can be read" in capsys.readouterr().err
+    assert call_script(SCRIPT, tmp_path, "--to", copy) == 1
+    assert "config.json and best.pt" in capsys.readouterr().err
     (copy / "config.json").unlink()
-    assert call_script(SCRIPT, "--run", run, "--to", copy) == 1
+    assert call_script(SCRIPT, run, "--to", copy) == 1
     assert "has no config.json: copy that of" in capsys.readouterr().err
     shutil.copy(run / "config.json", copy)
     (copy / EXPORTED).write_bytes(b"damaged")
     assert call_script("interpretability/visualize_attention.py", "--run", copy) == 1
-    assert "is no run whose model can be read" in capsys.readouterr().err
+    assert "config.json and best.pt" in capsys.readouterr().err

@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from training import ClassificationConfig, UserError, data, fit, loop
+from training import ClassificationConfig, UserError, fit
 from analysis.analyze import analyze
-from training.data import ImageBatches, MemoryPart, StreamedPart, load_dataset, split_train
-from training.runs import load_file
+from tests.trials import interrupt, same_weights, snapshot, weights
+from training.data import ImageBatches, batches, load_dataset, split_train
+from training.data.batches import MemoryPart, StreamedPart
 
 SIZE = 16
 CLASSES = ("cat", "dog", "eel")
@@ -33,19 +34,10 @@ def random_image(rng, mode, width, height):
 def fill(root, per_class, classes=CLASSES, seed=0):
     """root/CLASS/IMAGE of many sizes, modes and formats, some a folder deeper."""
     rng = np.random.default_rng(seed)
-    kinds = [
-        ("png", "RGB"),
-        ("jpg", "RGB"),
-        ("png", "L"),
-        ("png", "RGBA"),
-        ("png", "P"),
-        ("JPEG", "L"),
-        ("jpg", "CMYK"),
-    ]
-    kinds += [("png", "LA"), ("bmp", "RGB"), ("webp", "RGB")]
+    kinds = "png-RGB jpg-RGB png-L png-RGBA png-P JPEG-L jpg-CMYK png-LA bmp-RGB webp-RGB".split()
     for name in classes:
         for i in range(per_class):
-            ending, mode = kinds[i % len(kinds)]
+            ending, mode = kinds[i % len(kinds)].split("-")
             width, height = (int(side) for side in rng.integers(5, 50, 2))
             path = root / name / ("deeper" if i % 5 == 4 else "") / f"{i}.{ending}"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,22 +141,15 @@ def test_layouts(layout, images_dir, tmp_path):
 def batches_of(folder, num_workers=0, channels=3):
     dataset = load_dataset("folder", folder, SIZE, channels)
     split = split_train(dataset.train_labels, 0.25, None, seed=0)
-    config = ClassificationConfig(
-        dataset="folder",
-        epochs=1,
-        batch_size=8,
-        learning_rate=1e-3,
-        weight_decay=0.0,
-        crop_scale_min=0.5,
-        horizontal_flip=True,
-    )
+    fields = dict(dataset="folder", epochs=1, batch_size=8, learning_rate=1e-3, weight_decay=0.0)
+    config = ClassificationConfig(crop_scale_min=0.5, horizontal_flip=True, **fields)
     return ImageBatches(dataset, split, config, 7, CPU, num_workers)
 
 
 @pytest.mark.parametrize("num_workers, channels", [(0, 3), (0, 1), (2, 3)])
 def test_streamed_batches_are_those_from_memory(num_workers, channels, images_dir, monkeypatch):
     in_memory = batches_of(images_dir, channels=channels)
-    monkeypatch.setattr(data, "fits_in_memory", lambda n_bytes, device: False)
+    monkeypatch.setattr(batches, "fits_in_memory", lambda n_bytes, device: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*worker processes")  # of a machine with fewer cores
@@ -207,17 +192,16 @@ def test_a_run_ends_the_same_streamed_or_from_memory(num_workers, folder_trial, 
     trials = [folder_trial(name, options={"num_workers": num_workers}) for name in ("memory", "streamed")]
     summaries = [fit(trials[0])]
     assert "fit in memory" not in capsys.readouterr().out
-    monkeypatch.setattr(data, "fits_in_memory", lambda n_bytes, device: False)
+    monkeypatch.setattr(batches, "fits_in_memory", lambda n_bytes, device: False)
     summaries.append(fit(trials[1]))
     assert "fit in memory" in capsys.readouterr().out
     assert summaries[0] == summaries[1]
-    one, other = (load_file(trial.folder / "last.pt")["model"] for trial in trials)
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert same_weights(*(weights(trial.folder) for trial in trials))
 
 
 def test_only_the_images_that_are_used_have_to_fit(folder_trial, monkeypatch):
     asked = []
-    monkeypatch.setattr(data, "fits_in_memory", lambda n_bytes, device: asked.append(n_bytes) or True)
+    monkeypatch.setattr(batches, "fits_in_memory", lambda n_bytes, device: asked.append(n_bytes) or True)
     fit(folder_trial("limited", epochs=1, train_limit=20))
     assert asked == [(20 + 15) * 3 * SIZE * SIZE]
 
@@ -262,13 +246,13 @@ def test_a_damaged_image_is_named(way, damage, own, monkeypatch):
     path = own / "train" / "dog" / "0.png"
     path.write_bytes(DAMAGES[damage]())
     if way != "memory":
-        monkeypatch.setattr(data, "fits_in_memory", lambda n_bytes, device: False)
+        monkeypatch.setattr(batches, "fits_in_memory", lambda n_bytes, device: False)
     with pytest.raises(UserError) as refused:
-        batches = batches_of(own, num_workers=1 if way == "from a worker" else 0)
-        for _ in [*batches.train_batches(0), *batches.eval_batches("val")]:
+        data = batches_of(own, num_workers=1 if way == "from a worker" else 0)
+        for _ in [*data.train_batches(0), *data.eval_batches("val")]:
             pass
     message = str(refused.value)
-    assert message.startswith(f"{path} cannot be read as an image (") and message.endswith("mend or remove it")
+    assert message.startswith(f"{path} cannot be read as an image (") and message.endswith("replace or remove it")
     assert "\n" not in message and refused.value.__suppress_context__
     if damage == "16 bits":
         assert "8 bits" in message
@@ -285,48 +269,36 @@ def test_a_damaged_image_is_found_before_a_run_begins(folder_trial, own):
 # ---------------------------------------------------------------------------- mistakes
 
 
-@pytest.mark.parametrize(
-    "mistake, words",
-    [
-        ("no --data-dir", ["--data-dir"]),
-        ("no such folder", ["nowhere", "folder of images for each class"]),
-        ("empty folder", ["pets", "folder of images for each class"]),
-        ("a file", ["a_file", "folder of images for each class"]),
-        ("images but no classes", ["pets", "folder of images for each class"]),
-        ("class without images", ["train", "hen"]),
-        ("a class only in train", ["train", "test", "hen"]),
-        ("a class only in test", ["train", "test", "hen"]),
-        ("no train", ["test", "train"]),
-        ("two channels", ["in_channels = 2", "--in-channels"]),
-    ],
-)
-def test_a_mistake_is_one_message(mistake, words, own, tmp_path):
-    where, channels = own, 3
-    if mistake == "no --data-dir":
-        where = None
-    elif mistake == "no such folder":
-        where = tmp_path / "nowhere"
-    elif mistake == "a file":
-        where = tmp_path / "a_file"
-        where.touch()
-    elif mistake in ("empty folder", "images but no classes"):
-        shutil.rmtree(own)
-        own.mkdir()
-        if mistake != "empty folder":
-            (own / "1.png").write_bytes(png())
-    elif mistake == "class without images":
-        (own / "train" / "hen").mkdir()
-    elif mistake.startswith("a class only in"):
-        fill(own / mistake.split()[-1], 1, classes=["hen"])
-    elif mistake == "no train":
-        (own / "train").rename(own / "training")
-    elif mistake == "two channels":
-        channels = 2
+MISTAKES = {  # what is done to the folder, and what the message names
+    "no such folder": (shutil.rmtree, ["pets", "one folder of images per class"]),
+    "no classes": (lambda own: [shutil.rmtree(own), own.mkdir()], ["pets", "one folder of images per class"]),
+    "a file": (lambda own: [shutil.rmtree(own), own.touch()], ["pets", "one folder of images per class"]),
+    "images but no classes": (
+        lambda own: [shutil.rmtree(own), own.mkdir(), (own / "1.png").write_bytes(png())],
+        ["pets", "one folder of images per class"],
+    ),
+    "a class without images": (lambda own: (own / "train" / "hen").mkdir(), ["train", "hen"]),
+    "a class only in train": (lambda own: fill(own / "train", 1, classes=["hen"]), ["train", "test", "hen"]),
+    "a class only in test": (lambda own: fill(own / "test", 1, classes=["hen"]), ["train", "test", "hen"]),
+    "no train": (lambda own: (own / "train").rename(own / "training"), ["test", "train"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_message(mistake, own):
+    make, words = MISTAKES[mistake]
+    make(own)
     with pytest.raises(UserError) as refused:
-        load_dataset("folder", where, SIZE, channels)
+        load_dataset("folder", own, SIZE, 3)
     message = str(refused.value)
-    assert all(word in message for word in words), message
-    assert "\n" not in message
+    assert all(word in message for word in words) and "\n" not in message, message
+
+
+def test_no_folder_and_other_channels_are_refused(images_dir):
+    with pytest.raises(UserError, match="--data-dir"):
+        load_dataset("folder", None, SIZE, 3)
+    with pytest.raises(UserError, match=r"in_channels = 2.*--in-channels"):
+        load_dataset("folder", images_dir, SIZE, 2)
 
 
 def test_the_wrong_number_of_classes_names_its_flag(folder_trial):
@@ -356,20 +328,6 @@ def test_a_run_says_what_it_was_trained_on(folder_trial, images_dir):
     assert str(images_dir) not in (trial.folder / "config.json").read_text()
 
 
-def interrupted(trial, monkeypatch):
-    """The trial's folder after Ctrl-C in the second epoch."""
-    real = loop.evaluate
-
-    def evaluate(session, part):
-        if session.epoch == 1:
-            raise KeyboardInterrupt
-        return real(session, part)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "evaluate", evaluate)
-        fit(trial)
-
-
 CHANGES = {
     "fewer": lambda folder: [path.unlink() for path in (folder / "train").rglob("*.png")],
     "more": lambda folder: fill(folder / "train", 14),
@@ -382,38 +340,32 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_resuming_on_other_images_is_refused(change, folder_trial, own, monkeypatch):
+def test_resuming_on_other_images_is_refused(change, folder_trial, own):
     trial = folder_trial("trial", own)
-    interrupted(trial, monkeypatch)
-    before = {path: path.read_bytes() for path in trial.folder.iterdir()}
+    interrupt(trial, 2)
+    before = snapshot(trial.folder)
     CHANGES[change](own)
     with pytest.raises(UserError, match="other data"):
         fit(folder_trial("trial", own, options={"resume": True}))
-    assert {path: path.read_bytes() for path in trial.folder.iterdir()} == before
+    assert snapshot(trial.folder) == before
 
 
-def test_resumed_from_another_place_ends_the_same(folder_trial, images_dir, tmp_path, monkeypatch):
+def test_resumed_from_another_place_ends_the_same(folder_trial, images_dir, tmp_path):
     whole, trial = folder_trial("whole"), folder_trial("trial")
     fit(whole)
-    interrupted(trial, monkeypatch)
+    interrupt(trial, 2)
     moved = shutil.copytree(images_dir, tmp_path / "elsewhere" / "pets")
     fit(folder_trial("trial", moved, options={"resume": True}))
-    one, other = (load_file(each.folder / "last.pt")["model"] for each in (whole, trial))
-    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert same_weights(*(weights(each.folder) for each in (whole, trial)))
 
 
 SCRIPT_FLAGS = f"""--dataset folder --img-size {SIZE} --num-classes 3 --patch-size 8 --n-layer 1 --n-embd 8 --n-head 2
     --mlp-internal-dim-multiplier 4 --epochs 1 --batch-size 8 --device cpu""".split()
 
 
-def test_a_script_trains_on_a_folder(call_script, images_dir, tmp_path, capsys):
-    flags = [*SCRIPT_FLAGS, "--data-dir", images_dir, "--runs-dir", tmp_path / "runs", "--name", "pets"]
+@pytest.mark.parametrize("part", ["", "train"])
+def test_a_script_trains_on_a_folder(part, call_script, images_dir, tmp_path, capsys):
+    flags = [*SCRIPT_FLAGS, "--data-dir", images_dir / part, "--runs-dir", tmp_path / "runs", "--name", "pets"]
     assert call_script("train_v2_cifar10.py", *flags) == 0
-    summary = json.loads((tmp_path / "runs" / "pets" / "seed0" / "summary.json").read_text())
-    assert f"{summary['test']['accuracy']:.2%}" in capsys.readouterr().out
-
-
-def test_a_script_says_where_there_is_no_test_part(call_script, images_dir, tmp_path, capsys):
-    flags = [*SCRIPT_FLAGS, "--data-dir", images_dir / "train", "--runs-dir", tmp_path / "runs", "--name", "pets"]
-    assert call_script("train_v2_cifar10.py", *flags) == 0
-    assert "no test part" in capsys.readouterr().out
+    test = json.loads((tmp_path / "runs" / "pets" / "seed0" / "summary.json").read_text())["test"]
+    assert ("no test set" if part else f"{test['accuracy']:.2%}") in capsys.readouterr().out

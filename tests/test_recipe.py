@@ -2,21 +2,36 @@
 
 import dataclasses
 import math
+import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
+from camvid_data import write_camvid
 from torch import nn
 
-from training import ClassificationConfig, PretrainingConfig, fit, loop, randaugment
+from training import (
+    ClassificationConfig,
+    Experiment,
+    PretrainingConfig,
+    RunOptions,
+    SegmentationConfig,
+    UserError,
+    fit,
+    loop,
+    randaugment,
+)
 from models.baselines import ResNet20Config, ViTConfig
-from models.vision_bdh import v2_config
-from training.augment import PadAndCrop, RandomErasing
+from models.bdh_unet import bdh_unet_config
+from models.vision_bdh import v2_config, v3_config
+from training.augment import JointTransform, PadAndCrop, RandomErasing
 from training.mixing import Mix, SmoothLabels
 from training.muon import MuonWithAdamW, orthogonalise
 from training.optimiser import hidden_matrices, make_average, make_optimizer, rate_factor
 from training.stored import load_checkpoint
+from training.tasks import median_frequencies, pixel_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -162,6 +177,29 @@ def test_pretraining_has_no_labels_to_mix():
         PretrainingConfig(**(dataclasses.asdict(make_train()) | {"mixup": 0.8}))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        v2_config(n_layer=2, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, dropout=0.0, drop_path=0.5),
+        v3_config(n_layer=2, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, dropout=0.0, drop_path=0.5),
+        ViTConfig(n_layer=2, n_embd=12, mlp_dim=24, drop_path=0.5),
+    ],
+    ids=["v2", "v3", "vit"],
+)
+def test_drop_path_skips_levels_in_proportion_to_their_depth_and_only_in_training(config):
+    model, images = config.build(), torch.randn(1, 3, 32, 32).expand(800, -1, -1, -1)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    plain = dataclasses.replace(config, drop_path=0.0).build()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(images[:2]), plain.eval()(images[:2]))
+    torch.manual_seed(0)
+    outputs = model.train()(images)
+    groups = {tuple(row.tolist()) for row in torch.cdist(outputs, outputs) < 1e-2 * outputs.std()}
+    shares = sorted(sum(group) / 800 for group in groups)  # both levels, one of them, none kept: p = 0.25 and 0.5
+    assert shares == pytest.approx([0.125, 0.125, 0.375, 0.375], abs=0.06)
+
+
 # ---------------------------------------------------------------------------- averaging
 
 
@@ -272,6 +310,45 @@ def test_shares_follow_the_beta_distribution_and_either_is_chosen_by_batch():
     _, _, cut = Mix(0.8, 1.0, 10, 32).draw(3200, 32, 32, generator())
     per_batch = cut.view(100, 32)
     assert (per_batch == per_batch[:, :1]).all() and 30 < per_batch[:, 0].sum() < 70
+
+
+def test_class_weights_are_median_frequencies():
+    masks = np.array([[[0, 0, 0, 1]], [[0, 0, 3, 3]], [[2, 2, 2, 2]]], dtype=np.uint8)  # 3 is void
+    frequencies = np.array([5 / 6, 1 / 4, 4 / 4])
+    assert median_frequencies(masks, 3).tolist() == pytest.approx(np.median(frequencies) / frequencies)
+    logits, truth = torch.randn(2, 3, 4, 5), torch.randint(4, (2, 4, 5))
+    weights = torch.tensor([0.5, 1.0, 2.0])
+    expected = F.cross_entropy(logits, truth, weight=weights, ignore_index=3)  # the library's weighted mean
+    assert pixel_cross_entropy(logits, truth, weights).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_scaled_crops_keep_the_size_and_pad_with_void():
+    config = SegmentationConfig(
+        epochs=1, batch_size=1, learning_rate=1e-3, weight_decay=0.0, scale_min=0.5, scale_max=2.0
+    )
+    transform = JointTransform(config, void=11, img_size=(24, 32))
+    image, mask = np.full((24, 32, 3), 200, np.uint8), np.full((24, 32), 4, np.uint8)
+    padded = 0
+    for seed in range(40):
+        scaled, labels = transform(image, mask, seed)
+        assert scaled.shape == (24, 32, 3) and labels.shape == (24, 32) and set(np.unique(labels)) <= {4, 11}
+        assert (scaled[labels == 11] == 0).all()
+        padded += (labels == 11).any()
+    assert 5 < padded < 35
+
+
+def test_training_on_both_parts_tests_the_last_epoch(tmp_path):
+    write_camvid(tmp_path / "data_camvid", n_train=6, n_val=3)
+    train = SegmentationConfig(epochs=3, batch_size=3, learning_rate=1e-2, weight_decay=0.0, train_val=True)
+    model = bdh_unet_config(img_size=(32, 48), n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4)
+    options = RunOptions(data_dir=tmp_path, runs_dir=tmp_path / "runs", device="cpu", num_workers=0)
+    with pytest.raises(UserError, match="--train-val tests on the test set"):
+        fit(Experiment("both", model, train, options))
+    for kind in ("", "annot"):
+        shutil.copytree(tmp_path / f"data_camvid/val{kind}", tmp_path / f"data_camvid/test{kind}")
+    summary = fit(Experiment("both", model, train, options))
+    assert summary["images"] == {"train": 9, "val": 3, "test": 3}
+    assert summary["best"]["epoch"] == 3 and summary["test"] is not None
 
 
 def test_label_smoothing_is_the_librarys():

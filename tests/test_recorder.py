@@ -7,7 +7,7 @@ import torch
 from inspecting import BDH as BDH_SIZES
 from inspecting import VIT as VIT_SIZES
 from inspecting import with_large_weights
-from reference import activate, assert_close, norm, randomised, reference_tokens, turn
+from reference import activate, assert_close, norm, randomised, reference_embedding, reference_levels, rotate
 from torch import nn
 
 from interpretability.common.adapters import adapter_of
@@ -169,11 +169,11 @@ def test_inputs_and_scores_are_the_reference_s(name, images):
         model(images)
         weights = dict(model.named_parameters())
         for level in range(3):
-            x = reference_tokens(weights, images, n_layer=level, **choices)
+            x = reference_levels(weights, reference_embedding(weights, images), n_layer=level, **choices)
             x = norm(x) if config.residual == "pre" else x
             assert_close(trace.x(level), x, 1e-9)
             for head, encoder in enumerate(weights["encoder"]):
-                q = turn(activate(x @ encoder, "relu"), config.rotary, config.pool == "cls")
+                q = rotate(activate(x @ encoder, "relu"), config.rotary, config.pool == "cls")
                 scores = q @ q.mT
                 if config.attention == "softmax":
                     scores = (scores / math.sqrt(q.shape[-1])).softmax(-1)

@@ -1,4 +1,4 @@
-"""The plan of all runs: what is in it, that each command makes its run, and a small one carried out."""
+"""The plans: what is in them, that each command makes its run, time estimates, and a small plan carried out."""
 
 import json
 import shutil
@@ -6,11 +6,17 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 
-from analysis.published import asked_of, read_published
-from benchmarks import reproduce
-from benchmarks.plans import PLANS, PUBLISHED, SMALL_CPU, Entry, Part, Plan, training_flop
-from benchmarks.reproduce import Options, main, planned_runs
+import plans
+import reproduce
+from training import device
+from analysis.published import read_published
+from plans import FULL_CPU, PLANS, PUBLISHED, SMALL_CPU, Entry, Part, Plan, epoch_minutes, training_flop
+from reproduce import Options, main, planned_runs
+from tests.claimed_runs import write_run
+from training.command_line import experiment_of
+from training.schedule import Outcome
 
 TINY = "--patch-size 8 --n-layer 1 --n-embd 8 --n-head 2 --mlp-internal-dim-multiplier 4 --epochs 2"
 
@@ -21,7 +27,7 @@ def options_in(tmp_path, **changed):
 
 def decisive(experiment):
     """Without what runs of one row may differ in."""
-    fields = experiment.fields()
+    fields = experiment.configuration.fields()
     for key in ("seed", "start_from"):
         del fields["train"][key]
     return json.dumps(fields), experiment.train.start_from is None
@@ -37,7 +43,11 @@ def test_three_seeds_of_every_published_row_are_planned(tmp_path):
     rows = [(line.script, flags) for line in read_published() if line.script for _, flags in line.settings]
     assert len(rows) > 20
     for script, flags in rows:
-        assert sorted(seeds[decisive(asked_of(script, flags))]) == [0, 1, 2], (script, flags)
+        assert sorted(seeds[decisive(experiment_of(script, flags))]) == [0, 1, 2], (script, flags)
+
+
+def labels_of(plan, options):
+    return [each.job.label for each in planned_runs(plan, options)]
 
 
 def test_no_run_is_planned_twice_and_the_most_valuable_come_first(tmp_path):
@@ -45,10 +55,28 @@ def test_no_run_is_planned_twice_and_the_most_valuable_come_first(tmp_path):
         runs = [each.job.experiment for each in planned_runs(plan, options_in(tmp_path))]
         assert len({(decisive(each), each.train.seed) for each in runs}) == len(runs)
         assert len({each.folder for each in runs}) == len(runs)
-    first = [each.job.label for each in planned_runs(PUBLISHED, options_in(tmp_path))][:10]
+    first = labels_of(PUBLISHED, options_in(tmp_path))[:10]
     assert first == [f"{name}_cifar10, seed {seed}" for name in ("v2", "vit_tiny", "v1") for seed in (0, 1, 2)] + [
         "v2_softmax_cifar10, seed 0"
     ]
+
+
+@pytest.mark.parametrize(("has_bf16", "precision"), [(True, "bf16"), (False, "float32")])
+def test_the_full_protocol_on_a_cpu(has_bf16, precision, tmp_path, monkeypatch):
+    """In order, in the precision of the CPU, and with results where the claims count them."""
+    monkeypatch.setattr(reproduce, "has_fast_bf16", lambda device: has_bf16)
+    vit, v1, m4 = "vit_tiny_cifar10+epochs=10", "v1_cifar10+epochs=10", "mlp_internal_dim_multiplier=4"
+    rivals = [f"{name}_cifar100" for name in ("resnet20", "deit_tiny", "mobilenetv2", "efficientnet")]
+    v1_m4 = f"{v1}+{m4}"
+    expected = [(name, 0) for name in (vit, v1, *rivals, v1_m4)]
+    expected += [(name, seed) for name in (vit, *rivals, v1_m4, v1) for seed in (1, 2)]
+    expected += [("v2_cifar10", 0), ("vit_tiny_cifar10", 0)]
+    planned = planned_runs(FULL_CPU, options_in(tmp_path, device="auto"))
+    runs = [each.job.experiment for each in planned]
+    assert [(each.name.replace(f"+precision={precision}", ""), each.train.seed) for each in runs] == expected
+    assert {each.options.device for each in runs} == {"cpu"}
+    assert planned[0].kept == tmp_path / "results" / f"{vit}+precision={precision}" / "seed0"
+    assert "precision=tf32" not in planned_runs(FULL_CPU, options_in(tmp_path, precision="tf32"))[0].job.experiment.name
 
 
 def test_a_run_that_two_questions_ask_for_is_made_for_the_first(tmp_path):
@@ -68,7 +96,7 @@ def test_what_v1_and_v2_differ_in_is_planned_in_every_combination(tmp_path):
         seen.setdefault(decisive(each.job.experiment), []).append(each.job.experiment.train.seed)
     for residual, init, steps in product(("post", "pre"), ("normal", "xavier"), (500, 1000)):
         flags = f"--residual {residual} --init {init} --warmup-steps {steps}"
-        assert sorted(seen[decisive(asked_of("train_v1_cifar10.py", flags))]) == [0, 1, 2], flags
+        assert sorted(seen[decisive(experiment_of("train_v1_cifar10.py", flags))]) == [0, 1, 2], flags
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -78,7 +106,7 @@ def test_each_command_makes_the_run_that_is_planned(name, tmp_path):
     planned = {each.job.experiment.name: each for each in planned_runs(PLANS[name], options)}  # one seed of each
     for each in planned.values():
         _, script, *flags = each.job.command
-        made = asked_of(script, " ".join(flags))
+        made = experiment_of(script, " ".join(flags))
         assert made == each.job.experiment
         assert made.folder == each.job.experiment.folder
         assert each.kept.relative_to(tmp_path / "results" / PLANS[name].folder).parts == made.folder.parts[-2:]
@@ -100,15 +128,86 @@ def test_small_runs_are_kept_where_they_never_count_as_reproductions(tmp_path):
 
 
 def test_the_work_of_a_training():
-    v2 = training_flop(asked_of("train_v2_cifar10.py", ""))
+    v2 = training_flop(experiment_of("train_v2_cifar10.py", ""))
     assert v2 == pytest.approx(9.2e9 * 40_000 * 50, rel=0.01)
-    assert training_flop(asked_of("train_v2_cifar10.py", "--epochs 5 --train-limit 5000")) == pytest.approx(v2 / 100)
+    assert training_flop(experiment_of("train_v2_cifar10.py", "--epochs 5 --train-limit 5000")) == pytest.approx(
+        v2 / 100
+    )
     # a softmax adds no products
-    assert training_flop(asked_of("train_v2_softmax_cifar10.py", "")) == pytest.approx(v2, rel=0.01)
-    unet = training_flop(asked_of("train_bdh_unet.py", "--img-size 96"))
-    assert training_flop(asked_of("train_bdh_unet.py", "--img-size 96 --train-limit 36")) == pytest.approx(
+    assert training_flop(experiment_of("train_v2_softmax_cifar10.py", "")) == pytest.approx(v2, rel=0.01)
+    unet = training_flop(experiment_of("train_bdh_unet.py", "--img-size 96"))
+    assert training_flop(experiment_of("train_bdh_unet.py", "--img-size 96 --train-limit 36")) == pytest.approx(
         unet * 36 / 367
     )
+
+
+# ---------------------------------------------------------------------------- time
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("model name: X\nflags\t\t: fpu avx512f avx512_bf16", True),
+        ("flags: amx_bf16 amx_tile", True),
+        ("flags: avx512f", False),
+        (None, False),
+    ],
+)
+def test_bf16_is_read_from_the_flags_of_the_cpu(flags, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "Path", lambda name: tmp_path / name.strip("/").replace("/", "_"))
+    device._cpu_info.cache_clear()
+    if flags is not None:
+        (tmp_path / "proc_cpuinfo").write_text(flags)
+    assert device.has_fast_bf16(torch.device("cpu")) == expected
+    device._cpu_info.cache_clear()
+
+
+def test_an_epoch_is_its_steps_and_the_validation(one_thread):
+    """40,000 training images, and 10,000 of validation that take a third of the time each."""
+    minutes = epoch_minutes(experiment_of("train_v2_cifar10.py", ""), step_seconds=0.6)
+    assert minutes == pytest.approx((40_000 + 10_000 / 3) / 32 * 0.6 / 60, rel=1e-3)
+    tiny = experiment_of("train_v2_cifar10.py", f"{TINY} --precision float32")
+    assert plans.measure_step(tiny, seconds=0.0) > 0
+
+
+def test_runs_that_fit_come_first_and_longer_ones_if_an_epoch_fits(tmp_path):
+    """A 50-epoch run of 90 epochs' time left over, one of them half done, and one whose epoch is too long."""
+    planned = planned_runs(FULL_CPU, options_in(tmp_path, only="cifar10+"))[:3]  # ten epochs each
+    names = [each.job.experiment.name for each in planned]
+    epoch = dict(zip((each.job.label for each in planned), (30.0, 2.0, 4.0), strict=True))
+
+    def chosen(left):
+        return [names.index(each.job.experiment.name) for each in reproduce.choose_runs(planned, epoch, left)]
+
+    assert chosen(1000) == [0, 1, 2]
+    assert chosen(70) == [1, 2]  # 10 minutes are left over
+    assert chosen(90) == [1, 2, 0]
+    assert chosen(21) == [1]
+    folder = planned[2].job.experiment.folder
+    columns = {"train_loss": [0.5] * 9}
+    write_run(folder, "train_v1_cifar10.py", "--epochs 10", finished=False, columns=columns)
+    assert chosen(24) == [1, 2]
+
+
+def test_estimates_are_listed_and_decide_within_a_budget(tmp_path, monkeypatch, capsys):
+    """Each model, batch size and precision is measured once."""
+    measured = []
+    monkeypatch.setattr(reproduce, "measure_step", lambda experiment: measured.append(experiment.name) or 0.06)
+    monkeypatch.setattr(reproduce, "tune_cpu_allocator", lambda: True)
+    monkeypatch.setattr(reproduce, "run_jobs", lambda jobs, *_, **__: ran.extend(jobs) or Outcome())
+    ran, options = [], dict(plan="full_cpu", only="tiny", precision="bf16")
+    main(options_in(tmp_path, **options, list=True))
+    shown = capsys.readouterr().out
+    assert len(measured) == 2 and "precision bf16 (--precision)" in shown and "0.060 s a step of 32 images" in shown
+    minutes = epoch_minutes(experiment_of("train_vit_tiny_cifar10.py", ""), 0.06)
+    assert f" {10 * minutes:.0f} " in shown and f" {50 * minutes:.0f} " in shown
+    main(options_in(tmp_path, **options, budget_minutes=25 * minutes))
+    assert [job.experiment.train.epochs for job in ran[:2]] == [10, 10] and len(ran) == 7
+    assert "runs left" not in capsys.readouterr().out
+    ran.clear()
+    main(options_in(tmp_path, **options, budget_minutes=10.5 * minutes))
+    assert [job.experiment.name.partition("+")[0] for job in ran] == ["vit_tiny_cifar10"]
+    assert "6 runs left; the same command continues with deit_tiny_cifar100" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------- carried out
@@ -116,7 +215,7 @@ def test_the_work_of_a_training():
 
 @pytest.fixture
 def small_plan(monkeypatch):
-    """Two seeds of a tiny model, and in between a run that cannot begin."""
+    """Two seeds of a tiny model, and between them a run that cannot start."""
     plan = Plan(
         "small_cpu",
         [
@@ -136,60 +235,63 @@ def files_of(folder):
 
 
 def test_a_plan_carried_out(small_plan, data_dir, tmp_path, capsys):
-    """The failing run is reported and stops nothing; what is kept is small, and is not made again."""
+    """The failing run is reported and stops nothing; small files are kept; complete runs are not made again."""
     options = options_in(tmp_path, plan="small_cpu", data_dir=data_dir, jobs=2)
     with pytest.raises(SystemExit) as end:
         main(options)
     shown = capsys.readouterr()
     assert end.value.code == 1 and "nowhere.pt" in shown.err and "v1_cifar10" in shown.err
-    kept = files_of(tmp_path / "results" / "small_cpu")
-    (name,) = {path.split("/")[0] for path in kept}
+    results, runs = tmp_path / "results" / "small_cpu", tmp_path / "runs"
+    (name,) = (path.name for path in results.iterdir())
     assert name.startswith("v2_cifar10+epochs=2+")
-    assert kept.keys() == {
-        f"{name}/seed{seed}/{file}" for seed in (0, 1) for file in ("config.json", "metrics.csv", "summary.json")
-    }
-    for seed in (0, 1):
-        run = tmp_path / "runs" / name / f"seed{seed}"
-        for file in reproduce.KEPT:
-            copy = tmp_path / "results" / "small_cpu" / name / f"seed{seed}" / file
-            assert copy.read_bytes() == (run / file).read_bytes()
+    names = {f"{name}/seed{seed}/{file}" for seed in (0, 1) for file in reproduce.KEPT}
+    assert files_of(results).keys() == names
+    assert all((results / each).read_bytes() == (runs / each).read_bytes() for each in names)
 
-    shutil.rmtree(tmp_path / "runs")
-    with pytest.raises(SystemExit):
-        main(options)
-    assert "results of 2 are kept already" in capsys.readouterr().out
-    assert files_of(tmp_path / "results" / "small_cpu") == kept
-    assert not list((tmp_path / "runs").glob("v2*"))
+    shutil.rmtree(results)
+    before, only = files_of(runs), options_in(tmp_path, plan="small_cpu", data_dir=data_dir, only="v2")
+    main(only)
+    assert files_of(runs) == before and files_of(results).keys() == names
+
+    shutil.rmtree(runs)
+    kept = files_of(results)
+    main(only)
+    assert "2 runs in the plan, 2 already in" in capsys.readouterr().out
+    assert files_of(results) == kept and not runs.exists()
 
     main(options_in(tmp_path, plan="small_cpu", list=True))
     shown = capsys.readouterr().out
     assert shown.count("kept") == 2 and "does it fail?" in shown
 
 
-def test_a_complete_run_that_was_not_kept_is_kept_without_being_made_again(small_plan, data_dir, tmp_path):
-    options = options_in(tmp_path, plan="small_cpu", data_dir=data_dir, only="v2")
-    main(options)
-    before = files_of(tmp_path / "runs")
-    shutil.rmtree(tmp_path / "results")
-    main(options)
-    assert files_of(tmp_path / "runs") == before
-    assert len(files_of(tmp_path / "results")) == 6
-
-
-def test_kept_files_of_another_configuration_are_left_alone(small_plan, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(False, "another configuration (n_layer: 3 -> 1): move it away"), (True, "summary.json cannot be read")],
+)
+def test_kept_files_that_are_not_this_run_are_named_and_the_rest_goes_on(damage, words, small_plan, tmp_path, capsys):
     options = options_in(tmp_path, plan="small_cpu", only="v2", budget_minutes=1e-6)
     kept = planned_runs(small_plan, options)[0].kept
-    kept.mkdir(parents=True)
-    fields = planned_runs(small_plan, options)[0].job.experiment.fields()
-    fields["model"]["n_layer"] = 3
-    del fields["model"]["qk"]  # a field younger than the run
-    (kept / "config.json").write_text(json.dumps({"config": fields}))
-    (kept / "summary.json").write_text('{"epochs": 2}')
+    write_run(kept, "train_v2_cifar10.py", TINY, n_layer=3, qk=...)  # qk: a field younger than the run
+    if damage:
+        (kept / "summary.json").write_text("{")
     with pytest.raises(SystemExit):
         main(options)
     shown = capsys.readouterr()
-    assert "another configuration (n_layer: 3 -> 1): move it away" in shown.err
-    assert "the time is over; runs left: 1." in shown.out
+    assert words in shown.err and "1 runs left" in shown.out
+    main(options_in(tmp_path, plan="small_cpu", only="v2", list=True))
+    assert "other or" in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_be_read_is_listed_as_not_started(small_plan, tmp_path, capsys):
+    options = options_in(tmp_path, plan="small_cpu", only="v2", list=True)
+    folder = planned_runs(small_plan, options)[0].job.experiment.folder
+    write_run(folder, "train_v2_cifar10.py", TINY, finished=False)
+    main(options)
+    assert "epoch 2 of 2" in capsys.readouterr().out
+    (folder / "metrics.csv").write_text("epoch\n")
+    main(options)
+    shown = capsys.readouterr()
+    assert "epoch 2 of 2" not in shown.out and f"{folder} is left out" in shown.err
 
 
 @pytest.mark.parametrize(
@@ -202,6 +304,6 @@ def test_kept_files_of_another_configuration_are_left_alone(small_plan, tmp_path
     ],
 )
 def test_wrong_flags_are_refused_with_a_message(flags, code, words, call_script, capsys):
-    assert call_script("benchmarks/reproduce.py", *flags) == code
+    assert call_script("reproduce.py", *flags) == code
     shown = capsys.readouterr()
     assert words in shown.err + shown.out

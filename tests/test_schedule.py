@@ -3,14 +3,16 @@
 import json
 import signal
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
-from training import ClassificationConfig, Experiment, RunOptions, UserError
+from training import ClassificationConfig, Experiment, RunOptions, UserError, schedule
 from models.vision_bdh import v2_config
+from training.runs import Run, describe_run
 from training.schedule import Job, command_now, run_jobs
 
-MODEL = v2_config()
 TRAIN = dict(dataset="cifar10", epochs=50, batch_size=32, learning_rate=1e-4, weight_decay=0.05)
 
 STAND_IN = """
@@ -20,7 +22,8 @@ folder, config, what = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 with (folder.parents[1] / "calls.txt").open("a") as file:
     file.write(f"{folder.parent.name} {folder.name} {' '.join(sys.argv[4:])}".strip() + "\\n")
 (folder / "config.json").write_text(config)
-(folder / "last.pt").touch()
+if what != "last":
+    (folder / "last.pt").touch()
 if what == "fail":
     sys.exit("some output\\nerror: the reason")
 if what == "die":
@@ -34,11 +37,12 @@ if what == "meet":  # ends only if another runs at the same time
         time.sleep(0.01)
 if what == "last":  # until it is stopped
     try:
+        (folder / "last.pt").touch()
         time.sleep(60)
     except KeyboardInterrupt:
         (folder / "stopped").touch()
         sys.exit(130)
-(folder / "summary.json").write_text('{"done": true}')
+(folder / "summary.json").write_text('{"test": null, "best": {"epoch": 1}, "epochs": 1, "parameters": 1}')
 """
 
 
@@ -50,7 +54,8 @@ def make_job(tmp_path):
         train = ClassificationConfig(seed=seed, start_from=start_from, **TRAIN)
         options = RunOptions(runs_dir=tmp_path / "runs", overwrite=overwrite)
         experiment = Experiment(name, v2_config(**model), train, options)
-        config = json.dumps({"config": experiment.fields()})
+        facts = dict(parameters=1, hardware={"device": "cpu", "name": "a CPU"})
+        config = json.dumps(describe_run(experiment, {"name": "made up"}, **facts))
         return Job(experiment, [sys.executable, "-c", STAND_IN, str(experiment.folder), config, what])
 
     return make
@@ -76,7 +81,8 @@ def test_a_run_that_was_begun_goes_on(files, flags, make_job):
     for name in files:
         (job.experiment.folder / name).touch()
     assert command_now(job) == [*job.command, *flags]
-    assert command_now(make_job(overwrite=True)) == [*job.command, "--overwrite"]
+    job = make_job(overwrite=True)
+    assert command_now(job) == [*job.command, "--overwrite"]
 
 
 def test_a_run_that_fails_stops_no_other_and_is_listed_with_its_error(make_job, tmp_path, capsys):
@@ -109,44 +115,65 @@ def test_a_complete_run_of_another_configuration_is_not_taken_for_this_one(make_
     assert calls(tmp_path) == ["a seed0", "b seed0"]  # the other is made all the same
 
 
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+def test_a_damaged_run_is_named_and_stops_no_other(name, make_job, tmp_path):
+    run_jobs([make_job("a")], 1)
+    (tmp_path / "runs" / "a" / "seed0" / name).write_text("half a fi")
+    outcome = run_jobs([make_job("a"), make_job("b")], 1)
+    assert outcome.failures.keys() == {"a, seed 0"} and name in outcome.failures["a, seed 0"]
+    assert calls(tmp_path) == ["a seed0", "b seed0"]
+
+
+@pytest.mark.parametrize("seen", [[True], [False, True]])
+def test_a_run_that_another_process_trains_is_left_to_it(seen, make_job, tmp_path, monkeypatch, capsys):
+    """Whether it is found before the start, or its own process finds the other."""
+    looks = {"a": iter(seen)}
+    monkeypatch.setattr(Run, "is_locked", lambda run: next(looks.get(run.folder.parent.name, iter([False]))))
+    monkeypatch.setattr(Run, "holder", lambda run: "process 7 on host")
+    outcome = run_jobs([make_job("a", "fail"), make_job("b")], 1)
+    assert (outcome.failures, outcome.elsewhere) == ({}, {"a, seed 0": "process 7 on host"})
+    assert "in work elsewhere (process 7 on host)" in capsys.readouterr().out
+    assert calls(tmp_path) == [*["a seed0"] * (len(seen) - 1), "b seed0"]
+
+
 def test_jobs_run_at_the_same_time(make_job):
     assert run_jobs([make_job("a", "meet"), make_job("b", "meet")], 2).failures == {}
 
 
-def test_when_the_time_is_over_what_runs_is_stopped_and_the_rest_is_left(make_job, tmp_path):
+def test_when_the_time_is_over_what_runs_is_stopped_and_the_rest_is_left(make_job, tmp_path, monkeypatch):
     jobs = [make_job("a"), make_job("b", "last"), make_job("c"), make_job("d")]
-    kept = []
-    outcome = run_jobs(jobs, 1, minutes=5 / 60, keep=kept.append)
+    begun, kept = jobs[1].experiment.folder / "last.pt", []
+    clock = SimpleNamespace(monotonic=lambda: 61 * begun.exists(), sleep=time.sleep, perf_counter=time.perf_counter)
+    with monkeypatch.context() as patch:
+        patch.setattr(schedule, "time", clock)
+        outcome = run_jobs(jobs, 1, minutes=1, keep=kept.append)
     assert outcome.failures == {} and outcome.left == ["b, seed 0", "c, seed 0", "d, seed 0"]
-    assert kept == jobs[:1] and (jobs[1].experiment.folder / "stopped").exists()
+    assert kept == jobs[:1] and (begun.parent / "stopped").exists()
     assert calls(tmp_path) == ["a seed0", "b seed0"]
     again = run_jobs([make_job(name) for name in "abcd"], 1)
     assert (again.failures, again.left) == ({}, [])
     assert calls(tmp_path)[2:] == ["b seed0 --resume", "c seed0", "d seed0"]
 
 
-def test_runs_can_be_stopped_where_the_shell_had_interrupts_ignored(make_job):
-    """As it does for what is started with & in a script."""
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_stop_from_outside_stops_the_runs_too(name, make_job):
+    """Also where the shell had interrupts ignored, as it does for what a script starts with &."""
+    number, job = getattr(signal, name), make_job("a", "last")
+    handler = signal.getsignal(number)
+
+    def stop(_):  # the quick run's end sends the signal while the other one runs
+        while not (job.experiment.folder / "last.pt").exists():
+            time.sleep(0.01)
+        signal.raise_signal(number)
+
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    job = make_job("a", "last")
     try:
-        outcome = run_jobs([job], 1, minutes=5 / 60)
+        with pytest.raises(KeyboardInterrupt):
+            run_jobs([job, make_job("b")], 2, keep=stop)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert outcome.left == [job.label] and (job.experiment.folder / "stopped").exists()
-
-
-def test_a_stop_from_outside_stops_the_runs_too(make_job, tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
-    job = make_job("a", "last")
-
-    def stop(_):
-        signal.raise_signal(signal.SIGTERM)
-
-    with pytest.raises(KeyboardInterrupt):  # the quick run's end sends the signal while the other one runs
-        run_jobs([job, make_job("b", "meet_not")], 2, keep=stop)
-    assert not (job.experiment.folder / "summary.json").exists()
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert (job.experiment.folder / "stopped").exists()
+    assert signal.getsignal(number) is handler
 
 
 def test_a_run_waits_for_the_one_whose_weights_it_starts_from(make_job, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from training import ClassificationConfig, Experiment, RunOptions, SegmentationC
 from models.baselines import ResNetUNetConfig, ViTConfig
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import interpolate_positions
-from training.config import full_experiment_name, parse_experiment
-from training.runs import load_file
+from tests.trials import interrupt, resumed, same_weights, weights
+from training.command_line import experiment_of, parse_experiment
+from training.runs import load_model
 from training.start import start_weights
+from training.stored import EXPORTED, load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,23 +60,57 @@ def checkpoint(runs, name):
     return runs / name / "seed0" / "best.pt"
 
 
+def weights_in(path):
+    return load_checkpoint(path)["model"]
+
+
 # ---------------------------------------------------------------------------- the whole model
 
 
 def test_every_weight_is_taken(runs, camvid, tmp_path, capsys):
     path = checkpoint(runs, "unet")
     model, before, origin = started(make_experiment(tmp_path, camvid, start_from=path))
-    state = load_file(path)
-    assert all(torch.equal(value, state["model"][name]) for name, value in model.state_dict().items())
-    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert origin == {"file": "unet-seed0-best.pt", "epoch": 1}
-    assert f"starting from {path}, epoch 1: all of its {len(before)} tensors taken" in capsys.readouterr().out
+    assert same_weights(model.state_dict(), weights_in(path)) and not same_weights(model.state_dict(), before)
+    assert origin == {"file": "unet-seed0-best.pt"}
+    assert f"starting from {path}: all of its {len(before)} tensors taken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers_are_stripped(prefix, runs, camvid, tmp_path):
+    """As DistributedDataParallel and torch.compile put them before the names of a state dict."""
+    state = load_checkpoint(checkpoint(runs, "unet"))
+    expected = state["model"]
+    state["model"] = {prefix + name: value for name, value in expected.items()}
+    shutil.copy(checkpoint(runs, "unet").with_name("config.json"), tmp_path)
+    torch.save(state, tmp_path / "best.pt")
+    for path in (tmp_path, tmp_path / "best.pt"):
+        assert same_weights(load_model(path)[0].state_dict(), expected)
+    model, _, _ = started(make_experiment(tmp_path / "runs", camvid, start_from=tmp_path / "best.pt"))
+    assert same_weights(model.state_dict(), expected)
+
+
+def test_exported_weights_start_a_training(runs, camvid, tmp_path, call_script):
+    run, exported = checkpoint(runs, "v2").parent, tmp_path / "v2" / "seed0"
+    exported.mkdir(parents=True)
+    shutil.copy(run / "config.json", exported)
+    assert call_script("tools/export_weights.py", "--run", run, "--to", exported) == 0
+    rounded = {name: value.bfloat16().float() for name, value in weights_in(run / "best.pt").items()}
+    path = exported / EXPORTED
+    options = ["--data-dir", "nowhere", "--patch-size", "8", "--n-layer", "1", "--n-embd", "16", "--n-head", "2"]
+    trial = experiment_of("train_v2_cifar10.py", " ".join([*options, "--mlp-internal-dim-multiplier 4"]))
+    trial = dataclasses.replace(trial, train=dataclasses.replace(trial.train, start_from=path))
+    model, _, origin = started(trial)
+    for name, value in model.named_parameters():
+        assert value.dtype == torch.float32 and torch.equal(value, rounded[name]), name
+    assert origin == {"file": f"v2-seed0-{EXPORTED}"}
+    model, _, origin = started(make_experiment(tmp_path, camvid, encoder=path))
+    assert torch.equal(model.encoder.decoder, rounded["decoder"]) and origin["file"] == f"v2-seed0-{EXPORTED}"
 
 
 def test_positions_are_interpolated_for_another_size(runs, camvid, tmp_path):
     path = checkpoint(runs, "unet")
     model, _, _ = started(make_experiment(tmp_path, camvid, start_from=path, img_size=(48, 64)))
-    expected = interpolate_positions(load_file(path)["model"]["encoder.pos_embed"], (4, 4), (6, 8))
+    expected = interpolate_positions(weights_in(path)["encoder.pos_embed"], (4, 4), (6, 8))
     assert torch.equal(model.encoder.pos_embed, expected)
 
 
@@ -81,7 +118,7 @@ def test_rotary_frequencies_are_the_models_own(runs, camvid, tmp_path, capsys):
     experiment = make_experiment(tmp_path, camvid, start_from=checkpoint(runs, "unet"), rotary="axial")
     model, before, _ = started(experiment)
     assert torch.equal(model.encoder.attn.freqs, before["encoder.attn.freqs"])
-    assert not torch.equal(model.encoder.attn.freqs, load_file(checkpoint(runs, "unet"))["model"]["encoder.attn.freqs"])
+    assert not torch.equal(model.encoder.attn.freqs, weights_in(experiment.train.start_from)["encoder.attn.freqs"])
     assert "note: the weights were trained with --rotary raster" in capsys.readouterr().out
 
 
@@ -90,12 +127,10 @@ def test_training_goes_on_from_there_and_the_run_says_so(runs, camvid, tmp_path)
     tuned = make_experiment(tmp_path, camvid, "tuned", start_from=path)
     fit(tuned)
     config = json.loads((tuned.folder / "config.json").read_text())
-    assert config["origin"] == {"file": "unet-seed0-best.pt", "epoch": 1}
+    assert config["origin"] == {"file": "unet-seed0-best.pt"}
     assert config["config"]["train"]["start_from"] == "unet-seed0-best.pt"
-    first = load_file(tuned.folder / "previous.pt")
-    assert first["epoch"] == 0 and all(
-        torch.equal(value, load_file(path)["model"][name]) for name, value in first["model"].items()
-    )
+    assert load_checkpoint(tuned.folder / "previous.pt")["epoch"] == 0
+    assert same_weights(weights(tuned.folder, "previous.pt"), weights_in(path))
 
 
 def test_a_resumed_run_does_not_need_the_file(runs, camvid, tmp_path):
@@ -105,13 +140,10 @@ def test_a_resumed_run_does_not_need_the_file(runs, camvid, tmp_path):
         (path.parent / name).write_bytes((checkpoint(runs, "unet").parent / name).read_bytes())
     whole, cut = (make_experiment(tmp_path / name, camvid, start_from=path, epochs=2) for name in ("whole", "cut"))
     fit(whole)
-    fit(cut)
-    (cut.folder / "summary.json").unlink()
-    (cut.folder / "previous.pt").replace(cut.folder / "last.pt")  # as after its first epoch
+    interrupt(cut, 2)
     path.unlink()
-    fit(dataclasses.replace(cut, options=dataclasses.replace(cut.options, resume=True)))
-    weights = [load_file(each.folder / "last.pt")["model"] for each in (whole, cut)]
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    fit(resumed(cut))
+    assert same_weights(*(weights(each.folder) for each in (whole, cut)))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +165,7 @@ def test_another_architecture_is_refused(runs, camvid, tmp_path, model, parts):
 
 
 def test_another_model_is_refused(runs, camvid, tmp_path):
-    with pytest.raises(UserError, match=r"best\.pt holds the weights of a VisionBDHConfig, not of a BDHUNetConfig"):
+    with pytest.raises(UserError, match=r"best\.pt holds weights of a VisionBDHConfig, not of a BDHUNetConfig"):
         started(make_experiment(tmp_path, camvid, start_from=checkpoint(runs, "v2")))
 
 
@@ -150,19 +182,21 @@ def test_a_baseline_at_another_size_is_told_its_own(tmp_path, data_dir):
 def test_what_is_no_checkpoint(runs, camvid, tmp_path):
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes(checkpoint(runs, "unet").read_bytes()[:1000])
+    (tmp_path / "metrics.csv").write_text("epoch\n1\n")
     alone = tmp_path / "best.pt"
     alone.write_bytes(checkpoint(runs, "unet").read_bytes())  # no config.json beside it
     for path, message in [
-        (tmp_path / "nowhere.pt", "is not there: train what it comes from first"),
+        (alone.with_name("metrics.csv"), "cannot be read as a checkpoint"),
+        (tmp_path / "nowhere.pt", "does not exist: train the run it comes from first"),
         (checkpoint(runs, "unet").parent, "is a folder: name the file in it"),
-        (damaged, "cannot be used as a checkpoint"),
-        (alone, "with config.json beside it"),
+        (damaged, "cannot be read as a checkpoint"),
+        (alone, "beside config.json"),
     ]:
         for fields in (dict(start_from=path), dict(encoder=path)):
             with pytest.raises(UserError, match=message) as error:
                 started(make_experiment(tmp_path / "runs", camvid, **fields))
-            assert str(path) in str(error.value)
-    with pytest.raises(UserError, match="is not there"):
+            assert str(path if path != alone else path.parent) in str(error.value)
+    with pytest.raises(UserError, match="does not exist"):
         fit(make_experiment(tmp_path / "runs", camvid, start_from=tmp_path / "nowhere.pt"))
     assert not (tmp_path / "runs").exists()
 
@@ -173,7 +207,7 @@ def test_what_is_no_checkpoint(runs, camvid, tmp_path):
 def test_a_classifiers_weights_go_into_the_encoder(runs, camvid, tmp_path, capsys):
     path = checkpoint(runs, "v2")
     model, before, origin = started(make_experiment(tmp_path, camvid, encoder=path, img_size=(48, 64)))
-    theirs = load_file(path)["model"]
+    theirs = weights_in(path)
     for name in ("encoder", "encoder_v", "decoder", "patch_embed.weight", "patch_embed.bias"):
         assert torch.equal(model.encoder.state_dict()[name], theirs[name]), name
     expected = interpolate_positions(theirs["pos_embed"], (4, 4), (6, 8))
@@ -183,7 +217,7 @@ def test_a_classifiers_weights_go_into_the_encoder(runs, camvid, tmp_path, capsy
     )
     said = capsys.readouterr().out
     assert str(path) in said and "decoder, encoder, encoder_v, patch_embed.bias, patch_embed.weight, pos_embed" in said
-    assert "positions interpolated from 4 x 4 patches" in said and "nothing in it and the rest of the model" in said
+    assert "positions interpolated from 4 x 4 patches" in said and "drawn: the rest of the model" in said
     assert origin["file"] == "v2-seed0-best.pt" and origin["drawn"] == []
 
 
@@ -192,9 +226,7 @@ def test_patches_of_another_size_are_drawn_anew(runs, camvid, tmp_path, capsys):
     assert origin["drawn"] == ["patch_embed.bias", "patch_embed.weight"]  # the one is of no use without the other
     assert torch.equal(model.encoder.patch_embed.weight, before["encoder.patch_embed.weight"])
     assert not torch.equal(model.encoder.encoder, before["encoder.encoder"])
-    assert (
-        "; patch_embed.bias, patch_embed.weight in it and the rest of the model drawn anew" in capsys.readouterr().out
-    )
+    assert "drawn: patch_embed.bias, patch_embed.weight, the rest of the model" in capsys.readouterr().out
 
 
 def test_other_choices_are_told(runs, camvid, tmp_path, capsys):
@@ -207,7 +239,7 @@ def test_other_choices_are_told(runs, camvid, tmp_path, capsys):
 def test_the_encoder_of_another_unet_and_before_a_whole_checkpoint(runs, camvid, tmp_path):
     path = checkpoint(runs, "unet")
     model, before, origin = started(make_experiment(tmp_path, camvid, encoder=path, start_from=tmp_path / "unread.pt"))
-    assert torch.equal(model.encoder.encoder, load_file(path)["model"]["encoder.encoder"])
+    assert torch.equal(model.encoder.encoder, weights_in(path)["encoder.encoder"])
     assert torch.equal(model.head.weight, before["head.weight"]) and origin["file"] == "unet-seed0-best.pt"
 
 
@@ -232,15 +264,11 @@ def test_an_encoder_with_more_to_its_core_is_refused(fields, misfit, flag, runs,
 def test_an_encoder_replaces_the_whole_in_the_record_too(runs, tmp_path):
     flags = ["--encoder", str(checkpoint(runs, "v2"))]
     train = SegmentationConfig(**TRAIN, start_from=tmp_path / "unread.pt")
-    experiment = parse_experiment("unet", bdh_unet_config(), train, "", flags)
-    assert experiment.train.start_from is None and experiment.name == "unet+encoder=v2-seed0-best.pt"
-    assert parse_experiment("unet", bdh_unet_config(), train, "", []).train.start_from == tmp_path / "unread.pt"
-
-
-def test_the_runs_name_says_which_checkpoint(runs):
-    before = bdh_unet_config()
-    after = dataclasses.replace(before, encoder=checkpoint(runs, "v2"), img_size=(48, 64))
-    assert full_experiment_name("unet", (before,), (after,)) == "unet+encoder=v2-seed0-best.pt+img_size=48,64"
+    whole = Experiment("unet", bdh_unet_config(), train)
+    assert parse_experiment(whole, []).train.start_from == tmp_path / "unread.pt"
+    changed = parse_experiment(whole, [*flags, "--img-size", "48", "64"])
+    assert changed.train.start_from is None
+    assert changed.name == "unet+encoder=v2-seed0-best.pt+img_size=48,64"
 
 
 # ---------------------------------------------------------------------------- a library

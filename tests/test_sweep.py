@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,20 +10,25 @@ from pathlib import Path
 
 import pytest
 
-from training import ClassificationConfig, UserError
+from training import ClassificationConfig, Experiment, UserError, sweep
 from models.vision_bdh import v2_config
-from training.config import parse_experiment
+from training.command_line import parse_experiment
+from training.config import ROOT
+from training.runs import Run
 from training.sweep import SweepOptions, command_of, make_plan
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_ablation.py"
 MODEL = v2_config()
 TRAIN = ClassificationConfig(dataset="cifar10", epochs=50, batch_size=32, learning_rate=1e-4, weight_decay=0.05)
+EXPERIMENT = Experiment("ablation", MODEL, TRAIN)
 
 
-def plan_of(tmp_path, sweep, *flags):
-    flags = ["--sweep", sweep, "--runs-dir", str(tmp_path / "runs"), *flags]
-    return make_plan("ablation", MODEL, TRAIN, parse_experiment("ablation", MODEL, TRAIN, "", flags, SweepOptions()))
+def asked(*flags):
+    return parse_experiment(EXPERIMENT, list(flags), options=SweepOptions())
+
+
+def plan_of(tmp_path, axes, *flags):
+    return make_plan(EXPERIMENT, asked("--sweep", axes, "--runs-dir", str(tmp_path / "runs"), *flags))
 
 
 def names(plan):
@@ -56,6 +60,10 @@ def test_every_combination(tmp_path):
     assert len(plan.experiments) == 4 and plan.default == "ablation"
 
 
+def test_what_is_named_twice_is_run_once(tmp_path):
+    assert names(plan_of(tmp_path, "n_layer=1/1,qk,qk")) == ["ablation", "ablation+n_layer=1", "ablation+qk=separate"]
+
+
 def test_the_default_takes_part_even_where_it_is_not_named(tmp_path):
     plan = plan_of(tmp_path, "init=normal,gate=none", "--cross")
     assert names(plan) == ["ablation", "ablation+gate=none+init=normal"]
@@ -81,34 +89,35 @@ def test_what_is_changed_for_all_is_in_every_name_and_the_default(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sweep", "field", "values"),
+    ("axes", "field", "values"),
     [
         ("learning_rate=1e-3/3e-4", "learning_rate", [1e-4, 1e-3, 3e-4]),
         ("train_limit=200/None", "train_limit", [None, 200]),
         ("crop_scale_min=0.5", "crop_scale_min", [1.0, 0.5]),
         ("compile=yes", "compile", [False, True]),
+        ("start_from=/a/best.pt", "start_from", [None, Path("/a/best.pt")]),
     ],
 )
-def test_values_have_the_type_of_their_field(sweep, field, values, tmp_path):
-    assert [getattr(each.train, field) for each in plan_of(tmp_path, sweep).experiments] == values
+def test_values_have_the_type_of_their_field(axes, field, values, tmp_path):
+    assert [getattr(each.train, field) for each in plan_of(tmp_path, axes).experiments] == values
 
 
 @pytest.mark.parametrize(
-    ("sweep", "words"),
+    ("axes", "words"),
     [
         ("residul", "did you mean residual"),
-        ("init,zzz=3", "zzz: there is no such field: there are .*gate"),
+        ("init,zzz=3", "zzz: no such field, choose from .*gate"),
         ("n_layer", "name the values"),
         ("n_layer=2/many", "n_layer=many: it must be int"),
         ("gate=gelu", "gate=gelu: choose from multiplicative, sigmoid, none"),
         ("shared=maybe", "shared=maybe: choose from True, False"),
         ("seed=1/2", "no such field"),
-        ("", "no such field"),
+        ("", "name the fields"),
     ],
 )
-def test_a_wrong_sweep_is_refused_with_a_hint(sweep, words, tmp_path):
+def test_a_wrong_sweep_is_refused_with_a_hint(axes, words, tmp_path):
     with pytest.raises(UserError, match=words):
-        plan_of(tmp_path, sweep)
+        plan_of(tmp_path, axes)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +125,7 @@ def test_a_wrong_sweep_is_refused_with_a_hint(sweep, words, tmp_path):
 )
 def test_options_that_make_no_sense_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as end:
-        parse_experiment("ablation", MODEL, TRAIN, "", flags, SweepOptions())
+        asked(*flags)
     assert end.value.code == 2
 
 
@@ -142,9 +151,9 @@ def test_a_run_is_what_its_command_makes(flags, tmp_path, monkeypatch):
     plan = plan_of(tmp_path, "shared,dropout=0/0.5,horizontal_flip,train_limit=50", "--seeds", "2", *flags)
     assert len(plan.experiments) == 2 * 6
     for each in plan.experiments:
-        python, script, *args = command_of(each, MODEL, TRAIN)
+        python, script, *args = command_of(each, EXPERIMENT)
         assert (python, script) == (sys.executable, str(SCRIPT))
-        again = parse_experiment("ablation", MODEL, TRAIN, "", args, SweepOptions())
+        again = asked(*args)
         assert (again.name, again.model, again.train) == (each.name, each.model, each.train)
         assert again.options.sweep is None and again.folder == each.folder
         same = ("device", "data_dir", "wandb", "tensorboard", "eval_batch_size")
@@ -154,32 +163,51 @@ def test_a_run_is_what_its_command_makes(flags, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------- a real one
 
 
-def test_a_sweep_stopped_and_started_again_repeats_nothing(data_dir, tmp_path):
-    sizes = "--patch-size 8 --n-layer 1 --n-embd 8 --n-head 2 --mlp-internal-dim-multiplier 4 --epochs 2".split()
-    where = ["--data-dir", str(data_dir), "--runs-dir", str(tmp_path / "runs"), "--device", "cpu"]
-    command = [sys.executable, str(SCRIPT), *sizes, *where, "--sweep", "n_head=1/3,gate=none", "--jobs", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    look = dict(cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command, **look)
-    ends = time.monotonic() + 240
-    while not (done := list(tmp_path.rglob("summary.json"))) and process.poll() is None:
-        assert time.monotonic() < ends
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
-    if process.returncode != 1:  # it had not yet come to its end
-        assert process.returncode == 130, out + err
-        assert "The same command goes on" in err
-    kept = {path: path.stat().st_mtime_ns for summary in done for path in summary.parent.iterdir()}
+def test_ctrl_c_says_how_to_continue(call_script, monkeypatch, tmp_path, capsys):
+    def stop(*args):
+        raise KeyboardInterrupt
 
-    again = subprocess.run(command, **look)
-    assert again.returncode == 1 and "n_head=3: n_embd = 8 is not a multiple" in again.stderr, again.stderr
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    summaries = list(tmp_path.rglob("summary.json"))
-    assert len(summaries) == 3
+    monkeypatch.setattr(sweep, "run_jobs", stop)
+    assert call_script("train_ablation.py", "--sweep", "init", "--runs-dir", tmp_path) == 130
+    assert "Repeat the command to continue" in capsys.readouterr().err
+
+
+def test_a_sweep_killed_and_started_again(data_dir, tmp_path, call_script, capsys):
+    """kill -9 of the sweep ends its runs; the same command resumes them and leaves alone what others train."""
+    sizes = "--patch-size 8 --n-layer 1 --n-embd 8 --n-head 2 --mlp-internal-dim-multiplier 4 --epochs 12".split()
+    where = ["--data-dir", str(data_dir), "--runs-dir", str(tmp_path / "runs"), "--device", "cpu"]
+    flags = [*sizes, *where, "--sweep", "n_head=1/3,gate=none"]
+    plan = make_plan(EXPERIMENT, asked(*flags)).experiments
+    first, gateless = plan[0].folder, next(each.folder for each in plan if each.model.gate == "none")
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *flags],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+    )
+    process.stdout.close()  # as `... | head` does: the sweep goes on
+    wait_for((first / "metrics.csv").exists)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not Run(first).is_locked())
+    assert "stopped. Add --resume" in (first / "log.txt").read_text().splitlines()[-1]
+
+    with Run(gateless).locked():
+        assert call_script("train_ablation.py", *flags, "--jobs", "2") == 1
+    captured = capsys.readouterr()
+    assert "n_head=3: n_embd = 8 is not a multiple" in captured.err
+    assert f"in work elsewhere (process {os.getpid()}" in captured.out
+    assert "resuming after epoch" in (first / "log.txt").read_text()
+    done = [path.parent for path in tmp_path.rglob("summary.json")]
+    assert len(done) == 2 and gateless not in done
+    assert all(len((folder / "metrics.csv").read_text().splitlines()) == 1 + 12 for folder in done)
     table = next(tmp_path.rglob("sweep_n_head_gate.md")).read_text()
-    assert "| default |" in table and "| n_head=1 |" in table and "| gate=none |" in table
-    assert table in again.stdout.replace("\r", "")
-    for summary in summaries:
-        assert (summary.parent / "log.txt").stat().st_size > 0
-        assert len((summary.parent / "metrics.csv").read_text().splitlines()) == 3
+    assert "| default |" in table and "| n_head=1 |" in table and "gate=none" not in table
+    assert table in captured.out.replace("\r", "")
+
+
+def wait_for(condition, seconds=120):
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.02)

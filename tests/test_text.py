@@ -14,10 +14,13 @@ import torch
 from training import Experiment, RunOptions, TextConfig, UserError, fit, loop
 from analysis.analyze import analyze
 from models.bdh import BDHConfig
-from training.config import ROOT, parse_experiment
-from training.data.text import TextBatches, load_text
-from training.runs import load_file, load_model
+from tests.trials import interrupt, resumed, same_weights, snapshot, weights
+from training.command_line import experiment_of
+from training.data.text import Text, TextBatches, load_text
+from training.runs import load_model
+from training.stored import load_checkpoint
 
+SCRIPT = "train_bdh_text.py"
 CPU = torch.device("cpu")
 TINY_MODEL = dict(n_layer=1, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)  # N = 32
 TINY_TRAIN = dict(context=16, epochs=2, batch_size=8, learning_rate=1e-2, weight_decay=0.1, val_fraction=0.1)
@@ -50,7 +53,7 @@ def text_trial(tmp_path, song):
 
 
 def batches_of(text, eval_batch_size=7, **train):
-    return TextBatches(text, "a text", TextConfig(**(TINY_TRAIN | train)), eval_batch_size, CPU)
+    return TextBatches(Text("a text", text), TextConfig(**(TINY_TRAIN | train)), eval_batch_size, CPU)
 
 
 def join(batches):
@@ -82,7 +85,7 @@ def test_targets_are_the_next_byte():
                 assert text.count(bytes([*piece, following[-1]])) == 1  # they stand in the text as they are
 
 
-@pytest.mark.parametrize("n", [800 + 17 * i for i in range(4)])
+@pytest.mark.parametrize("n", [800, 817, 834])
 def test_evaluation_reads_a_part_in_order(n):
     """From its first byte; but for the last few, each byte but the first is a target once."""
     text = os.urandom(n)
@@ -113,7 +116,7 @@ def test_every_training_piece_comes_once_an_epoch():
     assert len(offsets) > 1
 
 
-@pytest.mark.parametrize("n", range(1000, 1040, 3))
+@pytest.mark.parametrize("n", range(1000, 1040, 9))
 def test_all_but_the_ends_of_the_training_text_is_read(n):
     """Whatever the offset, fewer than two pieces' worth of bytes are left out, and none is of another part."""
     batches = batches_of(os.urandom(n))
@@ -141,8 +144,8 @@ def test_order_and_offset_follow_the_seed_and_the_epoch():
 
 
 def test_the_default_text_is_english():
-    text, name = load_text(None)
-    assert name == "python topics" and 200_000 < len(text) < 1_000_000
+    text = load_text(None).content
+    assert load_text(None).name == "python topics" and 200_000 < len(text) < 1_000_000
     words = Counter(text.decode().split())
     assert words["the"] > 2000 and "the" in dict(words.most_common(3))
     assert sum(byte < 128 for byte in text) > 0.99 * len(text)
@@ -150,17 +153,17 @@ def test_the_default_text_is_english():
 
 def test_the_default_texts_test_part_is_held_out():
     """The topics repeat each other; what they repeat must not be learned by heart and then tested."""
-    text, _ = load_text(None)
+    text = load_text(None).content
     train, test = text[: len(text) * 8 // 10], text[len(text) * 9 // 10 :]
     known = sum(test[i : i + 64] in train for i in range(0, len(test) - 64, 64))
     assert known <= 0.02 * len(test) / 64
 
 
 def test_the_default_text_does_not_depend_on_the_order_of_topics(monkeypatch):
-    text, _ = load_text(None)
+    text = load_text(None)
     backwards = dict(reversed(pydoc_data.topics.topics.items()))
     monkeypatch.setattr(pydoc_data.topics, "topics", backwards)
-    assert load_text(None)[0] == text
+    assert load_text(None) == text
 
 
 # ---------------------------------------------------------------------------- runs
@@ -207,7 +210,7 @@ def test_a_model_learns_more_than_how_frequent_bytes_are(learned):
 def test_the_files_of_a_text_run(learned, tmp_path):
     trial, summary = learned
     names = {path.name for path in trial.folder.iterdir()}
-    assert names == {"config.json", "metrics.csv", "last.pt", "previous.pt", "best.pt", "summary.json"}
+    assert names == {"config.json", "metrics.csv", "last.pt", "previous.pt", "best.pt", "summary.json", "lock"}
     assert json.loads((trial.folder / "summary.json").read_text()) == summary
     header, *rows = (trial.folder / "metrics.csv").read_text().splitlines()
     assert "val_bits_per_byte" in header.split(",") and len(rows) == 6
@@ -239,53 +242,32 @@ def test_fewer_bits_are_better(text_trial, monkeypatch):
     trial = text_trial(epochs=3)
     summary = fit(trial)
     assert summary["best"]["epoch"] == 2 and summary["best"]["val_bits_per_byte"] == 2.0
-    assert load_file(trial.folder / "best.pt")["epoch"] == 2
+    assert load_checkpoint(trial.folder / "best.pt")["epoch"] == 2
 
 
-def interrupt(trial, monkeypatch, epoch):
-    """Ctrl-C in the validation of that epoch, counted from 1."""
-    real = loop.evaluate
-
-    def evaluate(session, part):
-        if session.epoch + 1 == epoch:
-            raise KeyboardInterrupt
-        return real(session, part)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "evaluate", evaluate)
-        fit(trial)
-
-
-def resumed(trial):
-    return dataclasses.replace(trial, options=dataclasses.replace(trial.options, resume=True))
-
-
-@pytest.mark.parametrize("epoch", [1, 3])
-def test_interrupted_and_resumed_ends_the_same(epoch, text_trial, monkeypatch):
+def test_interrupted_and_resumed_ends_the_same(text_trial):
     whole, trial = text_trial("whole", epochs=3), text_trial(epochs=3)
     expected = fit(whole)
-    interrupt(trial, monkeypatch, epoch)
-    assert load_file(trial.folder / "last.pt")["epoch"] == epoch - 1
+    interrupt(trial, 2)
     assert fit(resumed(trial)) == expected
     for name in ("last.pt", "best.pt"):
-        one, other = (load_file(each.folder / name)["model"] for each in (whole, trial))
-        assert all(torch.equal(value, other[key]) for key, value in one.items())
+        assert same_weights(*(weights(each.folder, name) for each in (whole, trial)))
 
 
 @pytest.mark.parametrize("change", ["changed", "longer", "too short"])
-def test_resuming_on_a_changed_text_is_refused(change, text_trial, song, monkeypatch):
+def test_resuming_on_a_changed_text_is_refused(change, text_trial, song):
     trial = text_trial()
-    interrupt(trial, monkeypatch, 2)
-    before = {path: path.read_bytes() for path in trial.folder.iterdir()}
+    interrupt(trial, 2)
+    before = snapshot(trial.folder)
     song.write_bytes({"changed": b"#" + SONG[1:], "longer": SONG + b"#", "too short": b"#"}[change])
     with pytest.raises(UserError, match=r"other data.*sha256: "):
         fit(resumed(trial))
-    assert {path: path.read_bytes() for path in trial.folder.iterdir()} == before
+    assert snapshot(trial.folder) == before
 
 
-def test_a_text_may_lie_elsewhere_at_resume(text_trial, song, tmp_path, monkeypatch):
+def test_a_text_may_lie_elsewhere_at_resume(text_trial, song, tmp_path):
     trial = text_trial()
-    interrupt(trial, monkeypatch, 2)
+    interrupt(trial, 2)
     assert json.loads((trial.folder / "config.json").read_text())["config"]["train"]["text"] == "song.txt"
     (tmp_path / "elsewhere").mkdir()
     moved = song.rename(tmp_path / "elsewhere" / song.name)
@@ -350,7 +332,7 @@ def test_the_shortest_text(n, enough):
 )
 def test_a_wrong_flag_is_refused(flags, word, capsys):
     with pytest.raises(SystemExit) as ended:
-        parse_experiment("bdh_text", BDHConfig(), TextConfig(**TINY_TRAIN), "about", flags.split())
+        experiment_of(SCRIPT, flags)
     assert ended.value.code == 2
     captured = capsys.readouterr()
     assert word in " ".join((captured.out + captured.err).replace("│", " ").split())
@@ -359,20 +341,13 @@ def test_a_wrong_flag_is_refused(flags, word, capsys):
 # ---------------------------------------------------------------------------- the script
 
 
-def test_the_folders_name_has_the_files_name_only(song):
-    arguments = ["--text", str(song), "--epochs", "3"]
-    trial = parse_experiment("bdh_text", BDHConfig(), TextConfig(**TINY_TRAIN), "about", arguments)
-    assert trial.name == "bdh_text+epochs=3+text=song.txt"
-    assert trial.folder.parent.parent == trial.options.runs_dir
-
-
-def test_the_script_prints_bits_per_byte_and_a_sample(run_script, song, tmp_path):
+def test_the_script_prints_bits_per_byte_and_a_sample(call_script, song, tmp_path, capsys):
+    """Of the text, the folder's name has the file's name only."""
     sizes = "--n-layer 1 --n-embd 16 --n-head 2 --mlp-internal-dim-multiplier 4 --context 16 --epochs 1".split()
     where = ["--text", song, "--runs-dir", tmp_path / "runs", "--device", "cpu"]
-    result = run_script(ROOT / "train_bdh_text.py", *sizes, *where, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    (folder,) = (tmp_path / "runs").glob("bdh_text+*/seed0")
+    assert call_script(SCRIPT, *sizes, *where) == 0
+    (folder,) = (tmp_path / "runs").glob("bdh_text+*+text=song.txt/seed0")
     test = json.loads((folder / "summary.json").read_text())["test"]
-    assert "test bits per byte" in result.stdout and f"{test['bits_per_byte']:.4f}" in result.stdout
-    assert result.stdout.rpartition("Samples")[2].count("> The ") == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "song.txt"]
+    said = capsys.readouterr().out
+    assert "test bits per byte" in said and f"{test['bits_per_byte']:.4f}" in said
+    assert said.rpartition("Samples")[2].count("> The ") == 3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import same_losses, scaling, train_speed
+from benchmarks import same_losses, scaling, step_time, train_speed
 from benchmarks.training_steps import (
     IMPLEMENTATIONS,
     StackedReference,
@@ -88,8 +88,8 @@ def tiny_models(monkeypatch):
 
 
 def test_train_speed_script(tiny_models, tmp_path, monkeypatch, capsys):
-    options = train_speed.Options(batch_size=4, repeats=2, models=("v2", "resnet20"), output_dir=tmp_path, device="cpu")
-    train_speed.main(options)
+    options = dict(batch_size=4, repeats=2, output_dir=tmp_path, device="cpu")
+    train_speed.main(train_speed.Options(models=("v2", "resnet20"), **options))
     (table,) = tmp_path.glob("train_speed_cpu_1threads_batch4.csv")
     rows = list(csv.DictReader(table.open()))
     sides = ["reference", "fast", "fast, --recompute"]
@@ -106,6 +106,35 @@ def test_train_speed_script(tiny_models, tmp_path, monkeypatch, capsys):
     assert memory["fast, --recompute"] < memory["fast"] < memory["reference"]
     assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png", ".svg"}
     assert "images/s" in capsys.readouterr().out
+
+
+def test_step_time_script(tmp_path, monkeypatch, capsys):
+    """Both allocations, here in one process; ratios to the reference beside each side and to the first row."""
+
+    class Pool:
+        __init__ = __exit__ = lambda *_: None
+        __enter__ = apply = lambda self, function=None, args=(): function(*args) if function else self
+
+    monkeypatch.setattr(step_time, "v2_config", lambda: v2_config(**TINY))
+    monkeypatch.setattr(
+        step_time, "get_context", lambda method: type("Context", (), {"Pool": lambda self, n: Pool()})()
+    )
+    monkeypatch.setattr(step_time, "tune_cpu_allocator", lambda: True)
+    step_time.main(step_time.Options(batch_size=4, repeats=2, output_dir=tmp_path, device="cpu", profile=True))
+    rows = list(csv.DictReader((tmp_path / "step_time_cpu_1threads.csv").open()))
+    sides = ["reference", "fast", "fast, --recompute", "products alone"]
+    assert [(row["allocation"], row["precision"], row["side"]) for row in rows] == [
+        (allocation, precision, side)
+        for allocation in ("default", "training")
+        for precision in ("float32", "bf16")
+        for side in sides
+    ]
+    for first in range(0, 16, 4):
+        for row in rows[first : first + 4]:
+            assert float(row["times_faster"]) == pytest.approx(float(rows[first]["seconds"]) / float(row["seconds"]))
+            ratio = float(rows[0]["seconds"]) / float(row["seconds"])
+            assert float(row["times_faster_than_first"]) == pytest.approx(ratio)
+    assert "fast, bf16, allocation: training" in capsys.readouterr().out
 
 
 def test_exponents_of_planted_powers():
@@ -184,15 +213,25 @@ def test_losses_side_by_side(data_dir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "script, flags, said",
+    ("script", "flags", "said"),
     [
-        ("benchmarks/train_speed.py", ["--repeats", 0], "must be at least 1"),
-        ("benchmarks/same_losses.py", ["--steps", 0], "must be at least 1"),
-        ("benchmarks/same_losses.py", ["--n-embd", 7], "is not a multiple of n_head"),
-        ("benchmarks/scaling.py", ["--sides", "slow"], "slow is none of reference, fast"),
+        ("train_speed", ["--repeats", 0], "repeats = 0 must be at least 1"),
+        ("train_speed", ["--steps", 0], "steps = 0 must be at least 1"),
+        ("step_time", ["--batch-size", 0], "batch_size = 0 must be at least 1"),
+        ("same_losses", ["--steps", 0], "steps = 0 must be at least 1"),
+        ("same_losses", ["--n-embd", 7], "is not a multiple of n_head"),
+        ("same_losses", ["--seed", -1], "seed = -1 must be at least 0"),
+        ("scaling", ["--sides", "slow"], "slow is none of reference, fast"),
+        ("scaling", ["--batch-sizes", 0], "batch_sizes = 0 must be at least 1"),
+        ("scaling", ["--img-sizes", 33], "33"),
+        ("attention_cost", ["--tokens"], "tokens is empty"),
+        ("attention_cost", ["--tokens", 64, 0], "tokens = 0 must be at least 1"),
+        ("attention_cost", ["--n-head", 3], "is not a multiple of n_head"),
+        *((script, ["--device", "meta"], "no such device") for script in ("scaling", "step_time", "train_speed")),
+        *((script, ["--device", "meta"], "no such device") for script in ("same_losses", "attention_cost")),
     ],
 )
-def test_bad_input(call_script, capsys, script, flags, said):
-    assert call_script(script, *flags, "--device", "cpu") == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and said in error
+def test_bad_input_is_one_message(call_script, capsys, script, flags, said):
+    assert call_script(f"benchmarks/{script}.py", *flags) in (1, 2)
+    shown = capsys.readouterr()
+    assert said in " ".join((shown.out + shown.err).replace("│", " ").split()) and "Traceback" not in shown.err

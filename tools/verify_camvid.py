@@ -1,8 +1,8 @@
-"""Checks a folder of CamVid, in either layout, before anything is trained on it, and prints what it found.
+"""Checks a CamVid folder, in either layout, before training.
 
-For each part: how many images have a mask, their sizes, how many pixels each class has. Then one line for every file
-that is broken, lacks its image or mask, differs from it in size, or has a label or a colour that no class has. Ends
-with exit code 1 if there is such a file.
+Prints for each part how many images have a mask, their sizes, and each class's share of the pixels; then which images
+have an EXIF orientation, hidden files and files left out. Last comes one line for every file that is damaged, lacks its
+image or mask, differs from it in size, or has a label or colour of no class; the exit code is then 1.
 
     python tools/verify_camvid.py
     python tools/verify_camvid.py --data-dir /data/CamVid
@@ -16,17 +16,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from training.command_line import run_script
 from training.config import UserError
+from training.console import prepare_streams
 from training.data import data_folder
+from training.data.finding import count, printable
+from training.data.image_files import orientation
 from training.data.masks import BadFile, ColourMasks, MaskFiles, find_masks
 from training.data.segmentation import read_pair
 
 SHOWN_SIZES = 8
+SHOWN_TURNED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,22 +39,24 @@ class Options:
     """Where to look."""
 
     data_dir: Path | None = None
-    """folder of CamVid, or the one that holds data_camvid; default: $VISION_BDH_DATA, else beside the scripts"""
+    """CamVid's folder, or the one that holds data_camvid; default: $VISION_BDH_DATA, else beside the scripts"""
 
 
 @dataclass
 class Found:
-    """What a part of the data holds."""
+    """Contents of a part."""
 
     pixels: np.ndarray
     """(classes + 1,) pixels by label, void last"""
     pairs: int = 0
     sizes: Counter[str] = field(default_factory=Counter)
     """images by width x height"""
+    turned: list[Path] = field(default_factory=list)
+    """images that are stored turned, with an EXIF orientation"""
 
 
 def verify(files: MaskFiles) -> tuple[dict[str, Found], list[str]]:
-    """What each part holds, from reading every file; and a message for each that cannot be used."""
+    """Reads every file: the contents of each part, and a message for each file that cannot be used."""
     found, problems = {}, list(files.problems)
     for part, pairs in files.pairs.items():
         found[part] = here = Found(np.zeros(len(files.classes.names) + 1, dtype=np.int64))
@@ -61,12 +68,20 @@ def verify(files: MaskFiles) -> tuple[dict[str, Found], list[str]]:
                 continue
             here.pairs += 1
             here.sizes[f"{image.shape[1]} x {image.shape[0]}"] += 1
+            if orientation_of(pair.image) != 1:
+                here.turned.append(pair.image)
             here.pixels += np.bincount(mask.ravel(), minlength=len(here.pixels))
     return found, problems
 
 
+def orientation_of(path: Path) -> int:
+    """Of an intact image file, by EXIF; 1 is upright."""
+    with Image.open(path) as image:
+        return orientation(image)
+
+
 def show(files: MaskFiles, found: dict[str, Found]) -> None:
-    """The tables: images and sizes, then the share of each class."""
+    """Two tables: images and sizes, then the share of each class."""
     console = Console(width=100)
     table = Table("part", "usable pairs", "sizes (images)")
     for part, here in found.items():
@@ -84,13 +99,29 @@ def show(files: MaskFiles, found: dict[str, Found]) -> None:
     console.print(shares)
 
 
+def notes(files: MaskFiles, found: dict[str, Found]) -> list[str]:
+    """What is no problem, but should be known."""
+    turned = [str(path) for here in found.values() for path in here.turned]
+    if not turned:
+        return [*files.notes]
+    shown = ", ".join(turned[:SHOWN_TURNED] + ["..."] * (len(turned) > SHOWN_TURNED))
+    note = (
+        f"EXIF orientation: {count(len(turned), 'image')} stored turned ({shown}) and read upright; a mask has no such "
+        "tag and must be stored upright: compare them once"
+    )
+    return [note, *files.notes]
+
+
 def main(options: Options) -> None:
+    prepare_streams()
     folder = data_folder("camvid", options.data_dir)
     files = find_masks("camvid", folder)
     layout = "colours, folded to 11 classes" if isinstance(files.read_mask, ColourMasks) else "labels"
-    print(f"{folder}: CamVid with masks of {layout}")
+    print(f"{printable(folder)}: CamVid with masks of {layout}")
     found, problems = verify(files)
     show(files, found)
+    for note in notes(files, found):
+        print(printable(note))
     if problems:
         raise UserError("\n".join([f"{len(problems)} problem{'s' * (len(problems) != 1)}:", *problems]))
     print("no problems: ready to train")

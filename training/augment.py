@@ -167,8 +167,11 @@ class JointTransform:
     processes that are not forked.
     """
 
-    def __init__(self, config: SegmentationConfig, void: int):
-        """Raises UserError if albumentations is missing."""
+    def __init__(self, config: SegmentationConfig, void: int, img_size: tuple[int, int]):
+        """img_size: height and width of the images, and of crops after a random scale.
+
+        Raises UserError if albumentations is missing.
+        """
         os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else importing it asks the network for a newer version
         try:
             import albumentations
@@ -176,8 +179,16 @@ class JointTransform:
             raise UserError(
                 f"segmentation needs albumentations, which is missing ({error}): pip install -r requirements.txt"
             ) from None
+        scaled = []
+        if config.scale_min < 1 or config.scale_max > 1:
+            scaled = [
+                albumentations.RandomScale((config.scale_min - 1, config.scale_max - 1), p=1.0),
+                albumentations.PadIfNeeded(*img_size, fill=0, fill_mask=void),
+                albumentations.RandomCrop(*img_size),
+            ]
         self.compose = albumentations.Compose(
             [
+                *scaled,
                 albumentations.HorizontalFlip(p=config.horizontal_flip),
                 albumentations.Affine(  # ranges of albumentations' own ShiftScaleRotate, except the rotation's
                     translate_percent={"x": (-0.0625, 0.0625), "y": (-0.0625, 0.0625)},  # x and y drawn separately

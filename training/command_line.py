@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import tyro
 
 from training.config import ROOT, Experiment, RunOptions, UserError, changed_fields, name_of_file
+from training.console import prepare_streams
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 
@@ -77,6 +78,7 @@ def run_script(main: Callable, description: str) -> None:
     Ends the process with one message: exit code 1 if main raises UserError or a file cannot be read or written, 2 for a
     wrong flag, 130 after Ctrl-C.
     """
+    prepare_streams()
     try:
         tyro.cli(main, description=description, config=(tyro.conf.OmitArgPrefixes,))
     except (UserError, OSError) as error:

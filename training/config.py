@@ -199,6 +199,14 @@ class SegmentationConfig(TrainConfig):
     """probability of changing brightness and contrast, each by at most 20 %"""
     shift_scale_rotate: float = 0.0
     """probability of a shift (up to 1/16), scaling (0.9 to 1.1) and rotation (up to 15 degrees)"""
+    scale_min: float = 1.0
+    """smallest random scale of a training image before a crop of the model's size, such as 0.5"""
+    scale_max: float = 1.0
+    """largest random scale, such as 2"""
+    class_weighting: Literal["none", "median_frequency"] = "none"
+    """cross-entropy weights of the classes: none, or median frequency / frequency"""
+    train_val: bool = False
+    """train on the training and validation sets; the last epoch is tested, since no set is left to select the best"""
     eval_full_size: bool = False
     """validate against masks at their original size (predictions are upsampled)"""
     train_limit: int | None = None
@@ -208,6 +216,8 @@ class SegmentationConfig(TrainConfig):
         super().__post_init__()
         for name in ("dice_weight", "horizontal_flip", "brightness_contrast", "shift_scale_rotate"):
             _require(0 <= getattr(self, name) <= 1, self, name, "must be between 0 and 1")
+        _require(0.1 <= self.scale_min <= 1, self, "scale_min", "must be between 0.1 and 1")
+        _require(1 <= self.scale_max <= 8, self, "scale_max", "must be between 1 and 8")
         _require(self.train_limit is None or self.train_limit >= 1, self, "train_limit", "must be at least 1")
 
     def make_task(self) -> "Task":
@@ -299,6 +309,10 @@ class Configuration:
         fields = [{key: _plain(value) for key, value in dataclasses.asdict(each).items()} for each in (model, train)]
         return cls(type(model).__name__, type(train).__name__, *fields)
 
+    def fields(self) -> dict[str, dict[str, Any]]:
+        """As config.json and checkpoints store them."""
+        return {"model": self.model, "train": self.train}
+
     def flat(self) -> dict[str, Any]:
         """All fields in one dictionary; names are unique over model and training."""
         return {"model_class": self.model_class} | self.model | self.train
@@ -345,7 +359,8 @@ def default_fields(config_class: type) -> dict[str, Any]:
 def name_of_file(path: Path) -> str:
     """What identifies a file wherever it lies; of a checkpoint also its run, because all are called best.pt."""
     is_weights = path.suffix in (".pt", ".safetensors")
-    return "-".join(path.resolve().parts[-3:]) if is_weights else path.name
+    name = "-".join(path.resolve().parts[-3:]) if is_weights else path.name
+    return name.encode("utf-8", "backslashreplace").decode()  # file names need not be UTF-8
 
 
 def _plain(value: Any) -> Any:

@@ -25,8 +25,8 @@ def check_experiment(experiment: Experiment) -> None:
         )
     if not callable(getattr(config, "build", None)):
         raise UserError(f"{name} has no build(): {MODEL}")
-    stored = Configuration.of(config, experiment.train)
     try:
+        stored = Configuration.of(config, experiment.train)
         again = build_config(name, stored.model)
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"{name} cannot be built again from its stored fields ({error}): {MODEL}") from None
@@ -49,6 +49,8 @@ def check_batches(model: nn.Module, data: Batches, task: Task, batch_size: int) 
     name = type(task).__name__
     if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.is_floating_point():
         raise UserError(f"the loss of {name} is not a scalar tensor: {TASK}")
+    if not isinstance(counts, dict):
+        raise UserError(f"the counts of {name} are no dictionary: {TASK}")
     if bad := [key for key, value in counts.items() if not isinstance(value, torch.Tensor | Items)]:
         raise UserError(f"the counts of {name} ({', '.join(bad)}) are neither tensors nor Items: {TASK}")
     sums = {
@@ -58,7 +60,7 @@ def check_batches(model: nn.Module, data: Batches, task: Task, batch_size: int) 
     ratios = task.ratios(sums | {"samples": len(targets)})
     if task.metric.key not in METRICS or task.metric.key not in ratios:
         raise UserError(f"{name}.metric = {task.metric.key} must be in METRICS and among its ratios: {TASK}")
-    if data.size("train") % batch_size == 1:
+    if (data.size("train") - 1) % batch_size == 0:
         _check_single_sample(model, inputs[:1])
 
 

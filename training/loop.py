@@ -69,9 +69,7 @@ class Session:
 
     def weights(self, model: nn.Module | None = None) -> dict[str, Any]:
         """Content of best.pt and epoch_<n>.pt. model: default, what is evaluated."""
-        configuration = self.experiment.configuration
-        fields = {"model": configuration.model, "train": configuration.train}
-        weights = (model or self.evaluated).state_dict()
+        weights, fields = (model or self.evaluated).state_dict(), self.experiment.configuration.fields()
         return {"epoch": self.epoch, "model": weights, "config": fields, "run_id": self.run_id}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -237,7 +235,7 @@ def _epoch(session: Session, run: Run) -> dict[str, Any]:
     run.append_metrics(row)
     if session.history is not None:
         session.history.append(row)
-    if session.best is None or _score(row, task) > _score(session.best, task):
+    if session.best is None or not task.selects_best or _score(row, task) > _score(session.best, task):
         session.best = {key: value for key, value in row.items() if key == "epoch" or key.startswith("val_")}
         run.save_best(session.weights() | session.best)
     _keep_weights(session, run)

@@ -6,7 +6,6 @@ on every platform; the run reads the end of the file and interrupts itself as Ct
 
 import os
 import signal
-import sys
 import threading
 import time
 
@@ -21,7 +20,7 @@ def end_with_parent() -> None:
 
 
 def _wait_for_end() -> None:
-    while sys.stdin.buffer.read(1):
+    while os.read(0, 1):  # not sys.stdin.buffer, whose lock Python waits for at exit, and then aborts
         pass
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(PATIENCE)

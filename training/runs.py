@@ -157,11 +157,11 @@ class Run:
         return stored.read_split(self.folder, self.read_config().get("run_id"))
 
     def check_data(self, description: dict[str, Any]) -> None:
-        """Raises UserError if these are not the data that the run was started with."""
+        """Raises UserError if these are not the data that the run was started with, as far as it recorded them."""
         before, now = self.read_config()["data"], json.loads(json.dumps(description))
         changes = [
             f"{key}: {_shorten(before.get(key))} -> {_shorten(now.get(key))}"
-            for key in sorted(before.keys() | now.keys())
+            for key in sorted(before)  # an older run lacks keys
             if before.get(key) != now.get(key)
         ]
         if changes:
@@ -331,7 +331,7 @@ def describe_run(experiment: Experiment, data: dict[str, Any], **facts: Any) -> 
     configuration = experiment.configuration
     return {
         "experiment": experiment.name,
-        "config": {"model": configuration.model, "train": configuration.train},
+        "config": configuration.fields(),
         "model_class": configuration.model_class,
         "train_class": configuration.train_class,
         "data": data,

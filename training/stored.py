@@ -9,10 +9,9 @@ import json
 import zipfile
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
 import numpy as np
-import pandas as pd
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors.torch import load_file as load_safetensors
@@ -22,6 +21,9 @@ from training import config as train_configs
 from models import CONFIG_CLASSES
 from training.config import Configuration, UserError, default_fields
 from training.data.batches import Split
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 EXPORTED = "best_bf16.safetensors"  # written by tools/export_weights.py from best.pt
 TRAIN_CLASSES = {  # of runs stored before config.json named the class, by model; all others are classification
@@ -149,8 +151,10 @@ def read_summary(folder: Path, remedy: str = "remove it and add --resume to test
     return summary
 
 
-def read_metrics(folder: Path, remedy: str = "add --resume to the run's command to restore it") -> pd.DataFrame:
+def read_metrics(folder: Path, remedy: str = "add --resume to the run's command to restore it") -> "pd.DataFrame":
     """metrics.csv, indexed by epoch from 1 without gaps; all columns numeric. Raises Damaged."""
+    import pandas as pd  # here, so that training does not wait for it
+
     path = folder / "metrics.csv"
 
     def damaged(why: str) -> Damaged:

@@ -17,6 +17,7 @@ from typing import Any
 
 from training.command_line import INTERRUPTED, exit_with, flags_of, name_with_changes, parse_experiment
 from training.config import Experiment, RunOptions, UserError, changed_fields
+from training.console import prepare_streams
 from training.launch import train
 from training.schedule import Job, Outcome, run_jobs
 
@@ -69,6 +70,7 @@ def launch_sweep(experiment: Experiment, report: Report) -> None:
 
     Ends the process with exit code 1 if a run failed (after all others are done), 130 after Ctrl-C.
     """
+    prepare_streams()
     description = getattr(sys.modules["__main__"], "__doc__", None) or experiment.name
     asked = parse_experiment(experiment, sys.argv[1:], description, SweepOptions())
     if asked.options.sweep is None:
@@ -107,6 +109,8 @@ def make_plan(experiment: Experiment, asked: Experiment) -> Plan:
     for text in filter(str.strip, options.sweep.split(",")):
         key, values = _parse_axis(text, asked.model, asked.train)
         axes[key] = list(dict.fromkeys([*axes.get(key, []), *values]))  # what is named twice is run once
+    if not axes:
+        raise UserError("--sweep: name the fields to vary, for instance --sweep residual,n_layer=4/8")
     experiments, refused = {}, {}
     for changes in _settings(axes, options.cross):
         try:

@@ -8,13 +8,14 @@ import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.masked_bdh import Reconstruction
 from training.config import ClassificationConfig, Experiment, SegmentationConfig, TextConfig, UserError
-from training.data import DataSet, ImageBatches, Split, data_folder, load_dataset, split_train
+from training.data import DataSet, ImageBatches, Split, data_folder, draw_split, load_dataset
 from training.data.masks import CLASSES, MaskFiles, find_masks
 from training.data.segmentation import MaskBatches, refuse
 from training.data.text import Text, TextBatches, load_text
@@ -55,6 +56,8 @@ class Task(Protocol):
     """what the samples are called in messages"""
     unit: str
     """the same, short, in the progress bar"""
+    selects_best: bool
+    """whether the best validation epoch is tested; otherwise the last one"""
     shows_metric: bool
     """whether the progress bar computes the ratios during training; False if they are costly"""
 
@@ -83,7 +86,7 @@ class Task(Protocol):
 class OneForward:
     """What most tasks share: one forward pass in validation and test, ratios cheap enough for the progress bar."""
 
-    shows_metric = True
+    selects_best = shows_metric = True
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Any:
         return model(inputs)
@@ -105,7 +108,7 @@ class Classification(OneForward):
     def load(self, source: DataSet, split: Split | None, experiment: Experiment, device: torch.device) -> ImageBatches:
         _check_fit(experiment.model, source)
         train, options = self.train, experiment.options
-        split = split or split_train(source.train_labels, train.val_fraction, train.train_limit, train.seed)
+        split = split or draw_split(source, train.val_fraction, train.train_limit, train.seed)
         eval_batch_size = options.eval_batch_size or EVAL_BATCH_SIZE
         return ImageBatches(source, split, train, eval_batch_size, device, options.num_workers)
 
@@ -184,6 +187,8 @@ class Segmentation(OneForward):
     def __init__(self, train: SegmentationConfig):
         self.train = train
         self.classes = CLASSES[train.dataset]
+        self.selects_best = not train.train_val
+        self.weights: Tensor | None = None  # of the classes in the cross-entropy
 
     def open(self, experiment: Experiment) -> MaskFiles:
         model, options, n_classes = experiment.model, experiment.options, len(self.classes.names)
@@ -200,16 +205,21 @@ class Segmentation(OneForward):
             )
         files = find_masks(self.train.dataset, data_folder(self.train.dataset, options.data_dir))
         refuse(files.problems, files.name)
+        if self.train.train_val and not files.pairs["test"]:
+            raise UserError(f"--train-val tests on the test set, and {files.name} has none here: leave it out")
         return files
 
     def load(self, source: MaskFiles, split: Split | None, experiment: Experiment, device: torch.device) -> MaskBatches:
-        return MaskBatches(source, self.train, experiment.model.img_size, device, experiment.options.num_workers)
+        data = MaskBatches(source, self.train, experiment.model.img_size, device, experiment.options.num_workers)
+        if self.train.class_weighting == "median_frequency":
+            self.weights = median_frequencies(data.parts["train"].masks, len(self.classes.names)).to(device)
+        return data
 
     def loss(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Weighted mean of cross-entropy (nats) and Dice loss. logits: (B, classes, h, w), masks: (B, h', w')."""
         logits = at_size_of(masks, logits)
         share = self.train.dice_weight
-        return (1 - share) * pixel_cross_entropy(logits, masks) + share * dice_loss(logits, masks)
+        return (1 - share) * pixel_cross_entropy(logits, masks, self.weights) + share * dice_loss(logits, masks)
 
     def counts(self, logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
         predicted = at_size_of(masks, logits).argmax(1)
@@ -232,11 +242,31 @@ def at_size_of(masks: Tensor, logits: Tensor) -> Tensor:
     return F.interpolate(logits, size=masks.shape[1:], mode="bilinear", align_corners=False)
 
 
-def pixel_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
-    """Mean over non-void pixels, in nats; 0 if there are none. logits: (B, n, h, w), masks: (B, h, w), n is void."""
+def pixel_cross_entropy(logits: Tensor, masks: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean over non-void pixels, in nats; 0 if there are none. logits: (B, n, h, w), masks: (B, h, w), n is void.
+
+    weights: (n,) of the classes; the mean is then weighted.
+    """
     void = logits.shape[1]
-    total = F.cross_entropy(logits, masks, ignore_index=void, reduction="sum")
-    return total / (masks != void).sum().clamp(min=1)
+    total = F.cross_entropy(logits, masks, weight=weights, ignore_index=void, reduction="sum")
+    if weights is None:
+        return total / (masks != void).sum().clamp(min=1)
+    return total / F.pad(weights, (0, 1))[masks].sum().clamp(min=1e-6)  # void weighs 0
+
+
+def median_frequencies(masks: np.ndarray, n_classes: int) -> Tensor:
+    """(n_classes,) class weights median(f) / f: Eigen and Fergus 2015 (arXiv 1411.4734), section 6.3.2.
+
+    f: pixels of a class / non-void pixels of the images that hold it. A class that no image holds gets weight 1.
+    masks: (N, h, w) uint8; n_classes is void.
+    """
+    counts = np.stack([np.bincount(mask.ravel(), minlength=n_classes + 1)[:n_classes] for mask in masks])
+    present = counts > 0
+    frequency = counts.sum(0) / np.maximum(1, (counts.sum(1, keepdims=True) * present).sum(0))
+    there = frequency > 0
+    weights = np.ones(n_classes)
+    weights[there] = np.median(frequency[there]) / frequency[there]
+    return torch.from_numpy(weights).float()
 
 
 def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:

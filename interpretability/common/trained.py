@@ -149,8 +149,9 @@ class TrainedRun:
             return find_masks(name, data_folder(name, self.data_dir), download=False)
         dataset = load_dataset(name, self.data_dir, self.sizes.img_size, self.sizes.in_channels)
         trained_on, found = self.config["data"], dataset.description
-        for key, word in (("class_names", "class names"), ("images", "numbers of images")):
-            if trained_on.get(key, found[key]) != found[key]:  # the split's numbers would mean other images
+        kinds = (("class_names", "class names"), ("images", "numbers of images"), ("file_names_and_sizes", "files"))
+        for key, word in kinds:
+            if key in trained_on and trained_on[key] != found.get(key):  # the split's numbers would mean other images
                 raise UserError(f"{self.folder} was trained on other {word} of {name}: give its data with --data-dir")
         return dataset
 
@@ -160,14 +161,14 @@ class TrainedRun:
 
     @cached_property
     def _part(self) -> tuple[str, np.ndarray]:
-        """The part's key in the data set, and the positions of its images in that part's arrays or list of files."""
+        """The part's key in the data set, and the numbers of its images in that part."""
         data = self._data
         if self.labels_pixels:
             part = "test" if data.pairs.get("test") else "val"
             return part, np.arange(len(data.pairs[part]))
         if len(data.test_labels):
             return "test", np.arange(len(data.test_labels))
-        return "train", Run(self.folder).read_split().val
+        return "val", np.arange(len(Run(self.folder).read_split().val))
 
     @property
     def part(self) -> str:
@@ -201,9 +202,10 @@ class TrainedRun:
         return Samples(*(torch.from_numpy(np.stack(each)) for each in zip(*pairs, strict=True)))
 
     def _read(self, part: str, places: np.ndarray) -> Samples:
-        """Images with one class each. part: test or train, as stored; places: positions in it."""
-        images, labels = (getattr(self._data, f"{part}_{kind}")[places] for kind in ("images", "labels"))
-        return Samples(torch.from_numpy(read_images(images)), torch.from_numpy(labels))
+        """Images with one class each. part: test or val; places: numbers of images in it."""
+        split = Run(self.folder).read_split() if part == "val" else None
+        images, labels = self._data.part(part, split)
+        return Samples(torch.from_numpy(read_images(images[places])), torch.from_numpy(labels[places]))
 
     def _read_pair(self, pair: Any) -> tuple[np.ndarray, np.ndarray]:
         """(C, height, width) uint8 and (height, width) int64, at the model's size."""

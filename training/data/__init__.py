@@ -2,8 +2,11 @@
 
     arrays        digits, CIFAR-10, CIFAR-100
     folder        your own images, one folder per class
+    finding       which files are images; hidden files, files left out, fingerprint
+    image_files   reading images: orientation, transparency, size
     batches       what classification data share: data set, split, batches on the device
     masks         where images with masks lie and how masks are read: CamVid, Pascal VOC, Cityscapes
+    classes       their classes and colours
     segmentation  batches of images with masks
     text          the bytes of one text
 
@@ -15,8 +18,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from training.config import UserError
 from training.data.arrays import load_cifar, load_digits
-from training.data.batches import DataSet, ImageBatches, Split, split_train
+from training.data.batches import DataSet, ImageBatches, Split, draw_split, split_train
 from training.data.folder import load_folder
 from training.data.places import data_folder
 
@@ -35,7 +39,10 @@ def load_dataset(name: str, data_dir: Path | None, img_size: int = 32, in_channe
 
     img_size, in_channels: what images of a folder are converted to; other data sets have their own size.
     """
-    return DATASETS[name](data_dir, img_size, in_channels)
+    try:
+        return DATASETS[name](data_dir, img_size, in_channels)
+    except PermissionError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): make it readable") from None
 
 
-__all__ = ["DATASETS", "DataSet", "ImageBatches", "Split", "data_folder", "load_dataset", "split_train"]
+__all__ = ["DATASETS", "DataSet", "ImageBatches", "Split", "data_folder", "draw_split", "load_dataset", "split_train"]

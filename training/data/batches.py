@@ -20,9 +20,10 @@ from training.device import fits_in_memory
 
 @dataclass(frozen=True)
 class DataSet:
-    """Images (N, C, H, W) uint8 and labels (N,) int64 of the official training and test sets.
+    """Images (N, C, H, W) uint8 and labels (N,) int64 of the official training, validation and test sets.
 
-    The test set may be empty. Images of a folder are `ImageFiles`, which index like such an array.
+    The test set may be empty; without a validation set, images of the training set validate. Images of a folder are
+    `ImageFiles`, which index like such an array.
     """
 
     name: str
@@ -31,23 +32,57 @@ class DataSet:
     test_images: np.ndarray | ImageFiles
     test_labels: np.ndarray
     class_names: tuple[str, ...]
+    val_images: np.ndarray | ImageFiles | None = None
+    val_labels: np.ndarray | None = None
+    files: str | None = None
+    """fingerprint of the files' names and sizes, for data that are not one archive"""
+    notes: tuple[str, ...] = ()
+    """lines to print at the start of a run"""
 
     @property
     def description(self) -> dict[str, Any]:
         """Identifies the data: stored in config.json and compared at resume."""
-        return {
-            "name": self.name,
-            "class_names": list(self.class_names),
-            "images": {"train": len(self.train_labels), "test": len(self.test_labels)},
-        }
+        labels = {"train": self.train_labels, "val": self.val_labels, "test": self.test_labels}
+        images = {part: len(of) for part, of in labels.items() if of is not None}
+        description = {"name": self.name, "class_names": list(self.class_names), "images": images}
+        if self.val_labels is not None:
+            description["validation"] = "own part"
+        if self.files is not None:
+            description["file_names_and_sizes"] = self.files
+        return description
+
+    def own_split(self, limit: int | None, seed: int) -> "Split":
+        """The split of data with a validation set: that set, and all training images or a stratified draw of limit."""
+        train = _draw_limit(self.train_labels, limit, np.random.default_rng(seeds.derive("split", seed)))
+        return Split(train=train, val=len(self.train_labels) + np.arange(len(self.val_labels)))
+
+    def part(self, name: str, split: "Split") -> tuple[np.ndarray | ImageFiles, np.ndarray]:
+        """Images and labels of "train" or "val", in the order of the split, or of "test"."""
+        if name == "test":
+            return self.test_images, self.test_labels
+        places = getattr(split, name)
+        if name == "val" and self.val_labels is not None:
+            places = places - len(self.train_labels)
+            return self.val_images[places], self.val_labels[places]
+        return self.train_images[places], self.train_labels[places]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which of the training images train and which validate: two disjoint sets of indices."""
+    """Which images train and which validate: two disjoint sets of indices into the training set.
+
+    The indices of a validation set of the data's own count on from the end of the training set.
+    """
 
     train: np.ndarray
     val: np.ndarray
+
+
+def draw_split(dataset: DataSet, val_fraction: float, limit: int | None, seed: int) -> Split:
+    """The split of a new run: the data's own validation set, or `split_train`."""
+    if dataset.val_labels is not None:
+        return dataset.own_split(limit, seed)
+    return split_train(dataset.train_labels, val_fraction, limit, seed)
 
 
 def split_train(labels: np.ndarray, val_fraction: float, limit: int | None, seed: int) -> Split:
@@ -57,9 +92,7 @@ def split_train(labels: np.ndarray, val_fraction: float, limit: int | None, seed
     Raises UserError if a part would be empty.
     """
     generator = np.random.default_rng(seeds.derive("split", seed))
-    indices = np.arange(len(labels))
-    if limit is not None and limit < len(labels):
-        indices = _draw_stratified(indices, labels, limit, generator)
+    indices = _draw_limit(labels, limit, generator)
     n_val = round(val_fraction * len(indices))
     if not 0 < n_val < len(indices):
         raise UserError(
@@ -68,6 +101,12 @@ def split_train(labels: np.ndarray, val_fraction: float, limit: int | None, seed
         )
     val = _draw_stratified(indices, labels, n_val, generator)
     return Split(train=np.setdiff1d(indices, val), val=val)
+
+
+def _draw_limit(labels: np.ndarray, limit: int | None, generator: np.random.Generator) -> np.ndarray:
+    """Indices of all labels, or of a stratified draw of limit, sorted."""
+    indices = np.arange(len(labels))
+    return indices if limit is None or limit >= len(labels) else _draw_stratified(indices, labels, limit, generator)
 
 
 def _draw_stratified(indices: np.ndarray, labels: np.ndarray, n: int, generator: np.random.Generator) -> np.ndarray:
@@ -139,16 +178,13 @@ class ImageBatches:
         device: torch.device,
         num_workers: int = 0,
     ):
-        parts = {
-            "train": (dataset.train_images[split.train], dataset.train_labels[split.train]),
-            "val": (dataset.train_images[split.val], dataset.train_labels[split.val]),
-            "test": (dataset.test_images, dataset.test_labels),
-        }
+        for note in dataset.notes:
+            print(note)
+        parts = {name: dataset.part(name, split) for name in ("train", "val", "test")}
         n_bytes = sum(math.prod(images.shape) for images, _ in parts.values())
         places = {device, torch.device("cpu")}  # images pass through host memory on their way to a GPU
-        in_memory = isinstance(dataset.train_images, np.ndarray) or all(
-            fits_in_memory(n_bytes, place) for place in places
-        )
+        fits = all(fits_in_memory(n_bytes, place) for place in places)
+        in_memory = isinstance(dataset.train_images, np.ndarray) or fits
         self.config = config
         self.augmentations = config.make_augmentations(len(dataset.class_names))
         self.eval_batch_size = eval_batch_size

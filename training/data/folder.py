@@ -1,45 +1,190 @@
-"""A data set of your own images: one folder per class."""
+"""A data set of your own images: one folder per class.
 
+DIR/train/CLASS/IMAGE   beside it DIR/val and DIR/test, one of them, or neither
+DIR/CLASS/IMAGE         no parts: validation images are drawn from all, and there is no test
+"""
+
+import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets import ImageFolder
 
 from training.config import UserError
 from training.data.batches import DataSet
+from training.data.finding import Finder, ImageFile, count, fingerprint, printable
 from training.data.image_files import MODES, ImageFiles
+
+PART_NAMES = re.compile(  # Train, training_set, valid, test-images, test1, ...
+    r"((?P<train>train(ing)?)|(?P<val>val(id(ation)?)?)|(?P<test>test(ing)?))([ _-]?(set|data|images))?[ _-]?\d*", re.I
+)
+ONE_FOLDER_PER_CLASS = "must hold one folder of images per class"
+
+
+@dataclass(frozen=True)
+class Part:
+    """The images of one part."""
+
+    root: Path
+    classes: dict[str, list[ImageFile]]
+    """by class folder, in alphabetical order; images by folder, then by name"""
+    loose: list[ImageFile]
+    """images that lie beside the class folders, and so belong to no class"""
+
+    @property
+    def names(self) -> set[str]:
+        """Classes that have images."""
+        return {name for name, files in self.classes.items() if files}
+
+    @property
+    def files(self) -> list[ImageFile]:
+        return [file for files in self.classes.values() for file in files]
+
+    def arrays(self, names: list[str], img_size: int, in_channels: int) -> tuple[ImageFiles, np.ndarray]:
+        """Images, and their labels (N,) int64, positions in names."""
+        labels = [names.index(name) for name, files in self.classes.items() if files]
+        sizes = [len(files) for files in self.classes.values() if files]
+        images = ImageFiles([file.path for file in self.files], img_size, in_channels)
+        return images, np.repeat(np.array(labels, dtype=np.int64), sizes)
 
 
 def load_folder(data_dir: Path | None, img_size: int, in_channels: int) -> DataSet:
-    """DIR/train/CLASS/IMAGE with DIR/test (or DIR/val) beside it, or DIR/CLASS/IMAGE without a test set."""
+    """The images below data_dir. Raises UserError if they are not sorted into two or more classes."""
     if data_dir is None:
         raise UserError("--dataset folder reads your own images: name their folder with --data-dir DIR")
-    train_root = data_dir / "train" if (data_dir / "train").is_dir() else data_dir
-    test_root = next((data_dir / part for part in ("test", "val") if (data_dir / part).is_dir()), None)
-    if train_root == data_dir and test_root is not None:
-        raise UserError(f"{test_root} exists, but {data_dir / 'train'} does not: put the training images there")
-    train, labels, names = find_images(train_root, img_size, in_channels)
-    test, test_labels = train[[]], labels[:0]
-    if test_root is not None:
-        test, test_labels, test_names = find_images(test_root, img_size, in_channels)
-        if test_names != names:
-            odd = ", ".join(sorted(set(names) ^ set(test_names)))
-            raise UserError(f"{train_root} and {test_root} hold different classes ({odd}): make them the same")
-    return DataSet(f"folder {data_dir.resolve().name}", train, labels, test, test_labels, names)
-
-
-def find_images(root: Path, img_size: int, in_channels: int) -> tuple[ImageFiles, np.ndarray, tuple[str, ...]]:
-    """The images of root/CLASS/, at any depth: files, labels (N,) int64, class names in alphabetical order.
-
-    Raises UserError if there are none, or if in_channels is neither 1 nor 3.
-    """
     if in_channels not in MODES:
         raise UserError(
             f"in_channels = {in_channels}, but images are read as grey (1) or colour (3): set --in-channels 1 or 3"
         )
-    try:
-        found = ImageFolder(str(root))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{root} must hold one folder of images per class ({' '.join(str(error).split())})") from None
-    paths, labels = zip(*found.samples, strict=True)
-    return ImageFiles(paths, img_size, in_channels), np.array(labels, dtype=np.int64), tuple(found.classes)
+    finder = Finder()
+    parts = {name: read_part(root, finder) for name, root in find_parts(data_dir, finder).items()}
+    check_classes(data_dir, parts, finder)
+    names = list(parts["train"].classes)
+    arrays = {name: part.arrays(names, img_size, in_channels) for name, part in parts.items()}
+    images, labels = arrays["train"]
+    return DataSet(
+        f"folder {printable(data_dir.resolve().name)}",
+        images,
+        labels,
+        *arrays.get("test", (images[[]], labels[:0])),
+        tuple(map(printable, names)),
+        *arrays.get("val", (None, None)),
+        files=fingerprint(_relative(name, part, file) for name, part in parts.items() for file in part.files),
+        notes=_notes(parts, finder),
+    )
+
+
+def find_parts(data_dir: Path, finder: Finder) -> dict[str, Path]:
+    """Folders of the parts "train", "val" and "test" that are there; data_dir itself is "train" if it has no parts.
+
+    Parts are recognised by their usual names in any case, and are never taken for classes. Raises UserError.
+    """
+    if not data_dir.is_dir():
+        raise UserError(f"{data_dir} {ONE_FOLDER_PER_CLASS}, but there is no such folder: name another with --data-dir")
+    folders = [entry.name for entry in finder.list_folder(data_dir) if entry.is_dir()]
+    named = {part: [name for name in folders if part_of(name) == part] for part in ("train", "val", "test")}
+    for part, names in named.items():
+        if len(names) > 1:
+            raise UserError(
+                f"{data_dir} holds several folders for its {part} part ({', '.join(names)}): keep one, and move the "
+                "others elsewhere"
+            )
+    parts = {part: data_dir / names[0] for part, names in named.items() if names}
+    if not parts:
+        return {"train": data_dir}
+    if "train" not in parts:
+        raise UserError(
+            f"{next(iter(parts.values()))} exists, but no folder of training images: put them into {data_dir / 'train'}"
+        )
+    if others := [name for name in folders if part_of(name) is None]:
+        finder.remarks.append(f"not used: {', '.join(others)}, beside {parts['train']}")
+    return parts
+
+
+def part_of(name: str) -> str | None:
+    """ "train", "val" or "test" if a folder of this name is such a part."""
+    match = PART_NAMES.fullmatch(name)
+    return match and next(part for part in ("train", "val", "test") if match[part])
+
+
+def read_part(root: Path, finder: Finder) -> Part:
+    """The images below the class folders of root, at any depth."""
+    entries = finder.list_folder(root)
+    classes = {entry.name: finder.all_images(entry.path) for entry in entries if entry.is_dir()}
+    return Part(root, classes, finder.list_images(entries))
+
+
+def check_classes(data_dir: Path, parts: dict[str, Part], finder: Finder) -> None:
+    """Raises UserError unless there are two or more classes with images, and the same ones in train and test.
+
+    A validation part may lack some of the classes; that becomes a remark.
+    """
+    for part in parts.values():
+        if not part.classes:
+            raise UserError(_no_classes(data_dir, part))
+    train = parts["train"]
+    if len(train.classes) == 1:
+        raise UserError(_one_class(data_dir, train))
+    if empty := [name for name, files in train.classes.items() if not files]:
+        seen = "".join(f"; {note}" for note in finder.notes())
+        raise UserError(
+            f"{train.root} {ONE_FOLDER_PER_CLASS}, but {', '.join(empty)} has none{seen}: add images or remove it"
+        )
+    for name, part in parts.items():
+        odd = train.names ^ part.names if name == "test" else part.names - train.names
+        if odd:
+            raise UserError(
+                f"{train.root} and {part.root} hold different classes ({', '.join(sorted(odd))}): make them the same"
+            )
+        if not part.names:
+            raise UserError(f"{part.root} holds no images: add some, or remove the folder")
+        if missing := sorted(train.names - part.names):
+            finder.remarks.append(f"no images of {', '.join(missing)} in {part.root}")
+
+
+def _no_classes(data_dir: Path, part: Part) -> str:
+    """The message for a part without class folders."""
+    if not part.loose:
+        return f"{part.root} {ONE_FOLDER_PER_CLASS}, but holds no folders: name another place with --data-dir"
+    start = f"{part.root} {ONE_FOLDER_PER_CLASS}, but holds {count(len(part.loose), 'image')} and no folders"
+    if part.root == data_dir:
+        return f"{start}: sort them into folders, or name the folder above with --data-dir if this is one class"
+    return f"{start}: sort them into folders, or, if {part.root.name} is a class, move all classes into a folder train"
+
+
+def _one_class(data_dir: Path, train: Part) -> str:
+    """The message for a single class; it names the folder that was meant, if data lie a folder deeper."""
+    (name,) = train.classes
+    start = f"{train.root} holds a single folder, {name}, and so a single class"
+    right = _data_below(train.root / name)
+    if right is None:
+        return f"{start}: add the folders of the other classes beside it"
+    if train.root == data_dir:
+        return f"{start}. The data look to be in {right}: name it with --data-dir {right}"
+    return f"{start}. The classes look to be in {right}: move them up into {train.root}"
+
+
+def _data_below(folder: Path) -> Path | None:
+    """The folder, or the first below it, that holds parts or several folders, going down through single folders."""
+    finder = Finder()
+    while folders := [entry for entry in finder.list_folder(folder) if entry.is_dir()]:
+        if len(folders) > 1 or part_of(folders[0].name):
+            return folder
+        folder = folder / folders[0].name
+    return None
+
+
+def _relative(name: str, part: Part, file: ImageFile) -> tuple[str, int]:
+    """The file's name below the data set, whatever its folder and its part are called, and its size."""
+    return name + os.sep + file.path.removeprefix(os.fspath(part.root)).lstrip(os.sep), file.size
+
+
+def _notes(parts: dict[str, Part], finder: Finder) -> tuple[str, ...]:
+    """What to say at the start of a run, one line each."""
+    notes = []
+    if val := parts.get("val"):
+        notes.append(f"validation: {count(len(val.files), 'image')} of {val.root}; --val-fraction is not used")
+    if loose := [file for part in parts.values() for file in part.loose]:
+        notes.append(f"left out: {count(len(loose), 'image')} outside the class folders, such as {loose[0].path}")
+    return tuple(map(printable, [*notes, *finder.notes()]))

@@ -2,19 +2,87 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from training.config import UserError
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's names, by channels
-DAMAGED = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for bad files
+BACKGROUND = (255, 255, 255)  # what transparent pixels show
+TURNS = {  # by EXIF orientation: what makes the stored picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class UnreadableImage(Exception):
     """Not a readable image. One text argument, so that it can be pickled between processes."""
+
+
+def open_upright(path: str | Path) -> Image.Image:
+    """The first picture in the file, in its own mode, turned as its EXIF orientation says.
+
+    Raises errors of many kinds for a damaged file, as Pillow does. ImageOps.exif_transpose would do the same, but fails
+    at damaged metadata of intact pictures.
+    """
+    with Image.open(path) as image:
+        image.load()
+        turn = TURNS.get(orientation(image))
+        return image if turn is None else image.transpose(turn)
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image, 1 to 8; 1, upright, if it has none."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged metadata, for which Pillow raises errors of many kinds
+        return 1
+
+
+def open_image(path: str | Path, mode: str) -> Image.Image:
+    """The picture as a viewer shows it, in mode L or RGB: upright, transparent pixels on white.
+
+    Colours hidden under full transparency are not read. Raises errors of many kinds for a damaged file, ValueError for
+    more than 8 bits a channel.
+    """
+    image = open_upright(path)
+    require_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
+    return image.convert(mode)
+
+
+def require_8_bits(image: Image.Image) -> None:
+    """Raises ValueError for more than 8 bits a channel: Pillow would clip to 255, an almost white image."""
+    if image.mode[0] in "IF":
+        raise ValueError("it has more than 8 bits a channel")
+
+
+def why_unreadable(error: Exception) -> str:
+    """The reason on one line, without errno."""
+    if isinstance(error, UnidentifiedImageError):  # its message only repeats the path
+        return "not an image format"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def unreadable(path: str | Path, kind: str, error: Exception, remedy: str) -> str:
+    """The message for a file at which Pillow raised the error. kind: what it should be, such as "an image"."""
+    if isinstance(error, FileNotFoundError):
+        return f"{path} is missing: restore it"
+    if isinstance(error, PermissionError):
+        return f"{path} cannot be read ({error.strerror}): make it readable"
+    return f"{path} cannot be read as {kind} ({why_unreadable(error)}): {remedy}"
 
 
 class ImageFiles:
@@ -37,12 +105,10 @@ class ImageFiles:
             return ImageFiles(self.paths[index], size, channels)
         path = self.paths[index]
         try:
-            with Image.open(path) as image:
-                if image.mode[0] in "IF":  # Pillow would clip to 255: an almost white image
-                    raise ValueError("more than 8 bits a channel")
-                fitted = ImageOps.fit(image.convert(MODES[channels]), (size, size), Image.Resampling.BICUBIC)
-        except DAMAGED as error:
-            raise UnreadableImage(f"{path} cannot be read as an image ({error}): replace or remove it") from None
+            image = open_image(path, MODES[channels])
+            fitted = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        except Exception as error:  # Pillow raises errors of many kinds for damaged files
+            raise UnreadableImage(unreadable(path, "an image", error, "replace or remove it")) from None
         pixels = np.array(fitted).reshape(size, size, channels)  # a copy: PyTorch warns about Pillow's read-only memory
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

@@ -6,95 +6,23 @@ Void, the label of pixels that are not evaluated, is always the number after the
 import csv
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from torchvision import datasets
 
 from training.config import UserError
-from training.data.image_files import DAMAGED
+from training.data.classes import CAMVID, CAMVID_FOLD, CITYSCAPES, CITYSCAPES_CLASSES, CLASSES, VOC, Classes
+from training.data.finding import Finder, fingerprint, is_image
+from training.data.image_files import open_image, open_upright, require_8_bits, unreadable, why_unreadable
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 PARTS = ("train", "val", "test")
 
 
 class BadFile(Exception):
     """An unusable file; the message names it and says what to do."""
-
-
-@dataclass(frozen=True)
-class Classes:
-    """The classes of a data set, in the order of their labels."""
-
-    names: tuple[str, ...]
-    colours: tuple[tuple[int, int, int], ...]
-    """RGB, for pictures"""
-    void_colour: tuple[int, int, int] = (0, 0, 0)
-
-    @property
-    def void(self) -> int:
-        return len(self.names)
-
-    @property
-    def palette(self) -> np.ndarray:
-        """(classes + 1, 3) uint8, void's last."""
-        return np.array([*self.colours, self.void_colour], dtype=np.uint8)
-
-
-CAMVID = Classes(  # the 11 classes of SegNet (arXiv 1511.00561) in their usual order and colours
-    *zip(
-        ("sky", (128, 128, 128)),
-        ("building", (128, 0, 0)),
-        ("pole", (192, 192, 128)),
-        ("road", (128, 64, 128)),
-        ("pavement", (60, 40, 222)),
-        ("tree", (128, 128, 0)),
-        ("sign", (192, 128, 128)),
-        ("fence", (64, 64, 128)),
-        ("car", (64, 0, 128)),
-        ("pedestrian", (64, 64, 0)),
-        ("bicyclist", (0, 128, 192)),
-        strict=True,
-    )
-)
-CAMVID_FOLD = {  # the 32 classes of CamVid (Brostow et al. 2009) folded to those 11
-    "sky": ("Sky",),
-    "building": ("Building", "Wall", "Bridge", "Tunnel", "Archway"),
-    "pole": ("Column_Pole", "TrafficCone"),
-    "road": ("Road", "LaneMkgsDriv", "LaneMkgsNonDriv"),
-    "pavement": ("Sidewalk", "ParkingBlock", "RoadShoulder"),
-    "tree": ("Tree", "VegetationMisc"),
-    "sign": ("SignSymbol", "Misc_Text", "TrafficLight"),
-    "fence": ("Fence",),
-    "car": ("Car", "SUVPickupTruck", "Truck_Bus", "Train", "OtherMoving"),
-    "pedestrian": ("Pedestrian", "Child", "CartLuggagePram", "Animal"),
-    "bicyclist": ("Bicyclist", "MotorcycleScooter"),
-    "void": ("Void",),
-}
-
-
-def _voc_colour(label: int) -> tuple[int, int, int]:
-    """The colour of a label in Pascal VOC's palette: its bits, dealt to red, green and blue in turn, highest first."""
-    return tuple(sum((label >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3))
-
-
-VOC_NAMES = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow dining_table dog horse motorbike person "
-    "potted_plant sheep sofa train tv_monitor"
-).split()
-VOC = Classes(tuple(VOC_NAMES), tuple(map(_voc_colour, range(len(VOC_NAMES)))), void_colour=_voc_colour(255))
-
-_CITYSCAPES = sorted(
-    (each for each in datasets.Cityscapes.classes if each.train_id not in (255, -1)), key=lambda each: each.train_id
-)
-CITYSCAPES = Classes(
-    tuple(each.name.replace(" ", "_") for each in _CITYSCAPES), tuple(each.color for each in _CITYSCAPES)
-)
-
-CLASSES = {"camvid": CAMVID, "voc": VOC, "cityscapes": CITYSCAPES}
 
 
 @dataclass(frozen=True)
@@ -114,16 +42,29 @@ class MaskFiles:
     """(h, w) uint8 labels of a mask; raises BadFile"""
     problems: list[str]
     """one message for each unusable file"""
+    notes: tuple[str, ...] = ()
+    """lines to print at the start of a run"""
 
     @property
     def classes(self) -> Classes:
         return CLASSES[self.name]
 
-    @property
+    @cached_property
     def description(self) -> dict[str, Any]:
         """Identifies the data: stored in config.json and compared at resume."""
         images = {part: len(pairs) for part, pairs in self.pairs.items()}
-        return {"name": self.name, "class_names": list(self.classes.names), "images": images}
+        files = [
+            (f"{part}/{path.parent.name}/{path.name}", _size(path))
+            for part, pairs in self.pairs.items()
+            for pair in pairs
+            for path in (pair.image, pair.mask)
+        ]
+        return {
+            "name": self.name,
+            "class_names": list(self.classes.names),
+            "images": images,
+            "file_names_and_sizes": fingerprint(files),
+        }
 
 
 def find_masks(name: str, folder: Path, download: bool = True) -> MaskFiles:
@@ -131,41 +72,32 @@ def find_masks(name: str, folder: Path, download: bool = True) -> MaskFiles:
 
     download: fetch Pascal VOC if it is missing; the others cannot be downloaded.
     """
-    if name == "voc":
-        return _find_voc(folder, download)
-    return {"camvid": _find_camvid, "cityscapes": _find_cityscapes}[name](folder)
-
-
-def is_image(path: Path) -> bool:
-    """Whether the name is that of an image file; hidden files, which some systems leave behind, are not."""
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    try:
+        if name == "voc":
+            return _find_voc(folder, download)
+        return {"camvid": _find_camvid, "cityscapes": _find_cityscapes}[name](folder)
+    except PermissionError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): make it readable") from None
 
 
 def read_image(path: Path) -> np.ndarray:
-    """(h, w, 3) uint8. Raises BadFile, also at 16 bits a channel."""
+    """(h, w, 3) uint8 as a viewer shows it (see `open_image`). Raises BadFile, also at 16 bits a channel."""
     try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":  # Pillow would clip to 255: an almost white image
-                raise ValueError("it has more than 8 bits a channel")
-            return np.array(image.convert("RGB"))
-    except DAMAGED as error:
+        return np.array(open_image(path, "RGB"))
+    except Exception as error:  # Pillow raises errors of many kinds for damaged files
         raise _unreadable(path, "an image", error) from None
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> BadFile:
-    """The message for a file at which Pillow raised the error."""
-    if isinstance(error, FileNotFoundError):
-        return BadFile(f"{path} is missing: restore it")
-    if isinstance(error, UnidentifiedImageError):  # its message only repeats the path
-        return BadFile(f"{path} cannot be read as {kind} (not an image format): replace it with an intact copy")
-    return BadFile(f"{path} cannot be read as {kind} ({_in_one_line(error)}): replace it with an intact copy")
+    return BadFile(unreadable(path, kind, error, "replace it with an intact copy"))
 
 
-def _in_one_line(error: Exception) -> str:
-    """The error's message on one line, without errno."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+def _size(path: Path) -> int:
+    """In bytes; -1 for a missing file, which is reported when it is read."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 # ---------------------------------------------------------------------------- CamVid
@@ -192,23 +124,23 @@ def _find_camvid(folder: Path) -> MaskFiles:
             "(masks of 32 colours). Put them there, or name another place with --data-dir"
         )
     read = _read_camvid_labels if suffix == "annot" else ColourMasks(folder / "class_dict.csv")
-    pairs, problems = {}, []
+    pairs, problems, finder = {}, [], Finder()
     for part in PARTS:
         images, masks = folder / part, folder / f"{part}{suffix}"
-        pairs[part], unpaired = pair_files(images, masks)
+        pairs[part], unpaired = pair_files(images, masks, finder)
         if unpaired and images.is_dir() != masks.is_dir():  # only the test part may be absent
             there, absent = (images, masks) if images.is_dir() else (masks, images)
             unpaired = [f"{there} exists, but {absent} does not: add it, or move {there.name}/ elsewhere"]
         problems += unpaired
         if part != "test" and not pairs[part] and not unpaired:
             problems.append(f"{images} holds no images: put the {part} part of CamVid there")
-    return MaskFiles("camvid", pairs, read, problems)
+    return MaskFiles("camvid", pairs, read, problems, tuple(finder.notes()))
 
 
-def pair_files(images: Path, masks: Path) -> tuple[list[Pair], list[str]]:
+def pair_files(images: Path, masks: Path, finder: Finder) -> tuple[list[Pair], list[str]]:
     """Images with the masks of the same name (or NAME_L), sorted, and a message for each file without a partner."""
-    by_stem, problems = _by_stem(images, "")
-    masks_by_stem, more = _by_stem(masks, "_L")
+    by_stem, problems = _by_stem(images, "", finder)
+    masks_by_stem, more = _by_stem(masks, "_L", finder)
     problems += more
     problems += [
         f"{by_stem[stem]} has no mask in {masks}: add it, or remove the image"
@@ -222,12 +154,13 @@ def pair_files(images: Path, masks: Path) -> tuple[list[Pair], list[str]]:
     return pairs, problems
 
 
-def _by_stem(folder: Path, end: str) -> tuple[dict[str, Path], list[str]]:
+def _by_stem(folder: Path, end: str, finder: Finder) -> tuple[dict[str, Path], list[str]]:
     """Image files of a folder by name without suffix and `end`, and a message for each name used twice."""
     by_stem: dict[str, Path] = {}
     problems = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if is_image(path) and (before := by_stem.setdefault(path.stem.removesuffix(end), path)) != path:
+    entries = finder.list_folder(folder) if folder.is_dir() else []
+    for path in (Path(file.path) for file in finder.list_images(entries)):
+        if (before := by_stem.setdefault(path.stem.removesuffix(end), path)) != path:
             problems.append(f"{before} and {path.name} have the same name: remove one of them")
     return by_stem, problems
 
@@ -242,9 +175,9 @@ def read_labels(path: Path, classes: Classes, renamed: dict[int, int]) -> np.nda
     Raises BadFile for a file that is no such mask, or a label that is neither a class nor void.
     """
     try:
-        with Image.open(path) as image:
-            mode, pixels = image.mode, np.array(image)
-    except DAMAGED as error:
+        image = open_upright(path)
+        mode, pixels = image.mode, np.array(image)
+    except Exception as error:
         raise _unreadable(path, "a mask", error) from None
     if mode not in ("L", "P"):
         raise BadFile(f"{path} is not a label mask (image mode {mode}, not one byte per pixel): replace it with one")
@@ -278,7 +211,7 @@ class ColourMasks:
             with table.open(newline="", encoding="utf-8-sig") as file:
                 classes = _read_class_dict(file, fold)
         except (OSError, ValueError, csv.Error) as error:
-            why = "it is missing" if isinstance(error, FileNotFoundError) else _in_one_line(error)
+            why = "it is missing" if isinstance(error, FileNotFoundError) else why_unreadable(error)
             raise UserError(
                 f"{table} cannot be used ({why}): colour masks need it. Put CamVid's own there: columns "
                 "name, r, g, b, one row per class (32)"
@@ -289,7 +222,7 @@ class ColourMasks:
 
     def __call__(self, path: Path) -> np.ndarray:
         """(h, w) uint8 labels. Raises BadFile for a file that is not an image or has an unknown colour."""
-        pixels = read_image(path)
+        pixels = _read_colours(path)
         labels = self.labels[_colour_codes(pixels)]
         if (labels == 255).any():
             row, column = np.argwhere(labels == 255)[0]
@@ -298,6 +231,16 @@ class ColourMasks:
                 f"not in {self.table}: fix the mask (was it resized or stored as JPEG?), or remove it with its image"
             )
         return labels
+
+
+def _read_colours(path: Path) -> np.ndarray:
+    """(h, w, 3) uint8 of a colour mask. Its colours count even where they are transparent. Raises BadFile."""
+    try:
+        image = open_upright(path)
+        require_8_bits(image)
+        return np.array(image.convert("RGB"))
+    except Exception as error:
+        raise _unreadable(path, "an image", error) from None
 
 
 def _read_class_dict(lines: Iterable[str], known: Container[str]) -> dict[tuple[int, ...], str]:
@@ -341,7 +284,7 @@ def _find_voc(folder: Path, download: bool) -> MaskFiles:
             read("train", download=download)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"{folder} does not hold Pascal VOC 2012, and it could not be downloaded ({_in_one_line(error)}). "
+                f"{folder} does not hold Pascal VOC 2012, and it could not be downloaded ({why_unreadable(error)}). "
                 "Connect to the network and start again, or unpack VOCtrainval_11-May-2012.tar there (it makes "
                 "VOCdevkit/VOC2012)"
             ) from None
@@ -349,7 +292,7 @@ def _find_voc(folder: Path, download: bool) -> MaskFiles:
         parts = {part: read(part) for part in PARTS[:2]}
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{root} is incomplete ({_in_one_line(error)}): unpack VOCtrainval_11-May-2012.tar in {folder} again, "
+            f"{root} is incomplete ({why_unreadable(error)}): unpack VOCtrainval_11-May-2012.tar in {folder} again, "
             "or remove the folder to download it at the next start"
         ) from None
     pairs = {part: _usable_pairs(of.images, of.masks) for part, of in parts.items()}
@@ -363,32 +306,37 @@ def _find_voc(folder: Path, download: bool) -> MaskFiles:
 
 
 def _find_cityscapes(folder: Path) -> MaskFiles:
-    """Cityscapes' fine annotations through torchvision; they have to be requested at its web site."""
+    """Cityscapes' fine annotations, which have to be requested at its web site; torchvision unpacks the archives."""
+    images, masks = folder / "leftImg8bit", folder / "gtFine"
     try:
-        parts = {
-            part: datasets.Cityscapes(folder, split=part, mode="fine", target_type="semantic") for part in PARTS[:2]
-        }
+        for part in PARTS[:2]:
+            if not ((images / part).is_dir() and (masks / part).is_dir()):
+                datasets.Cityscapes(folder, split=part, mode="fine", target_type="semantic")
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{folder} does not hold Cityscapes ({_in_one_line(error)}). Get leftImg8bit_trainvaltest.zip and "
+            f"{folder} does not hold Cityscapes ({why_unreadable(error)}). Get leftImg8bit_trainvaltest.zip and "
             "gtFine_trainvaltest.zip from cityscapes-dataset.com (with an account) and unpack both there: they make "
             "leftImg8bit/ and gtFine/ with train/ and val/"
         ) from None
-    pairs = {  # sorted: torchvision keeps the file system's order, which differs between machines
-        part: sorted(_usable_pairs(of.images, (targets[0] for targets in of.targets)), key=lambda pair: pair.image)
-        for part, of in parts.items()
-    }
+    finder, pairs = Finder(), {}
+    for part in PARTS[:2]:
+        found = sorted(Path(file.path) for file in finder.all_images(images / part))
+        pairs[part] = [Pair(image, masks / part / image.parent.name / _cityscapes_mask(image.name)) for image in found]
     problems = [
         f"{folder / 'leftImg8bit' / part} holds no images: unpack leftImg8bit_trainvaltest.zip in {folder}"
         for part, of in pairs.items()
         if not of
     ]
-    places = {each.train_id: label for label, each in enumerate(_CITYSCAPES)}
+    places = {each.train_id: label for label, each in enumerate(CITYSCAPES_CLASSES)}
     renamed = {
         each.id: places.get(each.train_id, CITYSCAPES.void) for each in datasets.Cityscapes.classes if each.id >= 0
     }
     read_mask = partial(read_labels, classes=CITYSCAPES, renamed=renamed)
-    return MaskFiles("cityscapes", pairs | {"test": []}, read_mask, problems)
+    return MaskFiles("cityscapes", pairs | {"test": []}, read_mask, problems, tuple(finder.notes()))
+
+
+def _cityscapes_mask(image: str) -> str:
+    return image.split("_leftImg8bit")[0] + "_gtFine_labelIds.png"
 
 
 def _usable_pairs(images: Iterable[str], masks: Iterable[str]) -> list[Pair]:

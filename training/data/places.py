@@ -20,5 +20,12 @@ def data_folder(name: str, data_dir: Path | None) -> Path:
     root = data_dir or Path(os.environ.get("VISION_BDH_DATA") or ROOT)
     inside = root / f"data_{name}"
     signs = SIGNS.get(name, (f"{name}.npz",))
-    is_folder_itself = root.name == inside.name or any((root / each).exists() for each in signs)
-    return root if is_folder_itself and not inside.is_dir() else inside
+    is_folder_itself = root.name == inside.name or any(_exists(root / each) for each in signs)
+    return root if is_folder_itself and not _exists(inside) else inside
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:  # reported when the data are read
+        return False

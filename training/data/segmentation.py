@@ -69,7 +69,9 @@ def read_pair(pair: Pair, files: MaskFiles) -> tuple[np.ndarray, np.ndarray]:
     image, mask = read_image(pair.image), files.read_mask(pair.mask)
     if image.shape[:2] != mask.shape:
         sizes = [" x ".join(map(str, each.shape[1::-1])) for each in (image, mask)]
-        raise BadFile(f"{pair.image} is {sizes[0]} pixels, but its mask {pair.mask} is {sizes[1]}: resize one of them")
+        turned = image.shape[1::-1] == mask.shape
+        remedy = "turn one of them (an image is read upright, as its EXIF says)" if turned else "resize one of them"
+        raise BadFile(f"{pair.image} is {sizes[0]} pixels, but its mask {pair.mask} is {sizes[1]}: {remedy}")
     return image, mask
 
 
@@ -134,11 +136,14 @@ class MaskBatches:
         That estimate leaves out masks kept at their original size, which is not known before reading.
         """
         refuse(files.problems, files.name)
-        transform = JointTransform(config, files.classes.void)
+        for note in files.notes:
+            print(note)
+        transform = JointTransform(config, files.classes.void, height_and_width(img_size))
         self.description = files.description
         self.batch_size = config.batch_size
         self.device = device
-        pairs = files.pairs | {"train": _limit(files.pairs["train"], config)}
+        trained_on = files.pairs["train"] + files.pairs["val"] * config.train_val
+        pairs = files.pairs | {"train": _limit(trained_on, config)}
         height, width = height_and_width(img_size)
         n_bytes = sum(map(len, pairs.values())) * height * width * 4
         if not fits_in_memory(n_bytes, torch.device("cpu")):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from training import seeds
 from training.config import TextConfig, UserError
+from training.data.finding import printable
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def load_text(path: Path | None) -> Text:
         paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
         return Text("python topics", "\n\n".join(dict.fromkeys(paragraphs)).encode())
     try:
-        return Text(path.name, path.read_bytes())
+        return Text(printable(path.name), path.read_bytes())
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): give a file with --text") from None
 
