@@ -214,12 +214,12 @@ def main(options: Options) -> None:
     if not 0 < options.penalty < math.inf:
         raise UserError(f"--penalty {options.penalty} must be a number above 0")
     n_levels = choose_levels(run.model, run.adapter.n_levels, options.max_levels)
-    places, indices = run.training_places(options.train_images), run.choose_images(options.images)
+    training, indices = run.choose_training_images(options.train_images), run.choose_images(options.images)
     size = images_per_pass(run.n_patches)
     train, test = (
         collect(run.model, batches, n_levels, options.tokens, options.normalise)
         for batches in (
-            run.training_batches(places, size, "training images"),
+            run.training_batches(training, size, "training images"),
             run.batches(indices, size, "test images"),
         )
     )

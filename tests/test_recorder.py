@@ -156,7 +156,11 @@ def test_some_queries_are_rows_of_all(model, images):
     for level in range(3):
         scores = trace.scores(level)
         torch.testing.assert_close(trace.scores(level, slice(5, 9)), scores[:, :, 5:9])
-    assert adapter_of(model).class_tokens == (scores.shape[-1] > 16)
+        first = adapter_of(model).class_tokens
+        patches = trace.scores(level, patches_only=True)
+        assert torch.equal(patches, scores[:, :, first:, first:])
+        torch.testing.assert_close(trace.scores(level, slice(3, 4), patches_only=True), patches[:, :, 3:4])
+    assert first == (scores.shape[-1] > 16)
 
 
 @pytest.mark.parametrize("name", ["v1", "v2", "v2_softmax", "v3", "class_token"])

@@ -73,27 +73,50 @@ def test_images_spread_over_the_part(opened):
 def test_training_images_are_those_of_the_run(run, opened, data_dir):
     """None that it validated with, every class alike, and not augmented."""
     split, data = Run(run).read_split(), load_dataset("cifar10", data_dir)
-    places = opened.training_places(50)
-    assert len(set(places)) == 50 and set(places) <= set(split.train)
+    numbers = opened.choose_training_images(50)
+    places = split.train[numbers]
+    assert len(set(places)) == 50
     assert set(np.bincount(data.train_labels[places], minlength=10)) <= {4, 5, 6}
-    assert set(opened.training_places(10**6)) == set(split.train)
-    pixels, labels = (torch.cat(each) for each in zip(*opened.training_batches(places, 16), strict=True))
+    assert sorted(opened.choose_training_images(10**6)) == list(range(len(split.train)))
+    pixels, labels = (torch.cat(each) for each in zip(*opened.training_batches(numbers, 16), strict=True))
     assert torch.equal(pixels, normalise(torch.from_numpy(data.train_images[places])))
     assert labels.tolist() == data.train_labels[places].tolist()
     with pytest.raises(UserError, match="no images chosen"):
-        opened.training_places(0)
+        opened.choose_training_images(0)
     (run / "split.npz").unlink()
     with pytest.raises(UserError, match=r"has no split\.npz"):
-        opened.training_places(5)
+        TrainedRun(run, data_dir, "cpu").choose_training_images(5)
+
+
+def write_photos(folder, data_dir, first, last):
+    """Some training images of the made-up CIFAR-10 as PNG files, a folder a class."""
+    arrays = load_dataset("cifar10", data_dir)
+    for index in range(first, last):
+        path = folder / f"class {arrays.train_labels[index]}" / f"{index:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(arrays.train_images[index].transpose(1, 2, 0)).save(path)
+
+
+def test_data_with_a_validation_part_and_no_test_part(tmp_path, data_dir, experiment):
+    photos = tmp_path / "photos"
+    write_photos(photos / "train", data_dir, 0, 60)
+    write_photos(photos / "val", data_dir, 60, 100)
+    trial = experiment("photos", dataset="folder", epochs=1, options={"data_dir": photos})
+    fit(trial)
+    opened = TrainedRun(trial.folder, photos, "cpu")
+    data = load_dataset("folder", photos)
+    assert (opened.part, opened.n_images) == ("validation", 40)
+    for samples, images, labels in (
+        (opened.samples([7, 39]), data.val_images, data.val_labels),
+        (opened._read("train", np.array([7, 39])), data.train_images, data.train_labels),
+    ):
+        assert np.array_equal(samples.images.numpy(), images[[7, 39]]) and samples.labels.tolist() == [*labels[[7, 39]]]
 
 
 def test_data_without_a_test_part(tmp_path, data_dir, experiment):
     """The validation images of the run's own split; two runs are compared if they have the same."""
-    photos, arrays = tmp_path / "photos", load_dataset("cifar10", data_dir)
-    for index, (image, label) in enumerate(zip(arrays.train_images[:60], arrays.train_labels[:60], strict=True)):
-        path = photos / f"class {label}" / f"{index:03d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.transpose(1, 2, 0)).save(path)
+    photos = tmp_path / "photos"
+    write_photos(photos, data_dir, 0, 60)
     trial = experiment("photos", dataset="folder", epochs=1, options={"data_dir": photos})
     other = dataclasses.replace(trial, name="other", train=dataclasses.replace(trial.train, seed=1))
     for each in (trial, other):

@@ -45,14 +45,17 @@ class Trace:
         return self._recorded("state", self.outputs, level)
 
     @torch.no_grad()
-    def scores(self, level: int, queries: slice = ALL) -> Tensor:
+    def scores(self, level: int, queries: slice = ALL, patches_only: bool = False) -> Tensor:
         """(B, H, T, T), attention of a level, query by key; with queries these rows only, (B, H, Q, T).
 
-        BDH: signed raw scores, or softmax weights if the model uses softmax. ViT: softmax weights.
+        BDH: signed raw scores, or softmax weights if the model uses softmax. ViT: softmax weights. patches_only: omit
+        the class token (queries count from the first patch), so softmax weights of a query sum to less than 1.
         """
         x = self._recorded("scores", self.inputs, level)
+        first = self.adapter.class_tokens if patches_only else 0
+        start, stop, _ = queries.indices(x.shape[1] - first)
         with _no_autocast(x):
-            return self.adapter.scores(level, x, queries)
+            return self.adapter.scores(level, x, slice(start + first, stop + first))[..., first:]
 
     def x_sparse(self, level: int) -> Tensor:
         """(B, H, T, N), neurons activated by the token itself."""

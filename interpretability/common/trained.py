@@ -1,5 +1,6 @@
 """Opens a finished run for inspection: its model and the images that it was tested on."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from models import build_config
 from models.vision_bdh import Grid, height_and_width
 from training.augment import normalise
 from training.config import ROOT, UserError, changed_fields
-from training.data import DataSet, data_folder, load_dataset
+from training.data import DataSet, Split, data_folder, load_dataset
 from training.data.image_files import read_images
 from training.data.masks import CLASSES, BadFile, MaskFiles, find_masks
 from training.data.segmentation import read_pair, scale_image, scale_mask
@@ -156,6 +157,10 @@ class TrainedRun:
         return dataset
 
     @cached_property
+    def _split(self) -> Split | None:
+        return Run(self.folder).read_split()
+
+    @cached_property
     def class_names(self) -> tuple[str, ...]:
         return self._data.classes.names if self.labels_pixels else self._data.class_names
 
@@ -168,7 +173,7 @@ class TrainedRun:
             return part, np.arange(len(data.pairs[part]))
         if len(data.test_labels):
             return "test", np.arange(len(data.test_labels))
-        return "val", np.arange(len(Run(self.folder).read_split().val))
+        return "val", np.arange(len(self._split.val))
 
     @property
     def part(self) -> str:
@@ -201,11 +206,14 @@ class TrainedRun:
         pairs = [self._read_pair(self._data.pairs[part][index]) for index in indices]
         return Samples(*(torch.from_numpy(np.stack(each)) for each in zip(*pairs, strict=True)))
 
-    def _read(self, part: str, places: np.ndarray) -> Samples:
-        """Images with one class each. part: test or val; places: numbers of images in it."""
-        split = Run(self.folder).read_split() if part == "val" else None
-        images, labels = self._data.part(part, split)
-        return Samples(torch.from_numpy(read_images(images[places])), torch.from_numpy(labels[places]))
+    def _read(self, part: str, numbers: np.ndarray) -> Samples:
+        """Images with one class each. part: train, val or test; numbers: of images in it."""
+        if part == "test":
+            images, labels = self._data.test_images[numbers], self._data.test_labels[numbers]
+        else:
+            places = getattr(self._split, part)[numbers]
+            images, labels = self._data.part(part, dataclasses.replace(self._split, **{part: places}))
+        return Samples(torch.from_numpy(read_images(images)), torch.from_numpy(labels))
 
     def _read_pair(self, pair: Any) -> tuple[np.ndarray, np.ndarray]:
         """(C, height, width) uint8 and (height, width) int64, at the model's size."""
@@ -224,20 +232,19 @@ class TrainedRun:
         """The model's input and the labels for images of the part, in order, on the device. text: of a progress bar."""
         return self._batches(self.samples, indices, size, text)
 
-    def training_places(self, n: int) -> np.ndarray:
-        """Positions of n images that the run was trained on, every class in proportion; all if there are fewer.
+    def choose_training_images(self, n: int) -> np.ndarray:
+        """Numbers of n images that the run was trained on, every class in proportion; all if there are fewer.
 
         Raises UserError if n is below 1 or the run has no split.npz.
         """
-        split = Run(self.folder).read_split()
-        if split is None:
+        if self._split is None:
             raise UserError(f"{self.folder} has no split.npz, which lists the images that it was trained on")
-        by_class = split.train[np.argsort(self._data.train_labels[split.train], kind="stable")]
+        by_class = np.argsort(self._data.train_labels[self._split.train], kind="stable")
         return by_class[_evenly_spaced(n, len(by_class))]
 
-    def training_batches(self, places: np.ndarray, size: int = 128, text: str | None = None) -> Batches:
-        """The model's input and the labels for images at these positions of the training data, not augmented."""
-        return self._batches(partial(self._read, "train"), places, size, text)
+    def training_batches(self, numbers: np.ndarray, size: int = 128, text: str | None = None) -> Batches:
+        """The model's input and the labels for these training images, not augmented."""
+        return self._batches(partial(self._read, "train"), numbers, size, text)
 
     def _batches(self, read: Callable[[Any], Samples], numbers: Any, size: int, text: str | None) -> Batches:
         with tqdm(total=len(numbers), desc=text, unit="img", leave=False, disable=None if text else True) as bar:
@@ -270,7 +277,7 @@ def open_runs(choice: PairChoice) -> list[TrainedRun]:
     if name != other:
         raise UserError(f"--versus {second.checkpoint} was trained on {other}, not on {name}: give another run")
     drawn = first.part == "validation" and not first.labels_pixels  # other parts are fixed by the data set
-    if drawn and not np.array_equal(*(Run(run.folder).read_split().val for run in runs)):
+    if drawn and not np.array_equal(first._split.val, second._split.val):
         raise UserError(f"--versus {second.checkpoint} has another validation part: give two runs with the same seed")
     return runs
 
