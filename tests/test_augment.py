@@ -1,12 +1,14 @@
 """Augmentation against torchvision's, and the batches that training and validation get."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2.functional import horizontal_flip, resized_crop
 
-from training import ClassificationConfig, augment
+from training import ClassificationConfig, augment, seeds
 from training.data import DataSet, ImageBatches, Split
 
 CROPS_AND_FLIPS = dict(crop_scale_min=0.5, horizontal_flip=True)
@@ -105,14 +107,14 @@ def test_normalise_maps_pixels_to_minus_one_to_one():
 # ---------------------------------------------------------------------------- batches
 
 
-def make_batches(n=50, height=8, width=8, eval_batch_size=16, **train):
+def make_batches(n=50, height=8, width=8, eval_batch_size=16, config_class=ClassificationConfig, **train):
     """ImageBatches of n training images labelled 0 to n - 1, and 10 + 10 to validate and test."""
     rng = np.random.default_rng(1)
     images = rng.integers(0, 256, (n + 20, 3, height, width), dtype=np.uint8)
     labels = np.arange(n + 20)
     dataset = DataSet("noise", images[: n + 10], labels[: n + 10], images[n + 10 :], labels[n + 10 :], ("a", "b"))
     split = Split(train=np.arange(n), val=np.arange(n, n + 10))
-    config = ClassificationConfig(
+    config = config_class(
         **(dict(dataset="cifar10", epochs=9, batch_size=16, learning_rate=1.0, weight_decay=0.0) | train)
     )
     return dataset, ImageBatches(dataset, split, config, eval_batch_size, torch.device("cpu"))
@@ -194,3 +196,35 @@ def test_flips_alone_mirror_some_images_and_leave_the_rest():
     mirrored = (images - stored.flip(3)).abs().amax((1, 2, 3)) < 1e-5
     assert torch.all(kept ^ mirrored)
     assert 10 < kept.sum() < 40
+
+
+class Negative:
+    """An augmentation of a user's own: the negative of some images, told by the sign of their labels."""
+
+    stream = "negative"
+
+    def draw(self, n, height, width, generator):
+        return (torch.rand(n, generator=generator) < 0.5,)
+
+    def apply(self, images, labels, negative):
+        signs = 1 - 2 * negative.int()
+        return images * signs[:, None, None, None], labels * signs
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithNegatives(ClassificationConfig):
+    def make_augmentations(self):
+        return [*super().make_augmentations(), Negative()]
+
+
+def test_an_augmentation_added_to_the_list_leaves_the_draws_of_others_alone(monkeypatch):
+    monkeypatch.setitem(seeds.STREAMS, "negative", 100)
+    plain, added = (
+        make_batches(config_class=each, **CROPS_AND_FLIPS)[1] for each in (ClassificationConfig, WithNegatives)
+    )
+    images, labels = whole(plain.train_batches(1))
+    found, signed = whole(added.train_batches(1))
+    signs = signed.sign() + (signed == 0)
+    assert torch.equal(signed.abs(), labels) and 10 < (signs < 0).sum() < 40
+    assert torch.equal((found * signs[:, None, None, None])[labels > 0], images[labels > 0])
+    assert torch.equal(whole(plain.eval_batches("val"))[0], whole(added.eval_batches("val"))[0])
