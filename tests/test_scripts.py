@@ -310,15 +310,6 @@ def test_a_published_experiment_is_the_named_variant_under_the_protocol(name, va
         assert experiment.train == ClassificationConfig(dataset=dataset, **CLASSIFICATION)
 
 
-def test_the_quickstart_trains_a_small_v2_on_the_digits():
-    experiment = experiment_of(QUICKSTART)
-    model, train = experiment.model, experiment.train
-    assert experiment.name == "quickstart" and train.dataset == "digits"
-    assert (model.img_size, model.in_channels, model.num_classes) == (8, 1, 10)
-    assert (model.residual, model.init, model.attention) == ("pre", "xavier", "raw")
-    assert train.crop_scale_min == 1.0 and not train.horizontal_flip  # a mirrored digit is another sign
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_is_short_and_shows_its_whole_configuration(script):
     text = (ROOT / script).read_text(encoding="utf-8")

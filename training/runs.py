@@ -67,6 +67,7 @@ class Run:
             lock = filelock.FileLock(path, timeout=0)
             lock.acquire()
         except filelock.Timeout:
+            time.sleep(0.3)  # a process that has only just taken the lock writes its name next
             raise UserError(
                 f"{self.folder} is being trained by another process ({self.holder()}): wait for it, stop it, or choose "
                 "another folder with --name"
