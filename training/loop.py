@@ -136,7 +136,7 @@ def _resume(experiment: Experiment, run: Run, trackers: Trackers) -> Session:
     run.check_data(source.description)
     data = task.load(source, run.read_split(), experiment, device)
     session = _make_session(experiment, config.get("run_id", ""), device, task, data, _build(experiment))
-    session.load_state(run.load_checkpoint())
+    session.load_state(run.load_checkpoint(session.model))
     trackers.connect(config.get("run_id"))
     run.restore_metrics(session.epoch, session.history)
     trackers.open_files(session.epoch + 1)
