@@ -213,8 +213,8 @@ class Negative:
 
 @dataclass(frozen=True, kw_only=True)
 class WithNegatives(ClassificationConfig):
-    def make_augmentations(self):
-        return [*super().make_augmentations(), Negative()]
+    def make_augmentations(self, num_classes):
+        return [*super().make_augmentations(num_classes), Negative()]
 
 
 def test_an_augmentation_added_to_the_list_leaves_the_draws_of_others_alone(monkeypatch):

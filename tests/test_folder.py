@@ -63,7 +63,10 @@ def own(images_dir, tmp_path):
 
 def as_told(path, channels, size=SIZE):
     """(C, S, S), what the README of an image folder says: the middle square, scaled (bicubic)."""
-    image = Image.open(path).convert("RGB" if channels == 3 else "L")
+    image = Image.open(path)
+    if image.has_transparency_data:  # composited on white
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert("RGB" if channels == 3 else "L")
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)
@@ -102,8 +105,9 @@ def test_images_are_their_middle_square_scaled(channels, images_dir):
 def test_the_middle_square_of_the_right_size_is_not_changed(wide, tmp_path):
     """Not of a wide image squeezed: what lies left and right of its middle is cut."""
     pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE * (3 if wide else 1), 3), dtype=np.uint8)
-    (tmp_path / "a").mkdir()
-    Image.fromarray(pixels).save(tmp_path / "a" / "1.png")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / name / "1.png")
     found = load_dataset("folder", tmp_path, SIZE, 3).train_images[0]
     assert np.array_equal(found, (pixels[:, SIZE : 2 * SIZE] if wide else pixels).transpose(2, 0, 1))
 
@@ -120,11 +124,14 @@ def test_layouts(layout, images_dir, tmp_path):
             fill(root / part, 2, seed=seed)
     dataset = load_dataset("folder", root, SIZE, 3)
     assert_holds(dataset.train_images, dataset.train_labels, root if layout == "classes directly" else root / "train")
-    test_root = next((root / part for part in ("test", "val") if part in layout), None)
-    if test_root is None:
-        assert len(dataset.test_images) == len(dataset.test_labels) == 0
+    if "test" in layout:
+        assert_holds(dataset.test_images, dataset.test_labels, root / "test")
     else:
-        assert_holds(dataset.test_images, dataset.test_labels, test_root)
+        assert len(dataset.test_images) == len(dataset.test_labels) == 0
+    if "val" in layout:
+        assert_holds(dataset.val_images, dataset.val_labels, root / "val")
+    else:
+        assert dataset.val_images is dataset.val_labels is None
 
 
 # ---------------------------------------------------------------------------- streamed
@@ -267,7 +274,7 @@ MISTAKES = {  # what is done to the folder, and what the message names
     "a class without images": (lambda own: (own / "train" / "hen").mkdir(), ["train", "hen"]),
     "a class only in train": (lambda own: fill(own / "train", 1, classes=["hen"]), ["train", "test", "hen"]),
     "a class only in test": (lambda own: fill(own / "test", 1, classes=["hen"]), ["train", "test", "hen"]),
-    "no train": (lambda own: (own / "train").rename(own / "training"), ["test", "train"]),
+    "no train": (lambda own: (own / "train").rename(own / "more"), ["test", "train"]),
 }
 
 
@@ -299,7 +306,8 @@ def test_a_run_without_a_test_part_and_what_it_was_trained_on(folder_trial, imag
     assert 0 <= summary["best"]["val_accuracy"] <= 1
     config = (trial.folder / "config.json").read_text()
     expected = {"name": "folder train", "class_names": [*CLASSES], "images": {"train": 36, "test": 0}}
-    assert json.loads(config)["data"] == expected and str(images_dir) not in config
+    data = json.loads(config)["data"]
+    assert len(data.pop("file_names_and_sizes")) == 64 and data == expected and str(images_dir) not in config
     analyze([trial.folder], tmp_path / "plots")
 
 

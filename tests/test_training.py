@@ -52,11 +52,11 @@ def test_warmup_is_capped_at_a_tenth(total, peak):
     assert factors[peak:] == sorted(factors[peak:], reverse=True) and factors[-1] > 0
 
 
-def test_the_schedule_scales_each_groups_own_peak():
+def test_the_schedule_scales_each_groups_own_peak(experiment):
     peaks = [1e-2, 3e-5]
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": peak} for peak in peaks]
     optimizer = torch.optim.AdamW(groups)
-    schedule = make_schedule(optimizer, total_steps=40, warmup_steps=500)
+    schedule = make_schedule(optimizer, 40, experiment(warmup_steps=500).train)
 
     def rates():
         return [group["lr"] for group in optimizer.param_groups]

@@ -139,6 +139,7 @@ def _resume(experiment: Experiment, run: Run, trackers: Trackers) -> Session:
     session.load_state(run.load_checkpoint(session.model))
     trackers.connect(config.get("run_id"))
     run.restore_metrics(session.epoch, session.history)
+    run.restore_split(data.split, session.run_id)
     trackers.open_files(session.epoch + 1)
     print(f"resuming after epoch {session.epoch} of {experiment.train.epochs}")
     return session

@@ -287,6 +287,11 @@ class Run:
         except OSError as error:
             raise _disk_error(path, error) from None
 
+    def restore_split(self, split: Split | None, run_id: str) -> None:
+        """Writes split.npz again if it is missing; it was drawn from the seed alone."""
+        if split is not None and not (self.folder / "split.npz").exists():
+            self._replace("split.npz", lambda path: _save_split(path, split, run_id))
+
     def restore_metrics(self, epoch: int, history: list[dict[str, Any]] | None) -> None:
         """metrics.csv as it was after that epoch, from the checkpoint's history, whatever became of the file since.
 
