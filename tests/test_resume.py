@@ -1,12 +1,12 @@
 """Runs that were stopped, killed or damaged, and then resumed: they end as an uninterrupted run does, bit for bit."""
 
 import dataclasses
-import functools
 import io
 import json
 import os
 import resource
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from training import ClassificationConfig, UserError, fit, loop
 from tests.children import before, kill, launch_in_child, nth
 from tests.trials import MEASURED, interrupt, read_rows, resumed, snapshot, with_options
+from training.launch import train
 from training.runs import Run, load_model
 from training.stored import load_checkpoint
 
@@ -70,8 +71,18 @@ def assert_same(one, other, where):
 # ---------------------------------------------------------------------------- sabotage, in a child
 
 
-def kill_in_step(n):
-    before(loop, "optimizer_step", nth(n, lambda session: kill()))
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def in_step(stop, n):
+    before(loop, "optimizer_step", nth(n, lambda session: stop()))
+
+
+def between_renames(stop, n):
+    """In the n-th checkpoint's: last.pt has become previous.pt, and nothing has become last.pt."""
+    hit = nth(n, stop)
+    before(Path, "replace", lambda path, target: hit() if path.name == "last.pt.partial" else None)
 
 
 def kill_in_checkpoint(n):
@@ -88,12 +99,6 @@ def kill_in_checkpoint(n):
     before(torch, "save", nth(n, half))
 
 
-def kill_between_renames(n):
-    """In the n-th checkpoint's: last.pt has become previous.pt, and nothing has become last.pt."""
-    hit = nth(n, kill)
-    before(Path, "replace", lambda path, target: hit() if path.name == "last.pt.partial" else None)
-
-
 def kill_before_checkpoint(n):
     """The line of metrics.csv is written, best.pt too, last.pt not."""
     before(Run, "save_checkpoint", nth(n, lambda run, state: kill()))
@@ -108,40 +113,22 @@ def kill_in_metrics(epoch):
     before(Run, "append_metrics", nth(epoch, half))
 
 
-def ctrl_c():
-    os.kill(os.getpid(), signal.SIGINT)
+def kill_before_test():
+    before(loop, "evaluate", lambda session, part: kill() if part == "test" else None)
 
 
-def ctrl_c_in_step(n):
-    before(loop, "optimizer_step", nth(n, lambda session: ctrl_c()))
+def ctrl_c_in_checkpoint(n, at):
+    """While the n-th file that torch.save makes is written, in that call of write()."""
 
-
-def ctrl_c_in_checkpoint(n, write):
-    """While the n-th file that torch.save makes is written, in that call of write."""
-
-    class Slow:
-        def __init__(self, file):
-            self.file = file
-            self.hit = nth(write, ctrl_c)
+    class Slow(io.FileIO):
+        hit = staticmethod(nth(at, ctrl_c))
 
         def write(self, content):
             self.hit()
-            return self.file.write(content)
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
+            return super().write(content)
 
     real, count = torch.save, iter(range(1, 10**9))
-    torch.save = lambda state, file: real(state, Slow(file) if next(count) == n else file)
-
-
-def ctrl_c_between_renames(n):
-    hit = nth(n, ctrl_c)
-    before(Path, "replace", lambda path, target: hit() if path.name == "last.pt.partial" else None)
-
-
-def kill_before_test():
-    before(loop, "evaluate", lambda session, part: kill() if part == "test" else None)
+    torch.save = lambda state, file: real(state, Slow(file.name, "w") if next(count) == n else file)
 
 
 def disk_full(limit):
@@ -156,50 +143,36 @@ def disk_full_in(method, n, limit):
 
 def sabotage_id(value):
     """A test's name for a function of these, with its arguments if it is a partial one."""
-    if isinstance(value, functools.partial):
-        return "-".join([value.func.__name__, *map(str, value.args)])
+    if isinstance(value, partial):
+        return "-".join([value.func.__name__, *(getattr(each, "__name__", str(each)) for each in value.args)])
     return value.__name__ if callable(value) else None
 
 
 # ---------------------------------------------------------------------------- stopped and killed
 
 
-@pytest.mark.parametrize("epoch", [1, 3])
-def test_resumed_after_an_interrupt_ends_the_same(epoch, experiment, reference, capsys):
+@pytest.mark.parametrize("stops", [[1], [3], [1, 2, 3, 4], ["test"]])
+def test_resumed_after_interrupts_ends_the_same(stops, experiment, reference, capsys):
     trial = experiment(**TRIAL)
-    interrupt(trial, epoch)
-    assert load_checkpoint(trial.folder / "last.pt")["epoch"] == epoch - 1
-    summary = fit(resumed(trial))
-    assert f"resuming after epoch {epoch - 1} of 4" in capsys.readouterr().out
+    for stop in stops:
+        interrupt(trial, part="test") if stop == "test" else interrupt(trial, stop)
+        trial = resumed(trial)
+    summary = fit(trial)
+    done = 4 if stops == ["test"] else stops[-1] - 1
+    assert f"resuming after epoch {done} of 4" in capsys.readouterr().out
     assert_same_run(trial.folder, reference)
     assert summary == json.loads((reference / "summary.json").read_text())
-
-
-def test_resumed_before_the_test_ends_the_same(experiment, reference):
-    trial = experiment(**TRIAL)
-    interrupt(trial, part="test")
-    fit(resumed(trial))
-    assert_same_run(trial.folder, reference)
-
-
-def test_interrupted_in_every_epoch_ends_the_same(experiment, reference):
-    trial = experiment(**TRIAL)
-    for epoch in (1, 2, 3, 4):
-        interrupt(trial, epoch)
-        trial = resumed(trial)
-    fit(trial)
-    assert_same_run(trial.folder, reference)
 
 
 @pytest.mark.parametrize(
     "sabotage",
     [
-        functools.partial(kill_in_step, 16),
-        functools.partial(kill_in_checkpoint, 2),  # best.pt of the first epoch
-        functools.partial(kill_in_checkpoint, 3),  # last.pt of the first epoch
-        functools.partial(kill_between_renames, 2),
-        functools.partial(kill_before_checkpoint, 4),
-        functools.partial(kill_in_metrics, 3),
+        partial(in_step, kill, 16),
+        partial(kill_in_checkpoint, 2),  # best.pt of the first epoch
+        partial(kill_in_checkpoint, 3),  # last.pt of the first epoch
+        partial(between_renames, kill, 2),
+        partial(kill_before_checkpoint, 4),
+        partial(kill_in_metrics, 3),
         kill_before_test,
     ],
     ids=sabotage_id,
@@ -214,10 +187,23 @@ def test_resumed_after_a_kill_ends_the_same(sabotage, experiment, reference):
 
 
 @pytest.mark.parametrize(
+    "sabotage", [partial(in_step, ctrl_c, 8), partial(ctrl_c_in_checkpoint, 3, 40), partial(between_renames, ctrl_c, 3)]
+)
+def test_ctrl_c_ends_with_130_and_names_resume(sabotage, experiment, reference):
+    """Wherever it comes: PyTorch turns an interrupt inside torch.save into a RuntimeError, as it does a full disk."""
+    trial = experiment(**TRIAL)
+    code, output = launch_in_child(trial, sabotage)
+    assert code == 130, output
+    assert "--resume" in output.splitlines()[-1] and str(trial.folder) in output.splitlines()[-1]
+    fit(resumed(trial))
+    assert_same_run(trial.folder, reference)
+
+
+@pytest.mark.parametrize(
     ("sabotage", "remedy", "options"),
     [
-        (functools.partial(kill_in_checkpoint, 1), "leave out --resume", {}),
-        (functools.partial(kill_between_renames, 1), "--overwrite", {"overwrite": True}),
+        (partial(kill_in_checkpoint, 1), "leave out --resume", {}),
+        (partial(between_renames, kill, 1), "--overwrite", {"overwrite": True}),
     ],
     ids=sabotage_id,
 )
@@ -235,7 +221,7 @@ def test_killed_after_a_fallback_a_run_still_has_a_checkpoint(experiment, refere
     trial = experiment(**TRIAL)
     interrupt(trial, 3)
     (trial.folder / "last.pt").write_bytes((trial.folder / "last.pt").read_bytes()[:5000])
-    code, _ = launch_in_child(resumed(trial), functools.partial(kill_between_renames, 1))
+    code, _ = launch_in_child(resumed(trial), partial(between_renames, kill, 1))
     assert code == -signal.SIGKILL
     fit(resumed(trial))
     assert_same_run(trial.folder, reference)
@@ -268,10 +254,10 @@ def test_parameter_groups_with_their_own_rates_resume(experiment):
 @pytest.mark.parametrize(
     "sabotage, epoch",
     [
-        (functools.partial(disk_full_in, "save_checkpoint", 2, 5000), 1),
-        (functools.partial(disk_full_in, "save_best", 1, 0), 0),
-        (functools.partial(disk_full_in, "append_metrics", 1, 20), 0),
-        (functools.partial(disk_full_in, "append_metrics", 3, 250), 2),
+        (partial(disk_full_in, "save_checkpoint", 2, 5000), 1),
+        (partial(disk_full_in, "save_best", 1, 0), 0),
+        (partial(disk_full_in, "append_metrics", 1, 20), 0),
+        (partial(disk_full_in, "append_metrics", 3, 250), 2),
     ],
     ids=sabotage_id,
 )
@@ -288,7 +274,7 @@ def test_a_full_disk_is_an_error_and_what_was_written_loads(sabotage, epoch, exp
     assert_same_run(trial.folder, reference)
 
 
-@pytest.mark.parametrize("sabotage", [functools.partial(disk_full, 0), functools.partial(disk_full, 5000)])
+@pytest.mark.parametrize("sabotage", [partial(disk_full, 0), partial(disk_full, 5000)])
 def test_an_overwrite_that_cannot_write_leaves_the_old_run(sabotage, experiment):
     """The disk is full before the first file, or in the first checkpoint."""
     trial = experiment(epochs=1)
@@ -300,13 +286,6 @@ def test_an_overwrite_that_cannot_write_leaves_the_old_run(sabotage, experiment)
 
 
 # ---------------------------------------------------------------------------- resume and overwrite
-
-
-def test_nothing_to_resume_is_refused(experiment):
-    trial = resumed(experiment(**TRIAL))
-    with pytest.raises(UserError, match="nothing to resume"):
-        fit(trial)
-    assert not trial.folder.exists()
 
 
 @pytest.mark.parametrize(
@@ -369,40 +348,11 @@ def test_an_overwrite_that_cannot_start_leaves_the_old_run(experiment, tmp_path)
     assert snapshot(trial.folder) == files
 
 
-def test_seeds_of_one_experiment_lie_side_by_side(experiment):
-    for seed in (0, 3):
-        fit(experiment(epochs=1, seed=seed))
-    folder = experiment(epochs=1).folder.parent
-    assert {path.name for path in folder.iterdir()} == {"seed0", "seed3"}
-
-
-def test_resuming_a_complete_run_says_so(experiment):
+def test_resuming_a_complete_run_says_so(experiment, capsys):
     trial = experiment(epochs=1)
     fit(trial)
     files = snapshot(trial.folder)
-    code, output = launch_in_child(resumed(trial))
-    assert code == 0
+    assert train(resumed(trial)) == trial.folder
+    output = capsys.readouterr().out
     assert "is complete: nothing to resume" in output and "test accuracy" in output
     assert snapshot(trial.folder) == files
-
-
-# ---------------------------------------------------------------------------- Ctrl-C
-
-
-@pytest.mark.parametrize(
-    "sabotage",
-    [
-        functools.partial(ctrl_c_in_step, 8),
-        functools.partial(ctrl_c_in_checkpoint, 3, 40),
-        functools.partial(ctrl_c_between_renames, 3),
-    ],
-    ids=sabotage_id,
-)
-def test_ctrl_c_ends_with_130_and_names_resume(sabotage, experiment, reference):
-    """Wherever it comes: PyTorch turns an interrupt inside torch.save into a RuntimeError, as it does a full disk."""
-    trial = experiment(**TRIAL)
-    code, output = launch_in_child(trial, sabotage)
-    assert code == 130, output
-    assert "--resume" in output.splitlines()[-1] and str(trial.folder) in output.splitlines()[-1]
-    fit(resumed(trial))
-    assert_same_run(trial.folder, reference)

@@ -217,20 +217,13 @@ def test_labels_are_never_mixed_and_what_comes_into_view_is_void():
     assert all(set(np.unique(transform(image, solid, seed)[1])) <= {10, VOID} for seed in range(30))
 
 
-def test_brightness_leaves_the_mask_alone():
-    transform = JointTransform(make_config(brightness_contrast=1.0), VOID, (32, 48))
-    image, mask = coloured_blocks(np.random.default_rng(0))
-    results = [transform(image, mask, seed) for seed in range(5)]
-    assert all(np.array_equal(each, mask) for _, each in results)
-    assert not any(np.array_equal(each, image) for each, _ in results)
-
-
-def test_nothing_is_changed_unless_asked_for():
-    transform = JointTransform(make_config(), VOID, (32, 48))
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_brightness_changes_the_image_alone_and_only_if_asked_for(probability):
+    transform = JointTransform(make_config(brightness_contrast=probability), VOID, (32, 48))
     image, mask = coloured_blocks(np.random.default_rng(0))
     for seed in range(5):
-        same_image, same_mask = transform(image, mask, seed)
-        assert np.array_equal(same_image, image) and np.array_equal(same_mask, mask)
+        changed, same_mask = transform(image, mask, seed)
+        assert np.array_equal(changed, image) == (probability == 0) and np.array_equal(same_mask, mask)
 
 
 def test_draws_follow_from_the_seed_and_are_independent_of_each_other():

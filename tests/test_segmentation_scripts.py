@@ -70,6 +70,7 @@ def test_a_run_of_bdh_unet_and_its_fine_tuning(call, tmp_path, capsys):
     assert summary["best"]["val_miou"] == pytest.approx(sum(ious) / len(ious))
     assert f"{summary['best']['val_miou']:.2%}" in said and "IoU bicyclist" in said and "no test set" in said
     config = json.loads((folder / "config.json").read_text())
+    assert len(config["data"].pop("file_names_and_sizes")) == 64
     assert config["data"] == {"name": "camvid", "class_names": [*CAMVID.names], "images": summary["images"]}
     assert config["origin"] is None
     model, _ = load_model(folder)

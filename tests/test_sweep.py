@@ -5,13 +5,13 @@ import itertools
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from training import ClassificationConfig, Experiment, UserError, sweep
 from models.vision_bdh import v2_config
+from tests.trials import wait_for
 from training.command_line import parse_experiment
 from training.config import ROOT
 from training.runs import Run
@@ -204,10 +204,3 @@ def test_a_sweep_killed_and_started_again(data_dir, tmp_path, call_script, capsy
     table = next(tmp_path.rglob("sweep_n_head_gate.md")).read_text()
     assert "| default |" in table and "| n_head=1 |" in table and "gate=none" not in table
     assert table in captured.out.replace("\r", "")
-
-
-def wait_for(condition, seconds=120):
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.02)

@@ -5,12 +5,13 @@ import importlib.util
 import json
 import math
 import sys
+from unittest.mock import Mock, call
 
 import pytest
 import torch
 
 from training import UserError, fit, loop, seeds
-from tests.trials import read_metrics, read_rows, same_weights, snapshot, weights, with_options
+from tests.trials import read_metrics, same_weights, snapshot, weights, with_options
 from training.data import load_dataset
 from training.optimiser import make_schedule, rate_factor, set_step
 from training.runs import Run, load_model
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # the fastest for tensors th
         (1, 1 / 500),
         (499, 499 / 500),
         (500, 1.0),
-        (31_500, 0.5),  # half of the way down
+        (31_500, 0.5),
         (62_499, (1 - math.cos(math.pi / 62_000)) / 2),
     ],
 )
@@ -51,11 +52,11 @@ def test_warmup_is_capped_at_a_tenth(total, peak):
     assert factors[peak:] == sorted(factors[peak:], reverse=True) and factors[-1] > 0
 
 
-def test_the_schedule_scales_each_groups_own_peak():
+def test_the_schedule_scales_each_groups_own_peak(experiment):
     peaks = [1e-2, 3e-5]
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": peak} for peak in peaks]
     optimizer = torch.optim.AdamW(groups)
-    schedule = make_schedule(optimizer, total_steps=40, warmup_steps=500)
+    schedule = make_schedule(optimizer, 40, experiment(warmup_steps=500).train)
 
     def rates():
         return [group["lr"] for group in optimizer.param_groups]
@@ -74,69 +75,45 @@ def test_the_schedule_scales_each_groups_own_peak():
         assert rates() == seen[step + 1]
 
 
-@pytest.fixture
-def steps(monkeypatch):
-    """Every optimizer step of fit() as (clipped gradients, rate)."""
-    seen, real = [], loop.optimizer_step
-
-    def spy(session):
-        gradients = {name: p.grad.clone() for name, p in session.model.named_parameters()}
-        seen.append((gradients, real(session)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(loop, "optimizer_step", spy)
-    return seen
-
-
-def test_every_step_has_the_schedules_rate(experiment, steps):
+def test_every_step_has_the_schedules_rate(experiment, monkeypatch):
+    rates, real = [], loop.optimizer_step
+    monkeypatch.setattr(loop, "optimizer_step", lambda session: rates.append(real(session)) or rates[-1])
     trial = experiment(epochs=3, grad_accum=2, learning_rate=1e-3)  # 192 images: 3 steps an epoch
     fit(trial)
-    assert [rate for _, rate in steps] == [1e-3 * rate_factor(step, 9, 500) for step in range(9)]
-    assert [row["learning_rate"] for row in read_metrics(trial.folder)] == [rate for _, rate in steps[2::3]]
+    assert rates == [1e-3 * rate_factor(step, 9, 500) for step in range(9)]
+    assert [row["learning_rate"] for row in read_metrics(trial.folder)] == rates[2::3]
 
 
-# ---------------------------------------------------------------------------- accumulation
+# ---------------------------------------------------------------------------- steps
 
 
-@pytest.mark.parametrize("limit, n_train", [(120, 96), (110, 88), (95, 76)])
-def test_two_batches_of_16_make_the_step_of_one_of_32(limit, n_train, experiment, steps):
-    """Also where the last group is smaller: 24 = 16 + 8, 12 = 12 images."""
-    # so small a rate that the weights stay as they are: then all steps can be compared
-    fields = dict(train_limit=limit, epochs=1, learning_rate=1e-20, weight_decay=0.0, max_grad_norm=1e9)
-    fields |= dict(model={"dropout": 0.0})
-    one, two = experiment("one", batch_size=32, **fields), experiment("two", batch_size=16, grad_accum=2, **fields)
-    assert fit(one)["images"]["train"] == n_train
-    fit(two)
-    assert len(steps) == 2 * math.ceil(n_train / 32)
-    for (gradients, _), (accumulated, _) in zip(steps[: len(steps) // 2], steps[len(steps) // 2 :], strict=True):
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(
-                accumulated[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-            )
-    expected, found = read_metrics(one.folder)[0], read_metrics(two.folder)[0]
-    for key in ("train_loss", "val_loss", "val_accuracy"):
-        assert found[key] == pytest.approx(expected[key], rel=1e-5)
+@pytest.mark.parametrize("limit, n_train", [(None, 192), (110, 88), (95, 76)])
+def test_a_step_follows_the_mean_gradient_of_its_own_images(limit, n_train, experiment, monkeypatch):
+    """Against gradients taken anew: of the step's 32 images, drawn from two batches, and of none before.
 
-
-def test_a_step_follows_the_mean_gradient_of_its_own_images(experiment, monkeypatch):
-    """Against gradients taken anew: of the step's 32 images, drawn from two batches, and of none before."""
-    real, checked = loop.optimizer_step, []
+    Also where the last group is smaller, 24 = 16 + 8 or 12 = 12 images. The row's training loss is a mean over images.
+    """
+    real, losses = loop.optimizer_step, []
 
     def optimizer_step(session):
-        step = session.step % 6
+        step = session.step % math.ceil(n_train / 32)
         batches = list(session.data.train_batches(session.epoch))[2 * step : 2 * step + 2]
         images, labels = map(torch.cat, zip(*batches, strict=True))
-        weights = dict(session.model.named_parameters())
+        named = dict(session.model.named_parameters())
         loss = torch.nn.functional.cross_entropy(session.model(images), labels)
-        expected = torch.autograd.grad(loss, weights.values())
-        for (name, weight), gradient in zip(weights.items(), expected, strict=True):
+        expected = torch.autograd.grad(loss, named.values())
+        for (name, weight), gradient in zip(named.items(), expected, strict=True):
             torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-        checked.append(session.step)
+        losses.append(loss.item() * len(labels))
         return real(session)
 
     monkeypatch.setattr(loop, "optimizer_step", optimizer_step)
-    fit(experiment(epochs=2, batch_size=16, grad_accum=2, max_grad_norm=1e9, model={"dropout": 0.0}))
-    assert checked == list(range(12))
+    fields = dict(batch_size=16, grad_accum=2, max_grad_norm=1e9, train_limit=limit, model={"dropout": 0.0})
+    trial = experiment(epochs=2, **fields)
+    assert fit(trial)["images"]["train"] == n_train
+    per_epoch = math.ceil(n_train / 32)
+    means = [sum(losses[:per_epoch]) / n_train, sum(losses[per_epoch:]) / n_train]
+    assert [row["train_loss"] for row in read_metrics(trial.folder)] == pytest.approx(means, rel=1e-5)
 
 
 def test_gradients_are_clipped_to_the_norm(experiment, monkeypatch):
@@ -208,7 +185,8 @@ def test_the_best_epoch_is_tested_once(results, best, experiment, scripted_valid
 @pytest.fixture(scope="module")
 def finished(experiment_in, tmp_path_factory):
     """A finished run of three epochs: the experiment, and what fit() returned."""
-    trial = experiment_in(tmp_path_factory.mktemp("finished"), epochs=3, crop_scale_min=0.8, horizontal_flip=True)
+    fields = dict(epochs=3, crop_scale_min=0.8, horizontal_flip=True, options={"eval_batch_size": 9})
+    trial = experiment_in(tmp_path_factory.mktemp("finished"), **fields)
     return trial, fit(trial)
 
 
@@ -244,13 +222,11 @@ def test_a_run_has_its_files_and_columns(finished):
         assert (state["epoch"], state["step"], state["run_id"]) == (epoch, 6 * epoch, config["run_id"])
         assert state["config"] == fields and set(state["model"]) == set(trial.model.build().state_dict())
         assert state["optimizer"]["state"][0]["step"] == 6 * epoch
-        assert [{key: str(value) for key, value in row.items()} for row in state["history"]] == read_rows(trial.folder)[
-            :epoch
-        ]
+        assert [{key: float(row[key]) for key in row} for row in state["history"]] == rows[:epoch]
 
 
 def test_losses_and_accuracies_are_means_over_images(finished):
-    """What validation and test found, counted again one image at a time; 48 and 40 do not fill batches of 256."""
+    """What validation and test found, counted again one image at a time; 48 and 40 do not fill batches of 9."""
     trial, summary = finished
     dataset, val = load_dataset("cifar10", trial.options.data_dir), Run(trial.folder).read_split().val
     model, _ = load_model(trial.folder)
@@ -264,13 +240,6 @@ def test_losses_and_accuracies_are_means_over_images(finished):
         assert found[f"{prefix}accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
         losses = -logits.log_softmax(1)[torch.arange(len(labels)), labels]
         assert found[f"{prefix}loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
-
-
-def test_uneven_evaluation_batches_change_nothing(experiment):
-    one = fit(experiment("one", epochs=1))
-    other = fit(experiment("other", epochs=1, options={"eval_batch_size": 9}))
-    for part, key in (("test", "loss"), ("test", "accuracy"), ("best", "val_loss"), ("best", "val_accuracy")):
-        assert one[part][key] == pytest.approx(other[part][key], rel=1e-5)
 
 
 def test_the_same_seed_repeats_a_run_and_another_does_not(experiment):
@@ -302,22 +271,18 @@ def test_a_cpu_does_not_compile_what_has_a_step_of_its_own(experiment, monkeypat
     assert "--compile" in capsys.readouterr().out
 
 
-class Compiled(torch.nn.Module):
-    """What torch.compile returns, without the making of kernels: a module that holds the model as _orig_mod."""
-
-    def __init__(self, model):
-        super().__init__()
-        self._orig_mod = model
-        self.calls = 0
-
-    def forward(self, images):
-        self.calls += 1
-        return self._orig_mod(images)
-
-
 def test_a_compiled_run_writes_plain_keys(experiment, monkeypatch):
+    class Compiled(torch.nn.Module):  # as torch.compile returns: holds the model as _orig_mod
+        def __init__(self, model):
+            super().__init__()
+            self._orig_mod, self.calls = model, 0
+
+        def forward(self, images):
+            self.calls += 1
+            return self._orig_mod(images)
+
     made = []
-    monkeypatch.setattr(torch, "compile", lambda model, *args, **kwargs: made.append(Compiled(model)) or made[-1])
+    monkeypatch.setattr(torch, "compile", lambda model: made.append(Compiled(model)) or made[-1])
     gated = dict(gate="sigmoid")  # has no fast path
     plain, trial = experiment("plain", gated, epochs=1), experiment("compiled", gated, epochs=1, compile=True)
     fit(plain)
@@ -329,9 +294,8 @@ def test_a_compiled_run_writes_plain_keys(experiment, monkeypatch):
     load_model(trial.folder)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_precisions_train(precision, experiment):
-    trial = experiment(epochs=1, precision=precision)
+def test_bf16_trains_float32_weights(experiment):
+    trial = experiment(epochs=1, precision="bf16")
     fit(trial)
     assert {value.dtype for value in weights(trial.folder).values()} == {torch.float32}
     assert math.isfinite(read_metrics(trial.folder)[0]["val_loss"])
@@ -395,9 +359,7 @@ def test_a_validation_loss_that_is_not_finite_stops_too(experiment, scripted_val
 
 
 @pytest.mark.parametrize("package, value", [("tensorboard", True), ("wandb", "project")])
-def test_a_missing_tracker_is_named_with_its_pip_line_before_anything_is_touched(
-    package, value, experiment, monkeypatch
-):
+def test_a_missing_tracker_is_named_with_its_pip_line(package, value, experiment, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)  # what makes `import` fail
     trial = experiment(options={package: value})
     with pytest.raises(UserError, match=f"pip install {package}"):
@@ -405,71 +367,50 @@ def test_a_missing_tracker_is_named_with_its_pip_line_before_anything_is_touched
     assert not trial.folder.exists()
 
 
-def fake_module(monkeypatch, name, **content):
-    """A module that can be found and imported."""
-    module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, None))
-    module.__dict__.update(content)
-    monkeypatch.setitem(sys.modules, name, module)
+@pytest.fixture
+def install(monkeypatch):
+    """Makes a module that can be found and imported."""
+
+    def make(name, **content):
+        module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, None))
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    return make
 
 
-def test_tensorboard_gets_every_row(experiment, monkeypatch):
-    calls = []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            calls.append((folder, purge_step))
-
-        def add_scalar(self, key, value, epoch):
-            calls.append((key, value, epoch))
-
-        def flush(self): ...
-
-        def close(self):
-            calls.append("closed")
-
-    fake_module(monkeypatch, "tensorboard")
-    fake_module(monkeypatch, "torch.utils.tensorboard", SummaryWriter=SummaryWriter)
+def test_tensorboard_gets_every_row(experiment, install):
+    writer = Mock()
+    install("tensorboard")
+    install("torch.utils.tensorboard", SummaryWriter=writer)
     trial = experiment(options={"tensorboard": True})
     fit(trial)
-    assert calls[0] == (str(trial.folder), 1) and calls[-1] == "closed"
-    expected = [(key, row[key], row["epoch"]) for row in read_metrics(trial.folder) for key in COLUMNS[1:]]
-    assert calls[1:-1] == expected
+    assert writer.call_args == call(str(trial.folder), purge_step=1)
+    expected = [call(key, row[key], row["epoch"]) for row in read_metrics(trial.folder) for key in COLUMNS[1:]]
+    assert writer().add_scalar.call_args_list == expected and writer().close.called
 
 
-def test_wandb_gets_every_row_and_is_closed_after_a_failure(experiment, monkeypatch):
-    rows, ended = [], []
-
-    class WandbRun:
-        def log(self, row, step):
-            rows.append((step, row["val_loss"]))
-            if step == 2:
-                raise KeyboardInterrupt
-
-        def finish(self):
-            ended.append(True)
-
-    asked = {}
-    fake_module(monkeypatch, "wandb", init=lambda **fields: asked.update(fields) or WandbRun())
+def test_wandb_gets_every_row_and_is_closed_after_a_failure(experiment, install):
+    init = Mock()
+    init().log.side_effect = [None, KeyboardInterrupt, None]
+    install("wandb", init=init)
     trial = experiment(epochs=3, options={"wandb": "project"})
     with pytest.raises(KeyboardInterrupt):
         fit(trial)
-    run_id = Run(trial.folder).read_config()["run_id"]
-    assert (asked["id"], asked["resume"]) == (run_id, "allow")  # a resumed run continues the same W&B run
+    asked, run_id = init.call_args.kwargs, Run(trial.folder).read_config()["run_id"]
     assert asked["project"] == "project" and asked["config"]["n_embd"] == 8 and asked["config"]["epochs"] == 3
-    assert rows == [(row["epoch"], row["val_loss"]) for row in read_metrics(trial.folder)]
-    assert ended == [True]
+    assert (asked["id"], asked["resume"]) == (run_id, "allow") and init().finish.call_count == 1
     fit(with_options(trial, resume=True))
-    assert asked["id"] == run_id and [step for step, _ in rows] == [1, 2, 3]
+    assert init.call_args.kwargs["id"] == run_id  # the resumed run continues the same W&B run
+    rows = [(each.args[0]["val_loss"], each.kwargs["step"]) for each in init().log.call_args_list]
+    assert rows == [(row["val_loss"], row["epoch"]) for row in read_metrics(trial.folder)]
 
 
-def test_a_failed_login_leaves_the_run_that_was_to_be_replaced(experiment, monkeypatch):
-    def init(**fields):
-        raise RuntimeError("no API key")
-
+def test_a_failed_login_leaves_the_run_that_was_to_be_replaced(experiment, install):
     trial = experiment(epochs=1)
     fit(trial)
     before = snapshot(trial.folder)
-    fake_module(monkeypatch, "wandb", init=init)
+    install("wandb", init=Mock(side_effect=RuntimeError("no API key")))
     with pytest.raises(UserError, match=r"no API key.*wandb login"):
         fit(with_options(trial, overwrite=True, wandb="project"))
     assert snapshot(trial.folder) == before
@@ -508,7 +449,7 @@ def test_a_mistake_is_one_message_and_nothing_written(
     flags, words, call_script, data_dir, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("urllib.request.urlopen", fail_to_connect)
+    monkeypatch.setattr("urllib.request.urlopen", Mock(side_effect=OSError("no network in tests")))
     file = tmp_path / "file"
     file.touch()
     where = ["--device", "cpu", "--data-dir", data_dir, "--runs-dir", tmp_path / "runs"]
@@ -520,10 +461,6 @@ def test_a_mistake_is_one_message_and_nothing_written(
     assert all(word.format(file=file) in message for word in words), message
     assert "Traceback" not in message
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def fail_to_connect(*args, **kwargs):
-    raise OSError("no network in tests")
 
 
 def test_the_vit_is_not_sent_to_a_flag_it_lacks(call_script, tmp_path, capsys):
@@ -544,10 +481,7 @@ def test_the_vit_is_not_sent_to_a_flag_it_lacks(call_script, tmp_path, capsys):
     ],
 )
 def test_an_error_in_training_is_one_message(error, words, call_script, data_dir, tmp_path, monkeypatch, capsys):
-    def fail(session):
-        raise error
-
-    monkeypatch.setattr(loop, "train_epoch", fail)
+    monkeypatch.setattr(loop, "train_epoch", Mock(side_effect=error))
     where = ["--device", "cpu", "--data-dir", data_dir, "--runs-dir", tmp_path / "runs"]
     if words is None:
         with pytest.raises(RuntimeError, match="a bug"):

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -60,3 +61,11 @@ def snapshot(folder):
     """Content and time of every file below folder but the lock, which each process that looks writes anew."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def wait_for(condition, seconds=300):
+    """Of another process."""
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.02)

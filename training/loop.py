@@ -136,9 +136,10 @@ def _resume(experiment: Experiment, run: Run, trackers: Trackers) -> Session:
     run.check_data(source.description)
     data = task.load(source, run.read_split(), experiment, device)
     session = _make_session(experiment, config.get("run_id", ""), device, task, data, _build(experiment))
-    session.load_state(run.load_checkpoint())
+    session.load_state(run.load_checkpoint(session.model))
     trackers.connect(config.get("run_id"))
     run.restore_metrics(session.epoch, session.history)
+    run.restore_split(data.split, session.run_id)
     trackers.open_files(session.epoch + 1)
     print(f"resuming after epoch {session.epoch} of {experiment.train.epochs}")
     return session

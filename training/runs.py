@@ -67,6 +67,7 @@ class Run:
             lock = filelock.FileLock(path, timeout=0)
             lock.acquire()
         except filelock.Timeout:
+            time.sleep(0.3)  # a process that has only just taken the lock writes its name next
             raise UserError(
                 f"{self.folder} is being trained by another process ({self.holder()}): wait for it, stop it, or choose "
                 "another folder with --name"
@@ -154,7 +155,8 @@ class Run:
         return stored.read_summary(self.folder)
 
     def read_split(self) -> Split | None:
-        return stored.read_split(self.folder, self.read_config().get("run_id"))
+        config = self.read_config()
+        return stored.read_split(self.folder, config.get("run_id"), config["data"].get("images", {}).get("train"))
 
     def check_data(self, description: dict[str, Any]) -> None:
         """Raises UserError if these are not the data that the run was started with, as far as it recorded them."""
@@ -170,8 +172,8 @@ class Run:
                 "without --resume under another --name"
             )
 
-    def load_checkpoint(self) -> dict[str, Any]:
-        """last.pt, or previous.pt if that cannot be used. Raises UserError if neither can.
+    def load_checkpoint(self, model: nn.Module) -> dict[str, Any]:
+        """last.pt, or previous.pt if that cannot be used for the model. Raises UserError if neither can.
 
         A damaged last.pt is then renamed to damaged.pt, so that it does not become the next previous.pt.
         """
@@ -186,6 +188,8 @@ class Run:
                 self._check_origin(state, path)
                 if "optimizer" not in state or "step" not in state:
                     raise Damaged(f"{path} holds weights only: start with --overwrite")
+                if _shapes(state["model"]) != _shapes(model.state_dict()):
+                    raise Damaged(f"{path} holds weights of another architecture: start with --overwrite")
             except Damaged as error:
                 problems.append(str(error).rpartition(": ")[0].removeprefix(f"{self.folder}{os.sep}"))
                 continue
@@ -283,6 +287,11 @@ class Run:
         except OSError as error:
             raise _disk_error(path, error) from None
 
+    def restore_split(self, split: Split | None, run_id: str) -> None:
+        """Writes split.npz again if it is missing; it was drawn from the seed alone."""
+        if split is not None and not (self.folder / "split.npz").exists():
+            self._replace("split.npz", lambda path: _save_split(path, split, run_id))
+
     def restore_metrics(self, epoch: int, history: list[dict[str, Any]] | None) -> None:
         """metrics.csv as it was after that epoch, from the checkpoint's history, whatever became of the file since.
 
@@ -323,6 +332,8 @@ class Run:
         try:
             (self.folder / f"{name}.partial").replace(self.folder / name)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                (self.folder / f"{name}.partial").unlink()
             raise _disk_error(self.folder / name, error) from None
 
 
@@ -361,6 +372,10 @@ def load_model(run: Path) -> tuple[nn.Module, dict[str, Any]]:
     except (KeyError, TypeError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(f"{run} holds no model that this version can build ({first_line(error)}): {remedy}") from None
     return model.eval(), config
+
+
+def _shapes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in weights.items()}
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:

@@ -49,6 +49,7 @@ class _Data(TypedDict):
     __pydantic_config__ = LENIENT
     name: str
     class_names: NotRequired[list[str]]
+    images: NotRequired[dict[str, int]]
 
 
 class _Hardware(TypedDict):
@@ -175,8 +176,13 @@ def read_metrics(folder: Path, remedy: str = "add --resume to the run's command 
     return table
 
 
-def read_split(folder: Path, run_id: str | None, remedy: str = "start with --overwrite") -> Split | None:
-    """split.npz; None for a run without a drawn split. Raises Damaged, also for the split of another run."""
+def read_split(
+    folder: Path, run_id: str | None, n_images: int | None, remedy: str = "start with --overwrite"
+) -> Split | None:
+    """split.npz; None for a run without a drawn split. Raises Damaged, also for the split of another run.
+
+    n_images: size of the official training set, None where it is not known.
+    """
     path = folder / "split.npz"
     if not path.exists():
         return None
@@ -191,6 +197,8 @@ def read_split(folder: Path, run_id: str | None, remedy: str = "start with --ove
     both = np.concatenate((train, val))
     if both.min() < 0 or len(np.unique(both)) != len(both):
         raise Damaged(f"{path} is damaged (indices are negative or occur twice): {remedy}")
+    if n_images is not None and both.max() >= n_images:
+        raise Damaged(f"{path} is damaged (index {both.max()} of {n_images} images): {remedy}")
     if run_id and str(stored.get("run_id", run_id)) != run_id:
         raise Damaged(f"{path} belongs to another run: {remedy}")
     return Split(train=train, val=val)
