@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
 from safetensors.torch import load_file as load_safetensors
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
@@ -55,18 +55,19 @@ class _Hardware(TypedDict):
     __pydantic_config__ = LENIENT
     device: str
     name: str
+    threads: NotRequired[int | None]
 
 
 class ConfigFile(TypedDict):
     """config.json."""
 
     __pydantic_config__ = LENIENT
-    experiment: str
+    experiment: Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")]  # it becomes part of file names
     config: _Fields
     model_class: str
     train_class: NotRequired[str]
     data: _Data
-    parameters: int
+    parameters: Annotated[int, Field(ge=0)]
     hardware: _Hardware
     run_id: NotRequired[str]
 
@@ -78,7 +79,8 @@ class SummaryFile(TypedDict):
     test: dict[str, Number | None] | None
     best: dict[str, Number | None]
     epochs: Annotated[int, Field(ge=1)]
-    parameters: int
+    parameters: Annotated[int, Field(ge=0)]
+    images: NotRequired[dict[str, int]]
 
 
 class Checkpoint(TypedDict):
@@ -127,14 +129,46 @@ def read_config(folder: Path, remedy: str = "start again with --overwrite") -> d
     for name, least in (("seed", 0), ("epochs", 1)):
         if type(train.get(name)) is not int or train[name] < least:
             raise Damaged(f"{path} is damaged (train.{name} = {train.get(name)!r}): {remedy}")
+    kind = config["data"]["name"].partition(" ")[0]  # "folder NAME"
+    if train.get("dataset", kind) != kind:
+        raise Damaged(f"{path} is damaged (train.dataset = {train['dataset']!r}, but data.name differs): {remedy}")
+    for part, config_class in zip(("model", "train"), _config_classes(config)[1], strict=True):
+        _check_fields(config["config"][part], config_class, part, path, remedy)
     return config
+
+
+def _config_classes(config: dict[str, Any]) -> tuple[tuple[str, str], tuple[type | None, type | None]]:
+    """Names of the model's and the training's config class, and the classes; None for one not in this project."""
+    model_class = config["model_class"]
+    train_class = config.get("train_class") or TRAIN_CLASSES.get(model_class, "ClassificationConfig")
+    found = getattr(train_configs, train_class, None)
+    known = isinstance(found, type) and issubclass(found, train_configs.TrainConfig)
+    return (model_class, train_class), (CONFIG_CLASSES.get(model_class), found if known else None)
+
+
+def _check_fields(fields: dict[str, Any], config_class: type | None, part: str, path: Path, remedy: str) -> None:
+    """Raises Damaged if the class refuses a stored value or lacks a default for a missing one.
+
+    Fields that the class does not have are passed over: another version may have stored them.
+    """
+    try:
+        adapter = _adapter(config_class) if config_class else None
+    except PydanticUserError:  # a field of a type that only the class itself can check
+        return
+    try:
+        if adapter:
+            adapter.validate_json(json.dumps(fields, allow_nan=False), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (part, *first["loc"][:1])))
+        raise Damaged(f"{path} is damaged ({where}: {first['msg']}): {remedy}") from None
+    except ValueError:
+        raise Damaged(f"{path} is damaged ({part} has a number that is not finite): {remedy}") from None
 
 
 def configuration_of(config: dict[str, Any]) -> Configuration:
     """The configuration in a config.json; fields younger than the run get their defaults."""
-    model_class = config["model_class"]
-    train_class = config.get("train_class") or TRAIN_CLASSES.get(model_class, "ClassificationConfig")
-    classes = (CONFIG_CLASSES.get(model_class), getattr(train_configs, train_class, None))
+    (model_class, train_class), classes = _config_classes(config)
     defaults = [default_fields(each) if each is not None else {} for each in classes]
     stored = json.loads(json.dumps([config["config"]["model"], config["config"]["train"]]))  # tuples become lists
     return Configuration(model_class, train_class, *(new | old for new, old in zip(defaults, stored, strict=True)))
@@ -210,10 +244,22 @@ def load_checkpoint(path: Path, remedy: str = "name another checkpoint") -> dict
     return validated(state, Checkpoint, path, remedy)
 
 
-def load_weights(path: Path, remedy: str = "name a best.pt, last.pt or .safetensors") -> dict[str, torch.Tensor]:
+def check_origin(state: dict[str, Any], config: dict[str, Any], path: Path, remedy: str) -> None:
+    """Raises Damaged for a checkpoint that does not belong to the config.json beside it."""
+    theirs, ours = state.get("run_id"), config.get("run_id")
+    other = configuration_of(config | {"config": state["config"]}).differences(configuration_of(config))
+    if (theirs and ours and theirs != ours) or other:
+        differs = f" ({'; '.join(other)})" if other else ""
+        raise Damaged(f"{path} belongs to another run than the config.json beside it{differs}: {remedy}")
+
+
+def load_weights(
+    path: Path, remedy: str = "name a best.pt, last.pt or .safetensors", config: dict[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
     """Model weights of a checkpoint or an exported safetensors file, on the CPU, names as the model has them.
 
-    Prefixes of wrappers (module., _orig_mod.) are stripped. Raises Damaged.
+    Prefixes of wrappers (module., _orig_mod.) are stripped. config: the config.json that a checkpoint must belong to.
+    Raises Damaged.
     """
     if path.suffix == ".safetensors":
         try:
@@ -221,7 +267,10 @@ def load_weights(path: Path, remedy: str = "name a best.pt, last.pt or .safetens
         except Exception as error:
             raise Damaged(f"{path} cannot be read as safetensors ({first_line(error)}): {remedy}") from None
     else:
-        weights = load_checkpoint(path, remedy)["model"]
+        state = load_checkpoint(path, remedy)
+        if config is not None:
+            check_origin(state, config, path, remedy)
+        weights = state["model"]
     return _unwrapped(weights)
 
 
