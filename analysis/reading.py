@@ -270,9 +270,11 @@ def row_called(experiment: str, rows: Sequence[Row], flag: str, wanted: str = "r
     found = [row for row in rows if row.experiment == experiment]
     if len(found) == 1:
         return found[0]
-    problem = "has runs of several configurations" if found else f"has no {wanted}"
+    if found:
+        settings = "; ".join(", ".join(row.differs) or row.folder for row in found)
+        raise UserError(f"{experiment} has runs of several configurations ({settings}): move all but one away")
     others = ", ".join(sorted({row.experiment for row in rows}))
-    raise UserError(f"{experiment} {problem}: name another {flag} ({others})")
+    raise UserError(f"{experiment} has no {wanted}: name another {flag} ({others})")
 
 
 def _badness(row: Row) -> float:

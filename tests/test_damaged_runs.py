@@ -3,12 +3,13 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from training import UserError, fit
 from analysis.reading import find_runs, read_runs
-from training.runs import load_model
+from training.runs import Run, load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -125,6 +126,16 @@ def test_weights_that_are_not_the_runs_are_refused(trained, tmp_path, damage):
     damage(folder)
     with pytest.raises(UserError, match=r"best\.pt"):
         load_model(folder)
+
+
+def test_an_index_beyond_the_images_is_refused(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "copy" / "seed0")
+    with np.load(folder / "split.npz") as arrays:
+        split = dict(arrays)
+    split["train"][0] = 10**6
+    np.savez(folder / "split.npz", **split)
+    with pytest.raises(UserError, match=r"split\.npz is damaged"):
+        Run(folder).read_split()
 
 
 @pytest.mark.parametrize(("keys", "to"), CONFIG.values(), ids=CONFIG)

@@ -154,7 +154,7 @@ class Run:
         return stored.read_summary(self.folder)
 
     def read_split(self) -> Split | None:
-        return stored.read_split(self.folder, self.read_config().get("run_id"))
+        return stored.read_split(self.folder, self.read_config())
 
     def check_data(self, description: dict[str, Any]) -> None:
         """Raises UserError if these are not the data that the run was started with, as far as it recorded them."""

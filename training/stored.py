@@ -49,6 +49,7 @@ class _Data(TypedDict):
     __pydantic_config__ = LENIENT
     name: str
     class_names: NotRequired[list[str]]
+    images: NotRequired[dict[str, int]]
 
 
 class _Hardware(TypedDict):
@@ -209,8 +210,11 @@ def read_metrics(folder: Path, remedy: str = "add --resume to the run's command 
     return table
 
 
-def read_split(folder: Path, run_id: str | None, remedy: str = "start with --overwrite") -> Split | None:
-    """split.npz; None for a run without a drawn split. Raises Damaged, also for the split of another run."""
+def read_split(folder: Path, config: dict[str, Any], remedy: str = "start with --overwrite") -> Split | None:
+    """split.npz; None for a run without a drawn split. Raises Damaged, also for the split of another run.
+
+    config: the run's config.json.
+    """
     path = folder / "split.npz"
     if not path.exists():
         return None
@@ -225,6 +229,10 @@ def read_split(folder: Path, run_id: str | None, remedy: str = "start with --ove
     both = np.concatenate((train, val))
     if both.min() < 0 or len(np.unique(both)) != len(both):
         raise Damaged(f"{path} is damaged (indices are negative or occur twice): {remedy}")
+    sizes = config["data"].get("images", {})
+    if "train" in sizes and both.max() >= sizes["train"] + sizes.get("val", 0):  # the val part is numbered after train
+        raise Damaged(f"{path} is damaged (an index is beyond the {sizes['train']} images): {remedy}")
+    run_id = config.get("run_id")
     if run_id and str(stored.get("run_id", run_id)) != run_id:
         raise Damaged(f"{path} belongs to another run: {remedy}")
     return Split(train=train, val=val)
