@@ -155,7 +155,7 @@ class TrainedRun:
     def class_names(self) -> tuple[str, ...]:
         return self._data.classes.names if self.labels_pixels else self._data.class_names
 
-    @cached_property
+    @property
     def _split(self) -> Split:
         """Which images the run was trained on and validated with. Raises UserError if the run has lost it."""
         split = Run(self.folder).read_split()
