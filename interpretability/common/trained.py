@@ -16,12 +16,13 @@ from models import build_config
 from models.vision_bdh import Grid, height_and_width
 from training.augment import normalise
 from training.config import ROOT, UserError, changed_fields
-from training.data import DataSet, data_folder, load_dataset
+from training.data import DataSet, Split, data_folder, load_dataset
 from training.data.image_files import read_images
 from training.data.masks import CLASSES, BadFile, MaskFiles, find_masks
 from training.data.segmentation import read_pair, scale_image, scale_mask
 from training.device import pick_device, tune_cpu_allocator
 from training.runs import Run, load_model
+from training.stored import configuration_of
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 LONGEST_STEM = 200  # characters; file systems allow names of 255 bytes
@@ -85,7 +86,7 @@ class TrainedRun:
         model, self.config = load_model(folder)
         self.model: nn.Module = model.to(self.device)
         self.sizes: Any = build_config(self.config["model_class"], self.config["config"]["model"])
-        self.train: dict[str, Any] = self.config["config"]["train"]
+        self.train: dict[str, Any] = configuration_of(self.config).train
         if any_model:
             return
         try:
@@ -154,6 +155,14 @@ class TrainedRun:
     def class_names(self) -> tuple[str, ...]:
         return self._data.classes.names if self.labels_pixels else self._data.class_names
 
+    @property
+    def _split(self) -> Split:
+        """Which images the run was trained on and validated with. Raises UserError if the run has lost it."""
+        split = Run(self.folder).read_split()
+        if split is None:
+            raise UserError(f"{self.folder} has no split.npz, which lists the images that it was trained on")
+        return split
+
     @cached_property
     def _part(self) -> tuple[str, np.ndarray]:
         """The part's key in the data set, and the numbers of its images in that part."""
@@ -163,7 +172,7 @@ class TrainedRun:
             return part, np.arange(len(data.pairs[part]))
         if len(data.test_labels):
             return "test", np.arange(len(data.test_labels))
-        return "val", np.arange(len(Run(self.folder).read_split().val))
+        return "val", np.arange(len(self._split.val))
 
     @property
     def part(self) -> str:
@@ -198,9 +207,11 @@ class TrainedRun:
         return Samples(*(torch.from_numpy(np.stack(each)) for each in zip(*pairs, strict=True)))
 
     def _read(self, part: str, places: np.ndarray) -> Samples:
-        """Images with one class each. part: test or val; places: numbers of images in it."""
-        split = Run(self.folder).read_split() if part == "val" else None
-        images, labels = self._data.part(part, split)
+        """Images with one class each, by number in the test part, the validation part or all training data (train)."""
+        if part == "train":
+            images, labels = self._data.train_images, self._data.train_labels
+        else:
+            images, labels = self._data.part(part, self._split if part == "val" else None)
         return Samples(torch.from_numpy(read_images(images[places])), torch.from_numpy(labels[places]))
 
     def _read_pair(self, pair: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -225,10 +236,8 @@ class TrainedRun:
 
         Raises UserError if n is below 1 or the run has no split.npz.
         """
-        split = Run(self.folder).read_split()
-        if split is None:
-            raise UserError(f"{self.folder} has no split.npz, which lists the images that it was trained on")
-        by_class = split.train[np.argsort(self._data.train_labels[split.train], kind="stable")]
+        train = self._split.train
+        by_class = train[np.argsort(self._data.train_labels[train], kind="stable")]
         return by_class[_evenly_spaced(n, len(by_class))]
 
     def training_batches(self, places: np.ndarray, size: int = 128, text: str | None = None) -> Batches:
@@ -268,7 +277,7 @@ def open_runs(choice: PairChoice) -> list[TrainedRun]:
             f"--versus {second.checkpoint} was trained on {other}, not on {name}: give two runs on one data set"
         )
     drawn = first.part == "validation" and not first.labels_pixels  # other parts are fixed by the data set
-    if drawn and not np.array_equal(*(Run(run.folder).read_split().val for run in runs)):
+    if drawn and not np.array_equal(*(run._split.val for run in runs)):
         raise UserError(f"--versus {second.checkpoint} has another validation part: give two runs with the same seed")
     return runs
 
