@@ -28,12 +28,7 @@ COLOURS = {
         "Train": (192, 64, 128),
         "OtherMoving": (128, 64, 64),
     },
-    9: {
-        "Pedestrian": (64, 64, 0),
-        "Child": (192, 128, 64),
-        "CartLuggagePram": (64, 0, 192),
-        "Animal": (64, 128, 64),
-    },
+    9: {"Pedestrian": (64, 64, 0), "Child": (192, 128, 64), "CartLuggagePram": (64, 0, 192), "Animal": (64, 128, 64)},
     10: {"Bicyclist": (0, 128, 192), "MotorcycleScooter": (192, 0, 192)},
     11: {"Void": (0, 0, 0)},
 }

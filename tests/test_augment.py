@@ -16,6 +16,10 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def draw_crops(n, height, width, scale_min, seed=0):
+    return augment.draw_boxes(n, height, width, (scale_min, 1.0), generator(seed))
+
+
 # ---------------------------------------------------------------------------- crops and flips
 
 
@@ -24,7 +28,7 @@ def generator(seed=0):
 def test_crop_and_flip_is_torchvisions_resized_crop(height, width, dtype, tolerance):
     n = 60
     images = torch.rand(n, 3, height, width, generator=generator(), dtype=dtype) * 2 - 1
-    boxes = augment.draw_crops(n, height, width, 0.05, generator(1))
+    boxes = draw_crops(n, height, width, 0.05, seed=1)
     # the extremes: the whole image, single pixels in two corners, a row, a column
     boxes[:5] = torch.tensor(
         [[0, 0, height, width], [0, 0, 1, 1], [height - 1, width - 1, 1, 1], [2, 0, 1, width], [0, 3, height, 1]]
@@ -44,29 +48,26 @@ def test_crop_and_flip_is_torchvisions_resized_crop(height, width, dtype, tolera
 @pytest.mark.parametrize("height, width", [(32, 32), (8, 8), (24, 40), (5, 3)])
 @pytest.mark.parametrize("scale_min", [0.02, 0.8, 1.0])
 def test_boxes_lie_inside_the_image(height, width, scale_min):
-    top, left, h, w = augment.draw_crops(5000, height, width, scale_min, generator()).unbind(1)
+    top, left, h, w = draw_crops(5000, height, width, scale_min).unbind(1)
     assert min(top.min(), left.min()) >= 0 and min(h.min(), w.min()) >= 1
     assert (top + h).max() <= height and (left + w).max() <= width
 
 
 @pytest.mark.parametrize("height, width, scale_min", [(32, 32, 0.8), (32, 32, 0.3), (24, 28, 0.3)])
-def test_draw_crops_has_torchvisions_distribution(height, width, scale_min):
-    ours = augment.draw_crops(20000, height, width, scale_min, generator()).double()
+def test_crops_have_torchvisions_distribution(height, width, scale_min):
+    ours = draw_crops(20000, height, width, scale_min).double()
     image = torch.empty(3, height, width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         theirs = torch.tensor(
             [RandomResizedCrop.get_params(image, [scale_min, 1.0], [3 / 4, 4 / 3]) for _ in range(6000)]
         ).double()
-    for name, mine, other in zip(statistics_names(), statistics(ours), statistics(theirs), strict=True):
+    names = ("top", "left", "height", "width", "area", "ratio", "top x left", "edge")
+    for name, mine, other in zip(names, statistics(ours), statistics(theirs), strict=True):
         # mean and spread; the latter as the mean of squared deviations, whose error follows from its own spread
         for kind, a, b in (("mean", mine, other), ("spread", squared_deviations(mine), squared_deviations(other))):
             error = (a.var() / len(a) + b.var() / len(b)).sqrt()
             assert abs(a.mean() - b.mean()) < 4 * error, f"{kind} of {name}: {a.mean():.4f}, torchvision {b.mean():.4f}"
-
-
-def statistics_names():
-    return ("top", "left", "height", "width", "area", "ratio", "top x left", "edge")
 
 
 def statistics(boxes):
@@ -79,24 +80,12 @@ def squared_deviations(x):
     return (x - x.mean()).square()
 
 
-def test_draws_differ_per_image():
-    boxes = augment.draw_crops(500, 32, 32, 0.5, generator())
-    assert len(boxes.unique(dim=0)) > 400
-
-
-def test_flips_are_about_half():
-    n = 20000
-    flips = augment.draw_flips(n, generator())
-    assert flips.dtype == torch.bool
-    assert abs(flips.double().mean() - 0.5) < 4 * 0.5 / n**0.5
-
-
-def test_draws_follow_the_generator():
-    assert torch.equal(
-        augment.draw_crops(50, 32, 32, 0.5, generator(3)), augment.draw_crops(50, 32, 32, 0.5, generator(3))
-    )
-    assert torch.equal(augment.draw_flips(50, generator(3)), augment.draw_flips(50, generator(3)))
-    assert not torch.equal(augment.draw_flips(50, generator(3)), augment.draw_flips(50, generator(4)))
+def test_draws_differ_per_image_and_follow_the_generator():
+    boxes, flips = draw_crops(500, 32, 32, 0.5), augment.draw_flips(20000, generator())
+    assert len(boxes.unique(dim=0)) > 400 and torch.equal(boxes, draw_crops(500, 32, 32, 0.5))
+    assert flips.dtype == torch.bool and abs(flips.double().mean() - 0.5) < 4 * 0.5 / 20000**0.5
+    assert torch.equal(flips, augment.draw_flips(20000, generator()))
+    assert not torch.equal(flips, augment.draw_flips(20000, generator(1)))
 
 
 def test_normalise_maps_pixels_to_minus_one_to_one():

@@ -7,12 +7,7 @@ import pytest
 import torch
 
 from benchmarks import same_losses, scaling, step_time, train_speed
-from benchmarks.training_steps import (
-    IMPLEMENTATIONS,
-    StackedReference,
-    made_up_batches,
-    training_step,
-)
+from benchmarks.training_steps import IMPLEMENTATIONS, StackedReference, made_up_batches, training_step
 from models.vision_bdh import v2_config
 
 CPU = torch.device("cpu")
