@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import csv
 import dataclasses
 import io
 import json
@@ -28,6 +27,7 @@ from models.baselines import (
 )
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v1_config, v2_config, v2_softmax_config, v3_config
+from tests.trials import read_rows
 from training.command_line import experiment_of, flags_of, parse_experiment
 from training.config import ROOT
 from training.runs import load_model
@@ -147,8 +147,7 @@ def test_a_script_runs_from_another_folder_and_writes_its_run(script, tiny_run):
     assert summary["best"]["epoch"] == 1
     assert metric.show(summary["best"][f"val_{metric.key}"]) in said
     assert summary["test"] is None or metric.show(summary["test"][metric.key]) in said
-    with (folder / "metrics.csv").open(newline="") as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["1"]
+    assert [row["epoch"] for row in read_rows(folder)] == ["1"]
     assert [load_checkpoint(folder / name)["epoch"] for name in ("last.pt", "previous.pt")] == [1, 0]
     model, _ = load_model(folder)
     assert sum(p.numel() for p in model.parameters()) == summary["parameters"]

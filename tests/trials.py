@@ -1,4 +1,4 @@
-"""Tiny runs: stopped, resumed, read, compared."""
+"""Tiny runs: stopped, resumed, read, compared; and the tables that scripts write."""
 
 import csv
 import dataclasses
@@ -34,10 +34,22 @@ def interrupt(trial, epoch=None, part="val"):
         fit(trial)
 
 
+def read_table(path):
+    """The rows of a CSV file as text."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown_rows(path):
+    """Cells of every line of the tables in a Markdown file, titles and rules left out."""
+    lines = [line for line in path.read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return [each for each in cells if each[0] not in ("folder", "experiment", "---")]
+
+
 def read_rows(folder, measured=True):
     """The rows of metrics.csv as text, on request without the columns that are measured."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(folder / "metrics.csv")
     assert all(row.keys() > MEASURED for row in rows), "the header is missing"
     return [{key: value for key, value in row.items() if measured or key not in MEASURED} for row in rows]
 
