@@ -269,29 +269,19 @@ def test_a_damaged_image_is_found_before_a_run_begins(folder_trial, own):
 # ---------------------------------------------------------------------------- mistakes
 
 
-MISTAKES = {  # what is done to the folder, and what the message names
-    "no such folder": (shutil.rmtree, ["pets", "one folder of images per class"]),
-    "no classes": (lambda own: [shutil.rmtree(own), own.mkdir()], ["pets", "one folder of images per class"]),
-    "a file": (lambda own: [shutil.rmtree(own), own.touch()], ["pets", "one folder of images per class"]),
-    "images but no classes": (
-        lambda own: [shutil.rmtree(own), own.mkdir(), (own / "1.png").write_bytes(png())],
-        ["pets", "one folder of images per class"],
-    ),
-    "a class without images": (lambda own: (own / "train" / "hen").mkdir(), ["train", "hen"]),
-    "a class only in train": (lambda own: fill(own / "train", 1, classes=["hen"]), ["train", "test", "hen"]),
-    "a class only in test": (lambda own: fill(own / "test", 1, classes=["hen"]), ["train", "test", "hen"]),
-    "no train": (lambda own: (own / "train").rename(own / "training"), ["test", "train"]),
+MISTAKES = {
+    "no such folder": shutil.rmtree,
+    "no classes": lambda own: [shutil.rmtree(own), own.mkdir()],
+    "a file": lambda own: [shutil.rmtree(own), own.touch()],
+    "images but no classes": lambda own: [shutil.rmtree(own), own.mkdir(), (own / "1.png").write_bytes(png())],
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_message(mistake, own):
-    make, words = MISTAKES[mistake]
-    make(own)
-    with pytest.raises(UserError) as refused:
+def test_a_place_without_class_folders_is_one_message(mistake, own):
+    MISTAKES[mistake](own)
+    with pytest.raises(UserError, match=r"^.*pets.*one folder of images per class.*\Z"):
         load_dataset("folder", own, SIZE, 3)
-    message = str(refused.value)
-    assert all(word in message for word in words) and "\n" not in message, message
 
 
 def test_no_folder_and_other_channels_are_refused(images_dir):

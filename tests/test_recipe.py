@@ -12,7 +12,9 @@ from torch import nn
 from training import ClassificationConfig, PretrainingConfig, fit, loop, randaugment
 from models.baselines import ResNet20Config, ViTConfig
 from models.vision_bdh import v2_config
+from tests.trials import interrupt, resumed, same_weights
 from training.augment import PadAndCrop, RandomErasing
+from training.data import ImageBatches, load_dataset, split_train
 from training.mixing import Mix, SmoothLabels
 from training.muon import MuonWithAdamW, orthogonalise
 from training.optimiser import hidden_matrices, make_average, make_optimizer, rate_factor
@@ -297,9 +299,7 @@ def test_padding_shifts_over_black_and_erasing_replaces_a_box_by_grey():
     assert torch.equal(area > 0, chosen) and 0.4 < chosen.float().mean() < 0.6 and area.max() < 0.5
 
 
-def test_repeated_augmentation_sees_as_many_samples_of_fewer_images(experiment_in, tmp_path, data_dir):
-    from training.data import ImageBatches, load_dataset, split_train
-
+def test_repeated_augmentation_sees_as_many_samples_of_fewer_images(data_dir):
     dataset = load_dataset("cifar10", data_dir)
     split = split_train(dataset.train_labels, 0.2, None, 0)
     config = make_train(repeat_augment=2, batch_size=16)
@@ -318,23 +318,9 @@ def test_eval_flip_is_the_mean_of_both_logits():
 
 
 def test_with_everything_on_a_resumed_run_is_bit_identical(experiment):
-    whole, stopped = (
-        experiment(name="whole", epochs=3, **EVERYTHING),
-        experiment(name="stopped", epochs=3, **EVERYTHING),
-    )
+    whole, stopped = (experiment(name, epochs=3, **EVERYTHING) for name in ("whole", "stopped"))
     fit(whole)
-    real = loop.train_epoch
-
-    def stopping(session):
-        if session.epoch == 2:
-            raise KeyboardInterrupt
-        return real(session)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "train_epoch", stopping)
-        fit(stopped)
-    options = dataclasses.replace(stopped.options, resume=True)
-    fit(dataclasses.replace(stopped, options=options))
+    interrupt(stopped, 3)
+    fit(resumed(stopped))
     ours, theirs = (load_checkpoint(each.folder / "last.pt") for each in (whole, stopped))
-    for part in ("model", "average"):
-        assert all(torch.equal(value, theirs[part][name]) for name, value in ours[part].items())
+    assert all(same_weights(ours[part], theirs[part]) for part in ("model", "average"))
