@@ -3,6 +3,7 @@
 import shutil
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -332,9 +333,7 @@ def test_voc_faults(voc, tmp_path, monkeypatch):
 
 
 def test_voc_that_is_not_there(tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise OSError("no network")
-
+    no_network = mock.Mock(side_effect=OSError("no network"))
     monkeypatch.setattr(datasets.voc, "download_and_extract_archive", no_network)
     with pytest.raises(UserError, match=r"could not be downloaded \(no network\)") as error:
         find_masks("voc", tmp_path / "elsewhere")

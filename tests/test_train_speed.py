@@ -1,5 +1,7 @@
 """The speed benchmarks at a tiny size: what they count, their ratios, their files; never how fast anything is."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -176,9 +178,7 @@ def test_scaling_script(tmp_path):
 
 
 def test_sides_that_do_not_fit_are_left_out(monkeypatch, capsys):
-    def full(config):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-
+    full = mock.Mock(side_effect=RuntimeError("DefaultCPUAllocator: can't allocate memory: tried to allocate 9 bytes"))
     monkeypatch.setitem(IMPLEMENTATIONS, "reference", full)
     sizes = dict(batch_sizes=(2,), img_sizes=(), multipliers=(), depths=(), base=(2, 8, 4, 1), n_embd=16, n_head=2)
     rows = scaling.measure(scaling.Options(**sizes, precision="float32", repeats=1), CPU)

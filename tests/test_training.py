@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -413,63 +414,45 @@ def fake_module(monkeypatch, name, **content):
 
 
 def test_tensorboard_gets_every_row(experiment, monkeypatch):
-    calls = []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            calls.append((folder, purge_step))
-
-        def add_scalar(self, key, value, epoch):
-            calls.append((key, value, epoch))
-
-        def flush(self): ...
-
-        def close(self):
-            calls.append("closed")
-
+    make_writer = mock.Mock()
     fake_module(monkeypatch, "tensorboard")
-    fake_module(monkeypatch, "torch.utils.tensorboard", SummaryWriter=SummaryWriter)
+    fake_module(monkeypatch, "torch.utils.tensorboard", SummaryWriter=make_writer)
     trial = experiment(options={"tensorboard": True})
     fit(trial)
-    assert calls[0] == (str(trial.folder), 1) and calls[-1] == "closed"
-    expected = [(key, row[key], row["epoch"]) for row in read_metrics(trial.folder) for key in COLUMNS[1:]]
-    assert calls[1:-1] == expected
+    make_writer.assert_called_once_with(str(trial.folder), purge_step=1)
+    writer, rows = make_writer.return_value, read_metrics(trial.folder)
+    expected = [mock.call(key, row[key], row["epoch"]) for row in rows for key in COLUMNS[1:]]
+    assert writer.add_scalar.call_args_list == expected
+    assert writer.method_calls[-1] == mock.call.close()
 
 
 def test_wandb_gets_every_row_and_is_closed_after_a_failure(experiment, monkeypatch):
-    rows, ended = [], []
-
-    class WandbRun:
-        def log(self, row, step):
-            rows.append((step, row["val_loss"]))
-            if step == 2:
-                raise KeyboardInterrupt
-
-        def finish(self):
-            ended.append(True)
-
-    asked = {}
-    fake_module(monkeypatch, "wandb", init=lambda **fields: asked.update(fields) or WandbRun())
+    init = mock.Mock()
+    run = init.return_value
+    run.log.side_effect = [None, KeyboardInterrupt, None]
+    fake_module(monkeypatch, "wandb", init=init)
     trial = experiment(epochs=3, options={"wandb": "project"})
     with pytest.raises(KeyboardInterrupt):
         fit(trial)
-    run_id = Run(trial.folder).read_config()["run_id"]
+    asked, run_id = init.call_args.kwargs, Run(trial.folder).read_config()["run_id"]
     assert (asked["id"], asked["resume"]) == (run_id, "allow")  # a resumed run continues the same W&B run
     assert asked["project"] == "project" and asked["config"]["n_embd"] == 8 and asked["config"]["epochs"] == 3
-    assert rows == [(row["epoch"], row["val_loss"]) for row in read_metrics(trial.folder)]
-    assert ended == [True]
+    logged = [(call.kwargs["step"], call.args[0]["val_loss"]) for call in run.log.call_args_list]
+    assert logged == [(row["epoch"], row["val_loss"]) for row in read_metrics(trial.folder)]
+    run.finish.assert_called_once()
     fit(with_options(trial, resume=True))
-    assert asked["id"] == run_id and [step for step, _ in rows] == [1, 2, 3]
+    assert init.call_args.kwargs["id"] == run_id and [call.kwargs["step"] for call in run.log.call_args_list] == [
+        1,
+        2,
+        3,
+    ]
 
 
 def test_a_failed_login_leaves_the_run_that_was_to_be_replaced(experiment, monkeypatch):
-    def init(**fields):
-        raise RuntimeError("no API key")
-
     trial = experiment(epochs=1)
     fit(trial)
     before = snapshot(trial.folder)
-    fake_module(monkeypatch, "wandb", init=init)
+    fake_module(monkeypatch, "wandb", init=mock.Mock(side_effect=RuntimeError("no API key")))
     with pytest.raises(UserError, match=r"no API key.*wandb login"):
         fit(with_options(trial, overwrite=True, wandb="project"))
     assert snapshot(trial.folder) == before
@@ -508,7 +491,7 @@ def test_a_mistake_is_one_message_and_nothing_written(
     flags, words, call_script, data_dir, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("urllib.request.urlopen", fail_to_connect)
+    monkeypatch.setattr("urllib.request.urlopen", mock.Mock(side_effect=OSError("no network in tests")))
     file = tmp_path / "file"
     file.touch()
     where = ["--device", "cpu", "--data-dir", data_dir, "--runs-dir", tmp_path / "runs"]
@@ -520,10 +503,6 @@ def test_a_mistake_is_one_message_and_nothing_written(
     assert all(word.format(file=file) in message for word in words), message
     assert "Traceback" not in message
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def fail_to_connect(*args, **kwargs):
-    raise OSError("no network in tests")
 
 
 def test_the_vit_is_not_sent_to_a_flag_it_lacks(call_script, tmp_path, capsys):
@@ -544,10 +523,7 @@ def test_the_vit_is_not_sent_to_a_flag_it_lacks(call_script, tmp_path, capsys):
     ],
 )
 def test_an_error_in_training_is_one_message(error, words, call_script, data_dir, tmp_path, monkeypatch, capsys):
-    def fail(session):
-        raise error
-
-    monkeypatch.setattr(loop, "train_epoch", fail)
+    monkeypatch.setattr(loop, "train_epoch", mock.Mock(side_effect=error))
     where = ["--device", "cpu", "--data-dir", data_dir, "--runs-dir", tmp_path / "runs"]
     if words is None:
         with pytest.raises(RuntimeError, match="a bug"):
