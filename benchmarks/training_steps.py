@@ -89,16 +89,8 @@ def endless_batches(
     data: DataSet, split: Split, batch_size: int, device: torch.device, seed: int = 0
 ) -> Iterator[Batch]:
     """Training batches by the CIFAR protocol, epoch after epoch."""
-    config = ClassificationConfig(
-        dataset="cifar10",
-        epochs=1,
-        batch_size=batch_size,
-        learning_rate=1e-4,
-        weight_decay=0.05,
-        crop_scale_min=0.8,
-        horizontal_flip=True,
-        seed=seed,
-    )
+    protocol = dict(epochs=1, learning_rate=1e-4, weight_decay=0.05, crop_scale_min=0.8, horizontal_flip=True)
+    config = ClassificationConfig(dataset="cifar10", batch_size=batch_size, seed=seed, **protocol)
     batches = ImageBatches(data, split, config, batch_size, device)
     for epoch in count():
         yield from batches.train_batches(epoch)

@@ -22,23 +22,9 @@ from training.stored import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EVERYTHING = dict(
-    optimizer="muon",
-    learning_rate=3e-3,
-    adamw_learning_rate=1e-3,
-    decay="matrices",
-    schedule="trapezoid",
-    ema=0.9,
-    horizontal_flip=True,
-    crop_padding=2,
-    randaugment=2,
-    random_erasing=0.3,
-    mixup=0.8,
-    cutmix=1.0,
-    label_smoothing=0.1,
-    repeat_augment=2,
-    eval_flip=True,
-)
+EVERYTHING = dict(optimizer="muon", learning_rate=3e-3, adamw_learning_rate=1e-3, decay="matrices", ema=0.9)
+EVERYTHING |= dict(schedule="trapezoid", horizontal_flip=True, crop_padding=2, randaugment=2, random_erasing=0.3)
+EVERYTHING |= dict(mixup=0.8, cutmix=1.0, label_smoothing=0.1, repeat_augment=2, eval_flip=True)
 
 
 def make_train(**fields):

@@ -261,34 +261,12 @@ def test_the_folder_names_every_change_but_the_seed(script, flags, name):
 
 # ---------------------------------------------------------------------------- what they configure
 
-CLASSIFICATION = dict(
-    epochs=50,
-    batch_size=32,
-    learning_rate=1e-4,
-    weight_decay=0.05,
-    warmup_steps=500,
-    max_grad_norm=1.0,
-    grad_accum=1,
-    val_fraction=0.2,
-    crop_scale_min=0.8,
-    horizontal_flip=True,
-    train_limit=None,
-    precision="tf32",
-    compile=False,
-    seed=0,
-)
-SEGMENTATION = dict(
-    dataset="camvid",
-    batch_size=4,
-    learning_rate=3e-4,
-    weight_decay=0.01,
-    warmup_steps=0,
-    max_grad_norm=1.0,
-    dice_weight=0.5,
-    horizontal_flip=0.5,
-    brightness_contrast=0.5,
-    shift_scale_rotate=0.3,
-)
+CLASSIFICATION = dict(epochs=50, batch_size=32, learning_rate=1e-4, weight_decay=0.05, warmup_steps=500, grad_accum=1)
+CLASSIFICATION |= dict(max_grad_norm=1.0, val_fraction=0.2, crop_scale_min=0.8, horizontal_flip=True, train_limit=None)
+CLASSIFICATION |= dict(precision="tf32", compile=False, seed=0)
+SEGMENTATION = dict(dataset="camvid", batch_size=4, learning_rate=3e-4, weight_decay=0.01, warmup_steps=0)
+SEGMENTATION |= dict(max_grad_norm=1.0, dice_weight=0.5, horizontal_flip=0.5, brightness_contrast=0.5)
+SEGMENTATION |= dict(shift_scale_rotate=0.3)
 
 
 @pytest.mark.parametrize(

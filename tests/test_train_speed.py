@@ -145,32 +145,13 @@ def test_exponents_of_planted_powers():
 
 
 def test_scaling_script(tmp_path):
-    options = scaling.Options(
-        n_embd=16,
-        n_head=2,
-        batch_sizes=(2, 4),
-        img_sizes=(8, 16),
-        multipliers=(4, 8),
-        depths=(1,),
-        base=(2, 8, 4, 1),
-        sides=("reference", "fast"),
-        precision="float32",
-        repeats=2,
-        device="cpu",
-        output_dir=tmp_path,
-    )
-    scaling.main(options)
+    sizes = dict(n_embd=16, n_head=2, batch_sizes=(2, 4), img_sizes=(8, 16), multipliers=(4, 8), depths=(1,))
+    options = dict(base=(2, 8, 4, 1), sides=("reference", "fast"), precision="float32", repeats=2, device="cpu")
+    scaling.main(scaling.Options(**sizes, **options, output_dir=tmp_path))
     rows = read_table(tmp_path / "scaling_cpu_1threads.csv")
     points = {(row["varied"], int(row["size"])) for row in rows}
-    assert points == {
-        ("batch_size", 2),
-        ("batch_size", 4),
-        ("tokens", 4),
-        ("tokens", 16),
-        ("neurons", 64),
-        ("neurons", 128),
-        ("n_layer", 1),
-    }
+    sizes = {"batch_size": (2, 4), "tokens": (4, 16), "neurons": (64, 128), "n_layer": (1,)}
+    assert points == {(varied, size) for varied, values in sizes.items() for size in values}
     assert len(rows) == 2 * 7
     fits = read_table(tmp_path / "scaling_cpu_1threads_exponents.csv")
     assert {fit["varied"] for fit in fits} == {"batch_size", "tokens", "neurons"}  # one depth has no slope
