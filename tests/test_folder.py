@@ -62,8 +62,11 @@ def own(images_dir, tmp_path):
 
 
 def as_told(path, channels, size=SIZE):
-    """(C, S, S), what the README of an image folder says: the middle square, scaled (bicubic)."""
-    image = Image.open(path).convert("RGB" if channels == 3 else "L")
+    """(C, S, S), what the README of an image folder says: on white, the middle square, scaled (bicubic)."""
+    image = Image.open(path)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert("RGB" if channels == 3 else "L")
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)
@@ -100,8 +103,9 @@ def test_images_are_their_middle_square_scaled(channels, images_dir):
 
 def test_an_image_of_the_right_size_is_not_changed(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
-    (tmp_path / "a").mkdir()
-    Image.fromarray(pixels).save(tmp_path / "a" / "1.png")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / name / "1.png")
     found = load_dataset("folder", tmp_path, SIZE, 3).train_images[0]
     assert np.array_equal(found, pixels.transpose(2, 0, 1))
 
@@ -110,8 +114,9 @@ def test_the_sides_are_cut_not_the_shape_squeezed(tmp_path):
     """A wide image, red on the left and on the right, and green in the middle square."""
     pixels = np.zeros((20, 60, 3), dtype=np.uint8)
     pixels[..., 0], pixels[:, 20:40] = 255, (0, 255, 0)
-    (tmp_path / "a").mkdir()
-    Image.fromarray(pixels).save(tmp_path / "a" / "1.png")
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.fromarray(pixels).save(tmp_path / name / "1.png")
     found = load_dataset("folder", tmp_path, SIZE, 3).train_images[0]
     assert (found[:, :, 2:-2] == [[[0]], [[255]], [[0]]]).all()  # at its edges bicubic sees what is beside
 
@@ -128,11 +133,12 @@ def test_layouts(layout, images_dir, tmp_path):
             fill(root / part, 2, seed=seed)
     dataset = load_dataset("folder", root, SIZE, 3)
     assert_holds(dataset.train_images, dataset.train_labels, root if layout == "classes directly" else root / "train")
-    test_root = next((root / part for part in ("test", "val") if part in layout), None)
-    if test_root is None:
-        assert len(dataset.test_images) == len(dataset.test_labels) == 0
+    if "test" in layout:
+        assert_holds(dataset.test_images, dataset.test_labels, root / "test")
     else:
-        assert_holds(dataset.test_images, dataset.test_labels, test_root)
+        assert len(dataset.test_images) == len(dataset.test_labels) == 0
+    if "val" in layout:
+        assert_holds(dataset.val_images, dataset.val_labels, root / "val")
 
 
 # ---------------------------------------------------------------------------- streamed
@@ -314,6 +320,7 @@ def test_a_run_says_what_it_was_trained_on(folder_trial, images_dir):
     trial = folder_trial("trial", epochs=1)
     fit(trial)
     config = json.loads((trial.folder / "config.json").read_text())
+    assert len(config["data"].pop("file_names_and_sizes")) == 64
     assert config["data"] == {"name": "folder pets", "class_names": [*CLASSES], "images": {"train": 36, "test": 15}}
     assert str(images_dir) not in (trial.folder / "config.json").read_text()
 

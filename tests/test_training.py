@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -56,7 +57,7 @@ def test_the_schedule_scales_each_groups_own_peak():
     peaks = [1e-2, 3e-5]
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": peak} for peak in peaks]
     optimizer = torch.optim.AdamW(groups)
-    schedule = make_schedule(optimizer, total_steps=40, warmup_steps=500)
+    schedule = make_schedule(optimizer, 40, SimpleNamespace(warmup_steps=500, schedule="cosine"))
 
     def rates():
         return [group["lr"] for group in optimizer.param_groups]
