@@ -66,12 +66,6 @@ def test_hsic_is_the_mean_over_all_choices_of_images(rng):
         unbiased_hsic([x[:3]])
 
 
-def test_hsic_of_independent_features_is_around_zero(rng):
-    values = [unbiased_hsic(rng.normal(size=(2, 8, 5)))[0, 1] for _ in range(400)]
-    assert abs(np.mean(values)) < 4.5 * np.std(values) / math.sqrt(400)
-    assert min(values) < 0 < max(values)
-
-
 def test_cka_of_one_batch_is_the_ratio(rng):
     x = rng.normal(size=(8, 4))
     y = x[:, :2] + rng.normal(size=(8, 2))
@@ -132,11 +126,6 @@ def test_directions_explain_the_variance_asked_for(rng):
         assert share[kept.shape[1] - 1] >= variance - 1e-12
     wide = np.hstack([x, x])  # rank 4 of 8
     assert main_directions(wide, 1.0).shape[1] == 4
-
-
-def test_svcca_of_unrelated_features(rng):
-    a, b = (main_directions(rng.normal(size=(2000, 20)), 1.0) for _ in range(2))
-    assert 0.5 * math.sqrt(20 / 2000) < svcca(a, b) < 1.2 * math.sqrt(20 / 2000)
 
 
 # ---------------------------------------------------------------------------- features
