@@ -56,11 +56,7 @@ AS_RUN = "--residual post --warmup-steps 1000"  # what the published code of v2 
 CIFAR100_RIVALS = tuple(
     f"train_{name}_cifar100.py" for name in ("resnet20", "efficientnet", "deit_tiny", "mobilenetv2")
 )
-UNETS = (
-    "train_bdh_unet.py",
-    "train_bdh_unet.py --skips",
-    "train_resnet34_unet.py --encoder-weights none --epochs 80",
-)
+UNETS = ("train_bdh_unet.py", "train_bdh_unet.py --skips", "train_resnet34_unet.py --encoder-weights none --epochs 80")
 V1_10_EPOCHS = "train_v1_cifar10.py --epochs 10"
 V1_4_TIMES = f"{V1_10_EPOCHS} --mlp-internal-dim-multiplier 4"
 VIT_10_EPOCHS = "train_vit_tiny_cifar10.py --epochs 10"

@@ -127,8 +127,8 @@ def prediction_interval(values: Sequence[float]) -> tuple[float, float]:
 # ---------------------------------------------------------------------------- which runs count
 
 
-def read_published(path: Path = PUBLISHED) -> list[Published]:
-    with path.open(newline="", encoding="utf-8") as file:
+def read_published() -> list[Published]:
+    with PUBLISHED.open(newline="", encoding="utf-8") as file:
         return [Published(**line) for line in csv.DictReader(file)]
 
 

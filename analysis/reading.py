@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -161,8 +162,13 @@ class Row:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """Folders at any depth in root, or root itself, that hold config.json and metrics.csv."""
-    return sorted(path.parent for path in root.rglob("config.json") if (path.parent / "metrics.csv").is_file())
+    """Folders at any depth in root, or root itself, that hold two of config.json, metrics.csv and summary.json.
+
+    Two, so that a run that has lost one of them is found, and named when it cannot be read.
+    """
+    names = ("config.json", "metrics.csv", "summary.json")
+    found = Counter(path.parent for name in names for path in root.rglob(name))
+    return sorted(folder for folder, files in found.items() if files >= 2)
 
 
 def read_runs(folders: Iterable[Path]) -> list[RunFiles]:
@@ -189,7 +195,35 @@ def read_run(folder: Path) -> RunFiles:
         raise Damaged(f"{path} has {len(numbers)} epochs, summary.json {done}, or a metric is missing: train it again")
     if run.summary and run.summary["best"]["epoch"] not in run.epochs.index:
         raise Damaged(f"{folder / 'summary.json'} names a best epoch that metrics.csv does not have: train it again")
+    _check_results(run)
     return run
+
+
+def _check_results(run: RunFiles) -> None:
+    """Raises Damaged for results that are impossible, or that contradict each other between the run's files."""
+    metric, problems = run.metric, []
+    key, folder = f"val_{metric.key}", run.folder
+    values = {("metrics.csv", key): run.epochs[key].to_numpy(float)}
+    if (run.epochs["epoch_time_sec"] < 0).any():
+        problems.append(("metrics.csv", "a time is negative"))
+    if summary := run.summary:
+        best, test = summary["best"], summary["test"]
+        values["summary.json", f"best.{key}"] = best.get(key)
+        tested = summary.get("images", {}).get("test", 0)
+        if test is not None or tested:
+            values["summary.json", f"test.{metric.key}"] = (test or {}).get(metric.key)
+        if summary["epochs"] != run.train["epochs"]:
+            problems.append(("summary.json", "epochs differ from those in config.json"))
+        if summary["parameters"] != run.config["parameters"]:
+            problems.append(("summary.json", "parameters differ from those in config.json"))
+        if not math.isclose(best.get(key) or 0, run.epochs.at[run.best_epoch, key], rel_tol=1e-6, abs_tol=1e-9):
+            problems.append(("summary.json", f"best.{key} differs from metrics.csv"))
+    for (file, name), value in values.items():
+        numbers = np.atleast_1d(np.asarray(value, dtype=float))
+        if not np.isfinite(numbers).all() or (metric.percent and not ((numbers >= 0) & (numbers <= 1)).all()):
+            problems.append((file, f"{name} is missing or impossible"))
+    for file, why in problems[:1]:
+        raise Damaged(f"{folder / file} is damaged ({why}): train it again")
 
 
 def make_rows(runs: Iterable[RunFiles], folder_of: Callable[[RunFiles], str] = lambda run: "") -> list[Row]:
@@ -236,9 +270,11 @@ def row_called(experiment: str, rows: Sequence[Row], flag: str, wanted: str = "r
     found = [row for row in rows if row.experiment == experiment]
     if len(found) == 1:
         return found[0]
-    problem = "has runs of several configurations" if found else f"has no {wanted}"
+    if found:
+        settings = "; ".join(", ".join(row.differs) or row.folder for row in found)
+        raise UserError(f"{experiment} has runs of several configurations ({settings}): move all but one away")
     others = ", ".join(sorted({row.experiment for row in rows}))
-    raise UserError(f"{experiment} {problem}: name another {flag} ({others})")
+    raise UserError(f"{experiment} has no {wanted}: name another {flag} ({others})")
 
 
 def _badness(row: Row) -> float:

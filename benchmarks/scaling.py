@@ -99,13 +99,8 @@ def points_of(options: Options) -> Iterator[Point]:
     for place, (varied, values) in enumerate(zip(VARIED, lists, strict=True)):
         for value in values:
             batch, side, multiplier, depth = (value if n == place else base for n, base in enumerate(options.base))
-            config = v2_config(
-                img_size=side,
-                n_embd=options.n_embd,
-                n_head=options.n_head,
-                mlp_internal_dim_multiplier=multiplier,
-                n_layer=depth,
-            )
+            sizes = dict(n_embd=options.n_embd, n_head=options.n_head, mlp_internal_dim_multiplier=multiplier)
+            config = v2_config(img_size=side, n_layer=depth, **sizes)
             size = {"tokens": math.prod(config.grid), "neurons": value * options.n_embd}.get(varied, value)
             yield Point(varied, size, batch, config)
 

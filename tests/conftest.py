@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -116,10 +117,6 @@ def run_script():
 # ---------------------------------------------------------------------------- runs without training
 
 
-def rows_of(columns):
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
 @pytest.fixture
 def make_run(tmp_path):
     """Writes a run of five epochs with random numbers; returns its folder and its rows of metrics.csv.
@@ -139,6 +136,6 @@ def make_run(tmp_path):
         flags = f"--epochs {changed.get('epochs', 5)}"
         script = "train_bdh_unet.py" if metric == "miou" else "train_v2_cifar10.py"
         write_run(folder, script, flags, seed, test, metric, name, columns=numbers, images=images, **fields)
-        return folder, [{"epoch": epoch} | row for epoch, row in enumerate(rows_of(numbers), 1)]
+        return folder, pd.DataFrame({"epoch": range(1, n + 1)} | numbers).to_dict("records")
 
     return make

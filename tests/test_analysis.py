@@ -1,6 +1,5 @@
 """Tables and figures of made-up runs."""
 
-import csv
 import json
 
 import numpy as np
@@ -14,23 +13,11 @@ from analysis.plotting.curves import labels_of
 from analysis.plotting.style import plain_text
 from analysis.reading import find_runs, make_rows, read_runs
 from tests.pictures import check_picture
-from training.config import ROOT
+from tests.trials import markdown_rows, read_table
 
 ALWAYS = [f"{name}.{kind}" for name in ("learning_curves", "final_accuracy") for kind in ("png", "svg")]
 ALWAYS += ["results.md", "results.csv"]
 OPTIONAL = ["accuracy_against_parameters", "accuracy_against_time", "speed", "mlp_multiplier"]
-
-
-def read_results(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def table_rows(markdown):
-    """Cells of every line of the tables in results.md, titles and rules left out."""
-    lines = [line for line in markdown.read_text().splitlines() if line.startswith("| ")]
-    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    return [each for each in cells if each[0] not in ("experiment", "---")]
 
 
 def tables_of(runs, output):
@@ -46,7 +33,7 @@ def test_averages_over_seeds(make_run, tmp_path):
     tests = [json.loads((folder / "summary.json").read_text())["test"]["accuracy"] for folder, _ in made]
     accuracy = np.array([[row["val_accuracy"] for row in rows] for _, rows in made])  # (seeds, epochs)
     seconds = [row["epoch_time_sec"] for _, rows in made for row in rows]
-    (line,) = read_results(paths[-1])
+    (line,) = read_table(paths[-1])
     assert float(line["test_accuracy_mean"]) == pytest.approx(np.mean(tests))
     assert float(line["test_accuracy_std"]) == pytest.approx(np.std(tests, ddof=1))
     assert float(line["best_val_accuracy_mean"]) == pytest.approx(accuracy.max(1).mean())
@@ -61,7 +48,7 @@ def test_averages_over_seeds(make_run, tmp_path):
     counts = ("parameters", "seeds", "seeds_not_finished", "epochs", "epochs_done")
     assert [int(line[key]) for key in counts] == [3_233_482, 3, 0, 5, 5]
 
-    (cells,) = table_rows(paths[-2])
+    (cells,) = markdown_rows(paths[-2])
     assert cells[:4] == [
         "v2_cifar10",
         "3,233,482",
@@ -73,18 +60,18 @@ def test_averages_over_seeds(make_run, tmp_path):
 
 def test_one_seed_has_no_deviation(make_run, tmp_path):
     paths = tables_of([make_run(test=0.7654)[0]], tmp_path)
-    (line,) = read_results(paths[-1])
+    (line,) = read_table(paths[-1])
     assert float(line["test_accuracy_mean"]) == 0.7654 and line["test_accuracy_std"] == ""
-    assert table_rows(paths[-2])[0][2:4] == ["1", "76.54"]
+    assert markdown_rows(paths[-2])[0][2:4] == ["1", "76.54"]
 
 
 def test_the_best_epoch_is_the_one_that_was_tested(make_run, tmp_path):
     folder, rows = make_run()
     summary = json.loads((folder / "summary.json").read_text())
     other = summary["best"]["epoch"] % 5 + 1
-    summary["best"]["epoch"] = other
+    summary["best"] |= {"epoch": other, "val_accuracy": rows[other - 1]["val_accuracy"]}
     (folder / "summary.json").write_text(json.dumps(summary))
-    (line,) = read_results(tables_of([folder], tmp_path)[-1])
+    (line,) = read_table(tables_of([folder], tmp_path)[-1])
     assert float(line["best_epoch_median"]) == other
     assert float(line["best_val_accuracy_mean"]) == rows[other - 1]["val_accuracy"]
 
@@ -96,7 +83,7 @@ def test_different_configs_are_separate_rows(make_run, tmp_path):
     make_run(folder=tmp_path / "runs" / "elsewhere" / "a", seed=2, n_layer=12)
     make_run(folder=tmp_path / "runs" / "elsewhere" / "b", seed=3, n_layer=12, batch_size=64)
     make_run(folder=tmp_path / "runs" / "elsewhere" / "c", seed=4, n_layer=12, batch_size=64)
-    lines = read_results(tables_of(find_runs(tmp_path / "runs"), tmp_path / "out")[-1])
+    lines = read_table(tables_of(find_runs(tmp_path / "runs"), tmp_path / "out")[-1])
     assert {(line["differs_in"], line["seeds"]) for line in lines} == {
         ("batch_size=32, n_layer=6", "2"),
         ("batch_size=32, n_layer=12", "1"),
@@ -107,14 +94,14 @@ def test_different_configs_are_separate_rows(make_run, tmp_path):
 
 def test_equal_configs_under_two_names_stay_apart(make_run, tmp_path):
     runs = [make_run(name)[0] for name in ("before", "after")]
-    assert sorted(line["experiment"] for line in read_results(tables_of(runs, tmp_path)[-1])) == ["after", "before"]
+    assert sorted(line["experiment"] for line in read_table(tables_of(runs, tmp_path)[-1])) == ["after", "before"]
 
 
 def test_a_copy_of_a_run_is_no_second_seed(make_run, tmp_path, capsys):
     make_run(seed=0)
     make_run(seed=1)
     copy, _ = make_run(seed=1, folder=tmp_path / "runs" / "z_copy")
-    (line,) = read_results(tables_of(find_runs(tmp_path / "runs"), tmp_path / "out")[-1])
+    (line,) = read_table(tables_of(find_runs(tmp_path / "runs"), tmp_path / "out")[-1])
     assert line["seeds"] == "2"
     assert str(copy) in capsys.readouterr().err
 
@@ -124,14 +111,14 @@ def test_runs_that_are_not_finished(make_run, tmp_path):
     make_run(seed=1, done=2)
     _, begun = make_run("v3_cifar10", done=3)
     paths = tables_of(find_runs(tmp_path / "runs"), tmp_path / "out")
-    first, second = read_results(paths[-1])
+    first, second = read_table(paths[-1])
     assert (first["seeds"], first["seeds_not_finished"], first["epochs_done"]) == ("1", "1", "5")
     assert float(first["best_val_accuracy_mean"]) == max(row["val_accuracy"] for row in rows)  # of the finished alone
     assert (second["seeds"], second["seeds_not_finished"], second["epochs_done"]) == ("0", "1", "3")
     assert second["test_accuracy_mean"] == second["test_accuracy_std"] == ""
     assert float(second["best_val_accuracy_mean"]) == max(row["val_accuracy"] for row in begun)
     assert int(float(second["best_epoch_median"])) == max(begun, key=lambda row: row["val_accuracy"])["epoch"]
-    cells = table_rows(paths[-2])
+    cells = markdown_rows(paths[-2])
     assert cells[0][2] == "1 and 1 not finished" and " ± " not in cells[0][3]
     assert cells[1][2:4] == ["1 not finished", "not finished"] and cells[1][6] == "3 of 5"
 
@@ -159,68 +146,31 @@ def test_curves_mark_runs_that_are_not_finished(make_run, tmp_path):
     assert all(np.allclose(ax.lines[0].get_ydata(), loss) for ax, loss in zip(block.axes[1:], losses, strict=True))
 
 
-def cut_json(folder):
-    (folder / "config.json").write_text((folder / "config.json").read_text()[:-9])
+def on_lines(change):
+    """A change of the lines of a file as a change of its bytes."""
+    return lambda content: b"".join(change(content.splitlines(keepends=True)))
 
 
-def cut_summary(folder):
-    (folder / "summary.json").write_text('{"test": ')
+DAMAGES = {  # the file, and what becomes of its content
+    "cut_json": ("config.json", lambda content: content[:-9]),
+    "cut_summary": ("summary.json", lambda content: b'{"test": '),
+    "drop_field": ("config.json", lambda content: content.replace(b'"epochs": 5, ', b"")),
+    "empty_csv": ("metrics.csv", lambda content: b""),
+    "header_only": ("metrics.csv", on_lines(lambda lines: lines[:1])),
+    "binary_csv": ("metrics.csv", lambda content: bytes(range(256))),
+    "word_in_csv": ("metrics.csv", on_lines(lambda lines: [*lines[:2], b"2,much,0.5,0.7,50,800\n", *lines[3:]])),
+    # the last line ends, but lacks the numbers behind val_loss
+    "short_line": ("metrics.csv", on_lines(lambda lines: [*lines[:-1], *lines[-1].rsplit(b",", 5)[:1], b"\n"])),
+    "lost_epoch": ("metrics.csv", on_lines(lambda lines: lines[:2] + lines[3:])),
+    "lost_last_epoch": ("metrics.csv", on_lines(lambda lines: lines[:-1])),
+}
 
 
-def drop_field(folder):
-    config = json.loads((folder / "config.json").read_text())
-    del config["config"]["train"]["epochs"]
-    (folder / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize(("name", "change"), DAMAGES.values(), ids=DAMAGES)
+def test_damaged_runs_are_skipped_with_one_line(make_run, tmp_path, capsys, name, change):
+    def damage(folder):
+        (folder / name).write_bytes(change((folder / name).read_bytes()))
 
-
-def empty_csv(folder):
-    (folder / "metrics.csv").write_text("")
-
-
-def header_only(folder):
-    (folder / "metrics.csv").write_text((folder / "metrics.csv").read_text().splitlines()[0] + "\n")
-
-
-def binary_csv(folder):
-    (folder / "metrics.csv").write_bytes(bytes(range(256)))
-
-
-def word_in_csv(folder):
-    text = (folder / "metrics.csv").read_text().splitlines()
-    (folder / "metrics.csv").write_text("\n".join([*text[:2], "2,much,0.5,0.7,1e-4,50,800,1200", *text[3:], ""]))
-
-
-def short_line(folder):
-    """The last line ends, but lacks the numbers behind val_loss."""
-    text = (folder / "metrics.csv").read_text().splitlines()
-    (folder / "metrics.csv").write_text("\n".join([*text[:-1], ",".join(text[-1].split(",")[:3]), ""]))
-
-
-def lost_epoch(folder):
-    text = (folder / "metrics.csv").read_text().splitlines(keepends=True)
-    (folder / "metrics.csv").write_text("".join(text[:2] + text[3:]))
-
-
-def lost_last_epoch(folder):
-    (folder / "metrics.csv").write_text("".join((folder / "metrics.csv").read_text().splitlines(keepends=True)[:-1]))
-
-
-DAMAGES = (
-    cut_json,
-    cut_summary,
-    drop_field,
-    empty_csv,
-    header_only,
-    binary_csv,
-    word_in_csv,
-    short_line,
-    lost_epoch,
-    lost_last_epoch,
-)
-
-
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_damaged_runs_are_skipped_with_one_line(make_run, tmp_path, capsys, damage):
     whole, broken = make_run(seed=0)[0], make_run(seed=1)[0]
     damage(broken)
     assert [run.folder for run in read_runs([broken, whole])] == [whole]
@@ -231,22 +181,13 @@ def test_damaged_runs_are_skipped_with_one_line(make_run, tmp_path, capsys, dama
         tables_of([whole, broken], tmp_path / "out")
 
 
-def test_half_a_last_line_is_not_an_epoch(make_run, tmp_path):
-    """What a stop in the middle of writing leaves: the epochs before it count."""
-    folder, _ = make_run(done=3)
-    with (folder / "metrics.csv").open("a") as file:
-        file.write("4,0.5123,0.6")
-    (line,) = read_results(tables_of([folder], tmp_path / "out")[-1])
-    assert line["epochs_done"] == "3"
-
-
 def test_other_metrics_and_data_sets(make_run, tmp_path):
     """A block for each data set; the metric is named by its column; a data set may lack a test part."""
     make_run()
     make_run("unet", dataset="camvid", metric="miou")
     make_run("unet", seed=1, dataset="voc", metric="miou", test=None)
     paths = tables_of(find_runs(tmp_path / "runs"), tmp_path / "out")
-    by_dataset = {line["dataset"]: line for line in read_results(paths[-1])}
+    by_dataset = {line["dataset"]: line for line in read_table(paths[-1])}
     expected = json.loads((tmp_path / "runs/unet/seed0/summary.json").read_text())["test"]["miou"]
     assert float(by_dataset["camvid"]["test_miou_mean"]) == expected
     assert by_dataset["camvid"]["test_accuracy_mean"] == by_dataset["voc"]["test_miou_mean"] == ""
@@ -334,13 +275,12 @@ def test_titles_say_of_small_runs_that_they_are(make_run, tmp_path, call_script)
     assert labels_of(make_rows(read_runs(find_runs(tmp_path))))[1] == "cifar10"
 
 
-def test_no_runs_is_one_message(run_script, tmp_path):
-    """As typed, from another folder."""
+def test_no_runs_is_one_message(call_script, tmp_path, capsys):
     (tmp_path / "runs").mkdir()
-    done = run_script(ROOT / "analysis" / "analyze.py", "--runs-dir", "runs", "--output-dir", "out", cwd=tmp_path)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert "train_quickstart.py" in done.stderr and not (tmp_path / "out").exists()
+    assert call_script("analysis/analyze.py", "--runs-dir", "runs", "--output-dir", "out") == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("error: ") and shown.err.count("\n") == 1
+    assert "train_quickstart.py" in shown.err and not (tmp_path / "out").exists()
 
 
 def test_command_line(make_run, call_script, tmp_path, capsys):
@@ -349,7 +289,7 @@ def test_command_line(make_run, call_script, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if not line.startswith("skipped: ")] == [f"out/{name}" for name in ALWAYS]
     assert len(lines) == len(ALWAYS) + len(OPTIONAL)
-    assert read_results(tmp_path / "out" / "results.csv")[0]["experiment"] == "v2_cifar10"
+    assert read_table(tmp_path / "out" / "results.csv")[0]["experiment"] == "v2_cifar10"
 
 
 def test_without_a_test_part_the_best_validation_is_the_result(make_run):

@@ -1,4 +1,4 @@
-"""The baselines: parameters, settings, ResNet-20 by its paper, configs, and timm's attention."""
+"""The baselines: parameters, settings, ResNet-20 by its paper, and configs."""
 
 import dataclasses
 import math
@@ -16,7 +16,6 @@ from torch import nn
 from torchvision import models as torchvision_models
 
 from training import fit
-from interpretability.common.recorder import record
 from models import CONFIG_CLASSES, build_config
 from models.baselines import (
     BaselineConfig,
@@ -27,7 +26,7 @@ from models.baselines import (
     ViTConfig,
 )
 from models.vision_bdh import VisionBDHConfig
-from training.stored import load_checkpoint
+from tests.trials import same_weights, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = {
@@ -238,9 +237,8 @@ def test_a_resumed_run_has_the_weights_of_an_uninterrupted_one(experiment_in, tm
     for name in ("last.pt", "summary.json"):  # as after the first epoch, whose checkpoint is previous.pt
         (stopped.folder / name).unlink()
     fit(stopped)
-    ours, expected = (load_checkpoint(each.folder / "last.pt")["model"] for each in (stopped, whole))
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
-    first = load_checkpoint(whole.folder / "previous.pt")["model"]
+    first, expected = weights(whole.folder, "previous.pt"), weights(whole.folder)
+    assert same_weights(weights(stopped.folder), expected)
     assert not torch.equal(first["features.0.1.running_mean"], expected["features.0.1.running_mean"])
 
 
@@ -302,37 +300,6 @@ def test_only_deit_needs_timm(monkeypatch):
     with torch.device("meta"):
         for cls in set(CONFIGS) - {DeiTTinyConfig}:
             cls().build()
-
-
-# ---------------------------------------------------------------------------- attention of timm's model
-
-
-@pytest.mark.parametrize(("setting", "tokens"), [("published", 5), ("fitted", 65)])
-def test_recording_a_deit_changes_nothing(setting, tokens):
-    """That the recorded scores are the model's is tested in tests/test_recorder.py."""
-    deit, images = draw_weights(DeiTTinyConfig(setting=setting).build()).eval(), torch.randn(2, 3, 32, 32)
-
-    def step():
-        deit.zero_grad()
-        logits = deit(images)
-        logits.square().sum().backward()
-        return logits, *(parameter.grad.clone() for parameter in deit.parameters())
-
-    expected = step()
-    with record(deit) as trace:
-        recorded = step()
-    assert all(torch.equal(*pair) for pair in zip(recorded, expected, strict=True))
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in deit.modules())
-    assert sorted(trace.inputs) == list(range(12)) and trace.adapter.n_levels == 12 and not trace.adapter.signed
-    for level in (0, 11):
-        scores = trace.scores(level)
-        assert scores.shape == (2, 3, tokens, tokens) and scores.std() > 0.1 / tokens  # not uniform
-        torch.testing.assert_close(trace.scores(level, patches_only=True), scores[:, :, 1:, 1:])
-
-
-def test_a_convolutional_network_has_no_levels_to_record():
-    with pytest.raises(TypeError, match="ResNet20"), record(ResNet20Config().build()):
-        pass
 
 
 # ---------------------------------------------------------------------------- as a user meets them

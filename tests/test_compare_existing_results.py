@@ -1,7 +1,5 @@
 """Runs of several folders side by side, from folders made up here in the format that training writes."""
 
-import csv
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ from analysis.analyze import by_task, draw_final
 from analysis.compare_existing_results import compare_results, read_rows, short_names
 from analysis.plotting.style import COLORS
 from tests.pictures import check_picture, share_of_color
-from training.config import ROOT
+from tests.trials import markdown_rows, read_table
 
 SCRIPT = "analysis/compare_existing_results.py"
 
@@ -27,18 +25,6 @@ def run_in(make_run, tmp_path):
     return make
 
 
-def lines_of(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def table_rows(markdown):
-    """Cells of every line of the tables in a Markdown file, titles and rules left out."""
-    lines = [line for line in markdown.read_text().splitlines() if line.startswith("| ")]
-    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-    return [each for each in cells if each[0] not in ("folder", "---")]
-
-
 def test_an_experiment_in_two_folders_has_a_line_for_each(run_in, tmp_path):
     """Seeds are averaged within a folder, not across; the folders of one experiment come below each other."""
     mine, others = (0.70, 0.76), (0.81, 0.83, 0.80)
@@ -48,7 +34,7 @@ def test_an_experiment_in_two_folders_has_a_line_for_each(run_in, tmp_path):
         run_in("results", "v2", seed, test=test)
     run_in("runs", "v1", test=0.78)
     markdown, table, picture, _ = compare_results([tmp_path / "runs", tmp_path / "results"], tmp_path / "out" / "c")
-    lines = lines_of(table)
+    lines = read_table(table)
     assert [(line["folder"], line["experiment"], line["seeds"]) for line in lines] == [
         ("results", "v2", "3"),
         ("runs", "v2", "2"),
@@ -57,7 +43,7 @@ def test_an_experiment_in_two_folders_has_a_line_for_each(run_in, tmp_path):
     for line, tests in zip(lines, (others, mine), strict=False):
         assert float(line["test_accuracy_mean"]) == pytest.approx(np.mean(tests))
         assert float(line["test_accuracy_std"]) == pytest.approx(np.std(tests, ddof=1))
-    cells = table_rows(markdown)
+    cells = markdown_rows(markdown)
     assert [each[:4] for each in cells] == [
         ["results", "v2", "3,233,482", "3"],
         ["runs", "v2", "3,233,482", "2"],
@@ -104,17 +90,6 @@ def test_configurations_that_differ_between_folders_say_so(run_in, tmp_path):
     }
 
 
-def test_data_sets_and_metrics_are_kept_apart(run_in, tmp_path):
-    run_in("a", "v2"), run_in("b", "v2+dataset=cifar100", dataset="cifar100")
-    run_in("b", "unet", dataset="camvid", metric="miou", test=None)
-    paths = compare_results([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
-    text = paths[0].read_text()
-    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## camvid", "## cifar10", "## cifar100"]
-    assert "test mIoU (%)" in text and "test accuracy (%)" in text
-    titles = ["best validation mIoU (%)", "test accuracy (%)", "test accuracy (%)"]
-    assert [block.axes[0].get_xlabel() for block in drawn(tmp_path / "a", tmp_path / "b")] == titles
-
-
 def test_runs_seeds_and_folders_can_be_mixed_and_none_counts_twice(run_in, tmp_path):
     """A run, an experiment's folder and a folder of experiments; what lies in several counts for the first."""
     for seed in (0, 1):
@@ -134,17 +109,6 @@ def test_names_are_the_shortest_ends_that_tell_paths_apart(tmp_path, monkeypatch
     assert [names[path] for path in paths] == ["a/runs", "b/runs", "c/d/results", "e/d/results", "f"]
     assert set(names.values()) == {"a/runs", "b/runs", "c/d/results", "e/d/results", "f"}
     assert short_names([Path(), tmp_path / "b"]) == {Path(): "a", tmp_path / "b": "b"}
-
-
-def test_results_of_the_repository(tmp_path):
-    """Against the numbers in their summaries."""
-    folder = ROOT / "results" / "ablation_small_cpu"
-    table = lines_of(compare_results([folder], tmp_path / "c")[1])
-    assert len(table) == 6 and {line["seeds"] for line in table} == {"3"}
-    for line in table:
-        summaries = [json.loads(path.read_text()) for path in folder.glob(f"{line['experiment']}/*/summary.json")]
-        mean = np.mean([summary["test"]["accuracy"] for summary in summaries])
-        assert float(line["test_accuracy_mean"]) == pytest.approx(mean)
 
 
 def test_the_script(run_in, call_script, tmp_path, capsys):
@@ -179,13 +143,3 @@ def test_an_output_without_a_name_is_one_message(run_in, call_script, capsys):
     for output in (".", "/"):
         assert call_script(SCRIPT, "runs", "--output", output) == 1
         assert "is a folder: add a file name" in capsys.readouterr().err
-
-
-def test_damaged_runs_are_left_out(run_in, call_script, tmp_path, capsys):
-    run_in("runs", "v2")
-    broken, _ = run_in("results", "v2")
-    (broken / "summary.json").write_text("{")
-    assert [row.folder for row in read_rows([tmp_path / "runs", tmp_path / "results"])] == ["runs"]
-    assert f"warning: {broken} is left out" in capsys.readouterr().err
-    assert call_script(SCRIPT, "results", "--output", "out/c") == 1
-    assert "error: no run can be read" in capsys.readouterr().err

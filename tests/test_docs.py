@@ -63,15 +63,6 @@ def test_readme_is_short_and_links_every_page():
     assert set(DOCS) <= linked
 
 
-@pytest.mark.parametrize(
-    ("page", "name"), [(README, "headline"), (ROOT / "docs" / "results.md", "results")], ids=["headline", "results"]
-)
-def test_generated_blocks_are_marked_once(page, name):
-    text = page.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name}: begin, made by analysis/claims.py -->", f"<!-- {name}: end -->"
-    assert text.count(begin) == text.count(end) == 1 and text.index(begin) < text.index(end)
-
-
 def test_pictures_are_small():
     assert all(picture.stat().st_size <= 300_000 for picture in (ROOT / "docs" / "images").iterdir())
 

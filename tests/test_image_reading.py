@@ -1,6 +1,7 @@
 """How image files are read: upright by EXIF, transparent pixels on white; the files of images with masks."""
 
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -123,10 +124,7 @@ def test_a_moving_picture_is_its_first_frame(tmp_path):
 
 
 def test_an_image_that_may_not_be_read(tmp_path, monkeypatch):
-    def denied(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Image, "open", denied)
+    monkeypatch.setattr(Image, "open", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
     path, message = tmp_path / "a.png", "a.png cannot be read (Permission denied): make it readable"
     with pytest.raises(UnreadableImage, match=re.escape(message)):
         ImageFiles([str(path)], SIZE, 3)[0]
@@ -170,10 +168,8 @@ def test_images_with_masks_have_a_fingerprint(tmp_path):
 
 
 def test_masks_that_may_not_be_read(tmp_path, monkeypatch):
-    def denied(folder):
-        raise PermissionError(13, "Permission denied", str(folder))
-
-    monkeypatch.setattr(masks, "_find_camvid", denied)
+    denied = PermissionError(13, "Permission denied", str(tmp_path))
+    monkeypatch.setattr(masks, "_find_camvid", mock.Mock(side_effect=denied))
     message = f"{tmp_path} cannot be read (Permission denied): make it readable"
     with pytest.raises(UserError, match=re.escape(message)):
         find_masks("camvid", tmp_path)

@@ -1,6 +1,5 @@
 """Masked-image pretraining: what is masked, what is predicted, and that a segmentation model takes the encoder."""
 
-import csv
 import json
 import math
 
@@ -10,6 +9,7 @@ import torch
 from training import PretrainingConfig
 from models.bdh_unet import bdh_unet_config
 from models.masked_bdh import MaskedBDHConfig, Reconstruction
+from tests.trials import read_metrics
 from training.metrics import Sums
 from training.start import take_encoder
 
@@ -94,9 +94,8 @@ def test_the_script_learns_and_a_unet_takes_its_encoder(call_script, data_dir, t
     flags += "--epochs 8 --batch-size 16 --learning-rate 1e-2 --device cpu --name masked".split()
     assert call_script("pretrain_bdh.py", *flags, "--data-dir", data_dir, "--runs-dir", tmp_path) == 0
     folder = tmp_path / "masked" / "seed0"
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert float(rows[-1]["val_psnr"]) > float(rows[0]["val_psnr"]) + 1  # each image has one colour
+    rows = read_metrics(folder)
+    assert rows[-1]["val_psnr"] > rows[0]["val_psnr"] + 1  # each image has one colour
     summary = json.loads((folder / "summary.json").read_text())
     assert set(summary["test"]) == {"loss", "psnr"} and "PSNR" in capsys.readouterr().out
 

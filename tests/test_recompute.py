@@ -11,12 +11,7 @@ from models import kernels
 from models.baselines import ResNet20Config
 from models.bdh import LN_EPS, BDHCore, CoreConfig
 from models.bdh_unet import bdh_unet_config
-from models.vision_bdh import (
-    v1_config,
-    v2_config,
-    v2_softmax_config,
-    v3_config,
-)
+from models.vision_bdh import v1_config, v2_config, v2_softmax_config, v3_config
 from training.stored import load_checkpoint
 
 SMALL = dict(n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4, dropout=0.3, img_size=32)

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -193,9 +194,7 @@ def test_a_run_whose_source_failed_is_begun_and_says_so_itself(make_job, tmp_pat
 
 
 def test_a_run_that_cannot_be_kept_counts_as_failed(make_job, tmp_path):
-    def refuse(job):
-        raise UserError("no space")
-
+    refuse = mock.Mock(side_effect=UserError("no space"))
     jobs = [make_job("a"), make_job("b")]
     assert run_jobs(jobs, 1, keep=refuse).failures == {"a, seed 0": "no space", "b, seed 0": "no space"}
     assert len(calls(tmp_path)) == 2

@@ -313,7 +313,7 @@ def test_a_published_experiment_is_the_named_variant_under_the_protocol(name, va
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_is_short_and_shows_its_whole_configuration(script):
     text = (ROOT / script).read_text(encoding="utf-8")
-    assert 20 <= len(text.splitlines()) <= 60
+    assert len(text.splitlines()) <= 60
     tree = ast.parse(text)
     assert f"python {script}" in ast.get_docstring(tree)
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.For | ast.While | ast.FunctionDef)]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -275,9 +276,7 @@ def test_an_encoder_replaces_the_whole_in_the_record_too(runs, tmp_path):
 
 
 def test_weights_that_cannot_be_downloaded(camvid, tmp_path, call_script, monkeypatch, capsys):
-    def fail(self, model):
-        raise OSError("no network\nand much more")
-
+    fail = mock.Mock(side_effect=OSError("no network\nand much more"))
     monkeypatch.setattr(ResNetUNetConfig, "load_encoder_weights", fail)
     where = ["--data-dir", camvid, "--runs-dir", tmp_path / "runs", "--device", "cpu"]
     assert call_script("train_resnet34_unet.py", "--img-size", 32, *where) == 1

@@ -380,4 +380,4 @@ def test_the_files_of_a_run_carry_its_identity(runs):
     assert len(set(ids.values())) == len(ids)
     for name, folder in runs.items():
         assert {load_checkpoint(path)["run_id"] for path in folder.glob("*.pt")} == {ids[name]}
-        assert read_split(folder, ids[name], 240) is not None
+        assert read_split(folder, read_config(folder)) is not None

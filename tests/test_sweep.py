@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -164,10 +165,7 @@ def test_a_run_is_what_its_command_makes(flags, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_says_how_to_continue(call_script, monkeypatch, tmp_path, capsys):
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sweep, "run_jobs", stop)
+    monkeypatch.setattr(sweep, "run_jobs", mock.Mock(side_effect=KeyboardInterrupt))
     assert call_script("train_ablation.py", "--sweep", "init", "--runs-dir", tmp_path) == 130
     assert "Repeat the command to continue" in capsys.readouterr().err
 

@@ -202,15 +202,6 @@ def test_a_text_run_learns_more_than_how_frequent_bytes_are(learned, tmp_path):
     analyze([trial.folder], tmp_path / "plots")
 
 
-def test_an_untrained_model_knows_nothing(text_trial):
-    trial = text_trial()
-    model = trial.model.build().eval()
-    batches = batches_of(SONG)
-    with torch.no_grad():
-        losses = [model(inputs, targets)[1].item() for inputs, targets in batches.eval_batches("test")]
-    assert losses == pytest.approx([math.log(256)] * len(losses), rel=0.02)
-
-
 def test_fewer_bits_are_better(text_trial, monkeypatch):
     """The best epoch is the one of the lowest bits per byte, not the highest."""
     real, waiting = loop.evaluate, iter([3.0, 2.0, 2.5])

@@ -1,19 +1,15 @@
 """The speed benchmarks at a tiny size: what they count, their ratios, their files; never how fast anything is."""
 
-import csv
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import same_losses, scaling, step_time, train_speed
-from benchmarks.training_steps import (
-    IMPLEMENTATIONS,
-    StackedReference,
-    made_up_batches,
-    training_step,
-)
+from benchmarks.training_steps import IMPLEMENTATIONS, StackedReference, made_up_batches, training_step
 from models.vision_bdh import v2_config
+from tests.trials import read_table
 
 CPU = torch.device("cpu")
 TINY = dict(patch_size=8, n_layer=2, n_embd=24, n_head=2, mlp_internal_dim_multiplier=4)
@@ -91,7 +87,7 @@ def test_train_speed_script(tiny_models, tmp_path, monkeypatch, capsys):
     options = dict(batch_size=4, repeats=2, output_dir=tmp_path, device="cpu")
     train_speed.main(train_speed.Options(models=("v2", "resnet20"), **options))
     (table,) = tmp_path.glob("train_speed_cpu_1threads_batch4.csv")
-    rows = list(csv.DictReader(table.open()))
+    rows = read_table(table)
     sides = ["reference", "fast", "fast, --recompute"]
     assert [(row["precision"], row["side"]) for row in rows] == [
         (precision, side) for precision in ("float32", "bf16") for side in [*sides, "eager"]
@@ -121,7 +117,7 @@ def test_step_time_script(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(step_time, "tune_cpu_allocator", lambda: True)
     step_time.main(step_time.Options(batch_size=4, repeats=2, output_dir=tmp_path, device="cpu", profile=True))
-    rows = list(csv.DictReader((tmp_path / "step_time_cpu_1threads.csv").open()))
+    rows = read_table(tmp_path / "step_time_cpu_1threads.csv")
     sides = ["reference", "fast", "fast, --recompute", "products alone"]
     assert [(row["allocation"], row["precision"], row["side"]) for row in rows] == [
         (allocation, precision, side)
@@ -149,42 +145,21 @@ def test_exponents_of_planted_powers():
 
 
 def test_scaling_script(tmp_path):
-    options = scaling.Options(
-        n_embd=16,
-        n_head=2,
-        batch_sizes=(2, 4),
-        img_sizes=(8, 16),
-        multipliers=(4, 8),
-        depths=(1,),
-        base=(2, 8, 4, 1),
-        sides=("reference", "fast"),
-        precision="float32",
-        repeats=2,
-        device="cpu",
-        output_dir=tmp_path,
-    )
-    scaling.main(options)
-    rows = list(csv.DictReader((tmp_path / "scaling_cpu_1threads.csv").open()))
+    sizes = dict(n_embd=16, n_head=2, batch_sizes=(2, 4), img_sizes=(8, 16), multipliers=(4, 8), depths=(1,))
+    options = dict(base=(2, 8, 4, 1), sides=("reference", "fast"), precision="float32", repeats=2, device="cpu")
+    scaling.main(scaling.Options(**sizes, **options, output_dir=tmp_path))
+    rows = read_table(tmp_path / "scaling_cpu_1threads.csv")
     points = {(row["varied"], int(row["size"])) for row in rows}
-    assert points == {
-        ("batch_size", 2),
-        ("batch_size", 4),
-        ("tokens", 4),
-        ("tokens", 16),
-        ("neurons", 64),
-        ("neurons", 128),
-        ("n_layer", 1),
-    }
+    sizes = {"batch_size": (2, 4), "tokens": (4, 16), "neurons": (64, 128), "n_layer": (1,)}
+    assert points == {(varied, size) for varied, values in sizes.items() for size in values}
     assert len(rows) == 2 * 7
-    fits = list(csv.DictReader((tmp_path / "scaling_cpu_1threads_exponents.csv").open()))
+    fits = read_table(tmp_path / "scaling_cpu_1threads_exponents.csv")
     assert {fit["varied"] for fit in fits} == {"batch_size", "tokens", "neurons"}  # one depth has no slope
     assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png", ".svg"}
 
 
 def test_sides_that_do_not_fit_are_left_out(monkeypatch, capsys):
-    def full(config):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-
+    full = mock.Mock(side_effect=RuntimeError("DefaultCPUAllocator: can't allocate memory: tried to allocate 9 bytes"))
     monkeypatch.setitem(IMPLEMENTATIONS, "reference", full)
     sizes = dict(batch_sizes=(2,), img_sizes=(), multipliers=(), depths=(), base=(2, 8, 4, 1), n_embd=16, n_head=2)
     rows = scaling.measure(scaling.Options(**sizes, precision="float32", repeats=1), CPU)
@@ -198,8 +173,7 @@ def test_losses_side_by_side(data_dir, tmp_path, capsys):
     same_losses.main(
         same_losses.Options(**sizes, steps=8, batch_size=8, data_dir=data_dir, device="cpu", output_dir=tmp_path)
     )
-    with (tmp_path / "same_losses_cpu_1threads_width16.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(tmp_path / "same_losses_cpu_1threads_width16.csv")
     assert [int(row["step"]) for row in rows] == list(range(1, 9))
     losses = {side: np.array([float(row[side]) for row in rows]) for side in rows[0] if side != "step"}
     plain = losses.pop(same_losses.PLAIN)

@@ -1,4 +1,4 @@
-"""Tiny runs: stopped, resumed, read, compared."""
+"""Tiny runs: stopped, resumed, read, compared; and the tables that scripts write."""
 
 import csv
 import dataclasses
@@ -21,24 +21,36 @@ def resumed(trial):
     return with_options(trial, resume=True)
 
 
-def interrupt(trial, epoch=None, part="val"):
-    """Ctrl-C in the validation of that epoch (from 1), or in the test; the folder stays as it then was."""
+def interrupt(trial, epoch):
+    """Ctrl-C in the validation of that epoch (from 1); the folder stays as it then was."""
     real = loop.evaluate
 
-    def evaluate(session, wanted):
-        if wanted == part and epoch in (None, session.epoch + 1):
+    def evaluate(session, part):
+        if part == "val" and session.epoch + 1 == epoch:
             raise KeyboardInterrupt
-        return real(session, wanted)
+        return real(session, part)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "evaluate", evaluate)
         fit(trial)
 
 
+def read_table(path):
+    """The rows of a CSV file as text."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def markdown_rows(path):
+    """Cells of every line of the tables in a Markdown file, titles and rules left out."""
+    lines = [line for line in path.read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return [each for each in cells if each[0] not in ("folder", "experiment", "---")]
+
+
 def read_rows(folder, measured=True):
     """The rows of metrics.csv as text, on request without the columns that are measured."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(folder / "metrics.csv")
     assert all(row.keys() > MEASURED for row in rows), "the header is missing"
     return [{key: value for key, value in row.items() if measured or key not in MEASURED} for row in rows]
 

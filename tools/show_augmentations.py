@@ -59,16 +59,9 @@ def main(options: Options) -> None:
     dataset = load_dataset(options.dataset, options.data_dir)
     split = split_train(dataset.train_labels, 0.2, None, options.seed)
     options.output_dir.mkdir(parents=True, exist_ok=True)
+    common = dict(dataset=options.dataset, epochs=1, batch_size=SHOWN, learning_rate=1e-3, weight_decay=0.0)
     for name, fields in settings(options.magnitude).items():
-        config = ClassificationConfig(
-            dataset=options.dataset,
-            epochs=1,
-            batch_size=SHOWN,
-            learning_rate=1e-3,
-            weight_decay=0.0,
-            seed=options.seed,
-            **fields,
-        )
+        config = ClassificationConfig(**common, seed=options.seed, **fields)
         batches = ImageBatches(dataset, split, config, SHOWN, torch.device("cpu"))
         images, _ = next(iter(batches.train_batches(0)))
         sheet = make_grid((images + 1) / 2, nrow=PER_ROW, padding=2, pad_value=1)

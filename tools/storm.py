@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 import random
 import shutil
@@ -27,12 +28,13 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Literal
+from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from training import ClassificationConfig, Experiment, RunOptions, UserError, fit
+from training import ClassificationConfig, Experiment, RunOptions, UserError, fit, loop
 from analysis.reading import read_runs
 from models.vision_bdh import v2_config
 from training.command_line import flags_of, run_script
@@ -134,21 +136,18 @@ class Storm:
 
     def damage(self) -> None:
         """Every file damaged in every way, of a stopped and of a finished run: resume, open, analyse."""
-        stopped, finished = self.train("stopped", stop_after=2), self.reference
-        for source, name, (how, change) in self._each(stopped, finished):
-            if not (source / name).exists():
+        stopped = self.train("stopped", stop_after=2)
+        for source, name, how in itertools.product((stopped, self.reference), FILES, (*DAMAGES, "missing", "a folder")):
+            if how in DAMAGES and not (source / name).exists():
                 continue
             folder = self._copy(source)
-            (folder / name).write_bytes(change((source / name).read_bytes(), self.draw))
+            if how in DAMAGES:
+                (folder / name).write_bytes(DAMAGES[how]((folder / name).read_bytes(), self.draw))
+            else:
+                (folder / name).unlink(missing_ok=True)
+            if how == "a folder":
+                (folder / name).mkdir()
             self._judge("damage", f"{name} {how} ({source.parent.name})", folder)
-        for source in (stopped, finished):
-            for name in FILES:
-                for how in ("missing", "a folder"):
-                    folder = self._copy(source)
-                    (folder / name).unlink(missing_ok=True)
-                    if how == "a folder":
-                        (folder / name).mkdir()
-                    self._judge("damage", f"{name} {how} ({source.parent.name})", folder)
         shutil.rmtree(stopped.parent)
 
     def mix(self) -> None:
@@ -165,8 +164,7 @@ class Storm:
     def kill(self) -> None:
         """A training killed with SIGKILL at a random moment, then resumed."""
         name = f"killed_{self.draw.randrange(10**9)}"
-        command = self._command(name)
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = _start(self._command(name))
         folder = self.folder / "runs" / name / "seed0"
         while process.poll() is None and not (folder / "config.json").exists():
             time.sleep(0.01)
@@ -206,11 +204,7 @@ class Storm:
         name, runs = "ablation", self.folder / "orphans"
         flags = flags_of(MODEL | TRAIN | dict(epochs=500, img_size=8, patch_size=4, in_channels=1))
         sweep = [sys.executable, ROOT / "train_ablation.py", *flags, "--runs-dir", runs, "--device", "cpu"]
-        process = subprocess.Popen(
-            [*map(str, sweep), "--sweep", "gate=none", "--jobs", "2"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = _start([*map(str, sweep), "--sweep", "gate=none", "--jobs", "2"])
         deadline = time.monotonic() + 120
         while len(list(runs.rglob("last.pt"))) < 2 and time.monotonic() < deadline and process.poll() is None:
             time.sleep(0.1)
@@ -225,12 +219,6 @@ class Storm:
         shutil.rmtree(runs, ignore_errors=True)
 
     # ------------------------------------------------------------------------ helpers
-
-    def _each(self, *sources: Path) -> Iterator[tuple[Path, str, tuple[str, Callable]]]:
-        for source in sources:
-            for name in FILES:
-                for damage in DAMAGES.items():
-                    yield source, name, damage
 
     def _copy(self, source: Path) -> Path:
         folder = self.folder / "runs" / "trial" / "seed0"
@@ -259,8 +247,6 @@ class Storm:
 
 def _fit_epochs(experiment: Experiment, n: int) -> None:
     """Trains n epochs, then stops as Ctrl-C does."""
-    from training import loop
-
     real = loop.train_epoch
 
     def stopping(session):
@@ -268,12 +254,12 @@ def _fit_epochs(experiment: Experiment, n: int) -> None:
             raise KeyboardInterrupt
         return real(session)
 
-    loop.train_epoch = stopping
-    try:
-        with contextlib.suppress(KeyboardInterrupt):
-            fit(experiment)
-    finally:
-        loop.train_epoch = real
+    with mock.patch.object(loop, "train_epoch", stopping), contextlib.suppress(KeyboardInterrupt):
+        fit(experiment)
+
+
+def _start(command: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _flip(content: bytes, draw: random.Random) -> bytes:
@@ -308,9 +294,7 @@ def main(options: Options) -> None:
             for kind in [options.only] if options.only else ["damage", "mix", *["kill", "pair"] * 5, "orphan"]:
                 if time.monotonic() < ends:
                     getattr(storm, kind)()
-    table = Table(title=f"{rounds} rounds")
-    for title in ("try", "end", "times"):
-        table.add_column(title)
+    table = Table("try", "end", "times", title=f"{rounds} rounds")
     for (kind, end), count in sorted(storm.ends.items()):
         table.add_row(kind, end, str(count))
     Console().print(table)

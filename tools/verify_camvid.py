@@ -68,16 +68,11 @@ def verify(files: MaskFiles) -> tuple[dict[str, Found], list[str]]:
                 continue
             here.pairs += 1
             here.sizes[f"{image.shape[1]} x {image.shape[0]}"] += 1
-            if orientation_of(pair.image) != 1:
-                here.turned.append(pair.image)
+            with Image.open(pair.image) as file:
+                if orientation(file) != 1:  # by EXIF; 1 is upright
+                    here.turned.append(pair.image)
             here.pixels += np.bincount(mask.ravel(), minlength=len(here.pixels))
     return found, problems
-
-
-def orientation_of(path: Path) -> int:
-    """Of an intact image file, by EXIF; 1 is upright."""
-    with Image.open(path) as image:
-        return orientation(image)
 
 
 def show(files: MaskFiles, found: dict[str, Found]) -> None:

@@ -155,8 +155,7 @@ class Run:
         return stored.read_summary(self.folder)
 
     def read_split(self) -> Split | None:
-        config = self.read_config()
-        return stored.read_split(self.folder, config.get("run_id"), config["data"].get("images", {}).get("train"))
+        return stored.read_split(self.folder, self.read_config())
 
     def check_data(self, description: dict[str, Any]) -> None:
         """Raises UserError if these are not the data that the run was started with, as far as it recorded them."""
@@ -209,11 +208,7 @@ class Run:
 
     def _check_origin(self, state: dict[str, Any], path: Path) -> None:
         """Raises Damaged for a checkpoint of another run."""
-        config = self.read_config()
-        theirs, ours = state.get("run_id"), config.get("run_id")
-        other_fields = configuration_of(config | {"config": state["config"]}).differences(configuration_of(config))
-        if (theirs and ours and theirs != ours) or other_fields:
-            raise Damaged(f"{path} belongs to another run: start with --overwrite")
+        stored.check_origin(state, self.read_config(), path, "start with --overwrite")
 
     def kept_weights(self) -> dict[int, Path]:
         """Files of `keep_weights` by epoch, in order; 0 is before training."""
@@ -365,12 +360,17 @@ def load_model(run: Path) -> tuple[nn.Module, dict[str, Any]]:
     if not checkpoint.exists():
         raise UserError(f"{run} has no weights to open: {remedy}")
     config = stored.read_config(folder, remedy)
-    weights = stored.load_weights(checkpoint, remedy)
+    weights = stored.load_weights(checkpoint, remedy, config)
     try:
         model = build_config(config["model_class"], config["config"]["model"]).build()
         model.load_state_dict(weights)
+        for name, own in model.named_parameters():  # load_state_dict converts integers and complex numbers
+            if not (weights[name].is_floating_point() and own.isfinite().all()):
+                raise ValueError(f"{name} has values that are not finite real numbers")
     except (KeyError, TypeError, ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"{run} holds no model that this version can build ({first_line(error)}): {remedy}") from None
+        raise UserError(
+            f"{checkpoint} holds no model that this version can build ({first_line(error)}): {remedy}"
+        ) from None
     return model.eval(), config
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError
 from safetensors.torch import load_file as load_safetensors
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
@@ -56,18 +56,19 @@ class _Hardware(TypedDict):
     __pydantic_config__ = LENIENT
     device: str
     name: str
+    threads: NotRequired[int | None]
 
 
 class ConfigFile(TypedDict):
     """config.json."""
 
     __pydantic_config__ = LENIENT
-    experiment: str
+    experiment: Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")]  # it becomes part of file names
     config: _Fields
     model_class: str
     train_class: NotRequired[str]
     data: _Data
-    parameters: int
+    parameters: Annotated[int, Field(ge=0)]
     hardware: _Hardware
     run_id: NotRequired[str]
 
@@ -79,7 +80,8 @@ class SummaryFile(TypedDict):
     test: dict[str, Number | None] | None
     best: dict[str, Number | None]
     epochs: Annotated[int, Field(ge=1)]
-    parameters: int
+    parameters: Annotated[int, Field(ge=0)]
+    images: NotRequired[dict[str, int]]
 
 
 class Checkpoint(TypedDict):
@@ -128,14 +130,46 @@ def read_config(folder: Path, remedy: str = "start again with --overwrite") -> d
     for name, least in (("seed", 0), ("epochs", 1)):
         if type(train.get(name)) is not int or train[name] < least:
             raise Damaged(f"{path} is damaged (train.{name} = {train.get(name)!r}): {remedy}")
+    kind = config["data"]["name"].partition(" ")[0]  # "folder NAME"
+    if train.get("dataset", kind) != kind:
+        raise Damaged(f"{path} is damaged (train.dataset = {train['dataset']!r}, but data.name differs): {remedy}")
+    for part, config_class in zip(("model", "train"), _config_classes(config)[1], strict=True):
+        _check_fields(config["config"][part], config_class, part, path, remedy)
     return config
+
+
+def _config_classes(config: dict[str, Any]) -> tuple[tuple[str, str], tuple[type | None, type | None]]:
+    """Names of the model's and the training's config class, and the classes; None for one not in this project."""
+    model_class = config["model_class"]
+    train_class = config.get("train_class") or TRAIN_CLASSES.get(model_class, "ClassificationConfig")
+    found = getattr(train_configs, train_class, None)
+    known = isinstance(found, type) and issubclass(found, train_configs.TrainConfig)
+    return (model_class, train_class), (CONFIG_CLASSES.get(model_class), found if known else None)
+
+
+def _check_fields(fields: dict[str, Any], config_class: type | None, part: str, path: Path, remedy: str) -> None:
+    """Raises Damaged if the class refuses a stored value or lacks a default for a missing one.
+
+    Fields that the class does not have are passed over: another version may have stored them.
+    """
+    try:
+        adapter = _adapter(config_class) if config_class else None
+    except PydanticUserError:  # a field of a type that only the class itself can check
+        return
+    try:
+        if adapter:
+            adapter.validate_json(json.dumps(fields, allow_nan=False), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (part, *first["loc"][:1])))
+        raise Damaged(f"{path} is damaged ({where}: {first['msg']}): {remedy}") from None
+    except ValueError:
+        raise Damaged(f"{path} is damaged ({part} has a number that is not finite): {remedy}") from None
 
 
 def configuration_of(config: dict[str, Any]) -> Configuration:
     """The configuration in a config.json; fields younger than the run get their defaults."""
-    model_class = config["model_class"]
-    train_class = config.get("train_class") or TRAIN_CLASSES.get(model_class, "ClassificationConfig")
-    classes = (CONFIG_CLASSES.get(model_class), getattr(train_configs, train_class, None))
+    (model_class, train_class), classes = _config_classes(config)
     defaults = [default_fields(each) if each is not None else {} for each in classes]
     stored = json.loads(json.dumps([config["config"]["model"], config["config"]["train"]]))  # tuples become lists
     return Configuration(model_class, train_class, *(new | old for new, old in zip(defaults, stored, strict=True)))
@@ -176,12 +210,10 @@ def read_metrics(folder: Path, remedy: str = "add --resume to the run's command 
     return table
 
 
-def read_split(
-    folder: Path, run_id: str | None, n_images: int | None, remedy: str = "start with --overwrite"
-) -> Split | None:
+def read_split(folder: Path, config: dict[str, Any], remedy: str = "start with --overwrite") -> Split | None:
     """split.npz; None for a run without a drawn split. Raises Damaged, also for the split of another run.
 
-    n_images: size of the official training set, None where it is not known.
+    config: the run's config.json.
     """
     path = folder / "split.npz"
     if not path.exists():
@@ -197,8 +229,10 @@ def read_split(
     both = np.concatenate((train, val))
     if both.min() < 0 or len(np.unique(both)) != len(both):
         raise Damaged(f"{path} is damaged (indices are negative or occur twice): {remedy}")
-    if n_images is not None and both.max() >= n_images:
-        raise Damaged(f"{path} is damaged (index {both.max()} of {n_images} images): {remedy}")
+    sizes = config["data"].get("images", {})
+    if "train" in sizes and both.max() >= sizes["train"] + sizes.get("val", 0):  # the val part is numbered after train
+        raise Damaged(f"{path} is damaged (an index is beyond the {sizes['train']} images): {remedy}")
+    run_id = config.get("run_id")
     if run_id and str(stored.get("run_id", run_id)) != run_id:
         raise Damaged(f"{path} belongs to another run: {remedy}")
     return Split(train=train, val=val)
@@ -218,10 +252,22 @@ def load_checkpoint(path: Path, remedy: str = "name another checkpoint") -> dict
     return validated(state, Checkpoint, path, remedy)
 
 
-def load_weights(path: Path, remedy: str = "name a best.pt, last.pt or .safetensors") -> dict[str, torch.Tensor]:
+def check_origin(state: dict[str, Any], config: dict[str, Any], path: Path, remedy: str) -> None:
+    """Raises Damaged for a checkpoint that does not belong to the config.json beside it."""
+    theirs, ours = state.get("run_id"), config.get("run_id")
+    other = configuration_of(config | {"config": state["config"]}).differences(configuration_of(config))
+    if (theirs and ours and theirs != ours) or other:
+        differs = f" ({'; '.join(other)})" if other else ""
+        raise Damaged(f"{path} belongs to another run than the config.json beside it{differs}: {remedy}")
+
+
+def load_weights(
+    path: Path, remedy: str = "name a best.pt, last.pt or .safetensors", config: dict[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
     """Model weights of a checkpoint or an exported safetensors file, on the CPU, names as the model has them.
 
-    Prefixes of wrappers (module., _orig_mod.) are stripped. Raises Damaged.
+    Prefixes of wrappers (module., _orig_mod.) are stripped. config: the config.json that a checkpoint must belong to.
+    Raises Damaged.
     """
     if path.suffix == ".safetensors":
         try:
@@ -229,7 +275,10 @@ def load_weights(path: Path, remedy: str = "name a best.pt, last.pt or .safetens
         except Exception as error:
             raise Damaged(f"{path} cannot be read as safetensors ({first_line(error)}): {remedy}") from None
     else:
-        weights = load_checkpoint(path, remedy)["model"]
+        state = load_checkpoint(path, remedy)
+        if config is not None:
+            check_origin(state, config, path, remedy)
+        weights = state["model"]
     return _unwrapped(weights)
 
 

@@ -24,6 +24,7 @@ from training.data.masks import CLASSES, BadFile, MaskFiles, find_masks
 from training.data.segmentation import read_pair, scale_image, scale_mask
 from training.device import pick_device, tune_cpu_allocator
 from training.runs import Run, load_model
+from training.stored import configuration_of
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 LONGEST_STEM = 200  # characters; file systems allow names of 255 bytes
@@ -87,7 +88,7 @@ class TrainedRun:
         model, self.config = load_model(folder)
         self.model: nn.Module = model.to(self.device)
         self.sizes: Any = build_config(self.config["model_class"], self.config["config"]["model"])
-        self.train: dict[str, Any] = self.config["config"]["train"]
+        self.train: dict[str, Any] = configuration_of(self.config).train
         if any_model:
             return
         try:
@@ -157,12 +158,16 @@ class TrainedRun:
         return dataset
 
     @cached_property
-    def _split(self) -> Split | None:
-        return Run(self.folder).read_split()
-
-    @cached_property
     def class_names(self) -> tuple[str, ...]:
         return self._data.classes.names if self.labels_pixels else self._data.class_names
+
+    @cached_property
+    def _split(self) -> Split:
+        """Which images the run was trained on and validated with. Raises UserError if the run has lost it."""
+        split = Run(self.folder).read_split()
+        if split is None:
+            raise UserError(f"{self.folder} has no split.npz, which lists the images that it was trained on")
+        return split
 
     @cached_property
     def _part(self) -> tuple[str, np.ndarray]:
@@ -237,8 +242,6 @@ class TrainedRun:
 
         Raises UserError if n is below 1 or the run has no split.npz.
         """
-        if self._split is None:
-            raise UserError(f"{self.folder} has no split.npz, which lists the images that it was trained on")
         by_class = np.argsort(self._data.train_labels[self._split.train], kind="stable")
         return by_class[_evenly_spaced(n, len(by_class))]
 
