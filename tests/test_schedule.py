@@ -56,7 +56,7 @@ def make_job(tmp_path):
         options = RunOptions(runs_dir=tmp_path / "runs", overwrite=overwrite)
         experiment = Experiment(name, v2_config(**model), train, options)
         facts = dict(parameters=1, hardware={"device": "cpu", "name": "a CPU"})
-        config = json.dumps(describe_run(experiment, {"name": "made up"}, **facts))
+        config = json.dumps(describe_run(experiment, {"name": "cifar10"}, **facts))
         return Job(experiment, [sys.executable, "-c", STAND_IN, str(experiment.folder), config, what])
 
     return make

@@ -21,14 +21,14 @@ def resumed(trial):
     return with_options(trial, resume=True)
 
 
-def interrupt(trial, epoch):
-    """Ctrl-C in the validation of that epoch (from 1); the folder stays as it then was."""
+def interrupt(trial, epoch=None, part="val"):
+    """Ctrl-C in the validation of that epoch (from 1), or in the test; the folder stays as it then was."""
     real = loop.evaluate
 
-    def evaluate(session, part):
-        if part == "val" and session.epoch + 1 == epoch:
+    def evaluate(session, wanted):
+        if wanted == part and epoch in (None, session.epoch + 1):
             raise KeyboardInterrupt
-        return real(session, part)
+        return real(session, wanted)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "evaluate", evaluate)

@@ -63,7 +63,7 @@ class ConfigFile(TypedDict):
     """config.json."""
 
     __pydantic_config__ = LENIENT
-    experiment: Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")]  # it becomes part of file names
+    experiment: Annotated[str, Field(pattern=r"^[^/]*[^/.][^/]*$")]  # it becomes part of file names
     config: _Fields
     model_class: str
     train_class: NotRequired[str]
