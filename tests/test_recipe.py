@@ -387,7 +387,10 @@ def test_repeated_augmentation_sees_as_many_samples_of_fewer_images(experiment_i
     assert len(total) == batches.size("train")
 
 
-def test_eval_flip_is_the_mean_of_both_logits():
+def test_eval_flip_is_the_mean_of_both_logits_and_named_in_the_summary(experiment):
+    assert fit(experiment(epochs=1, eval_flip=True))["eval_flip"] is True and "eval_flip" not in fit(
+        experiment("plain")
+    )
     task = make_train(eval_flip=True).make_task()
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 5))
     images = torch.randn(2, 3, 4, 4)

@@ -59,6 +59,8 @@ def show_summary(experiment: Experiment, summary: dict[str, Any]) -> None:
         table.add_row(f"test {metric_of(key).label}", metric_of(key).show(value))
     if summary["test"] is None:
         table.add_row("test", "no test set: validation is the result")
+    if summary.get("eval_flip"):
+        table.add_row("evaluated", "mean logits of each image and its mirror image")
     table.add_row("best epoch", str(summary["best"]["epoch"]))
     for key, value in summary["best"].items():
         if key != "epoch":

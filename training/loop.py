@@ -378,5 +378,7 @@ def _finish(session: Session, run: Run) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in session.model.parameters()),
         "images": {part: session.data.size(part) for part in ("train", "val", "test")},
     }
+    if getattr(session.experiment.train, "eval_flip", False):
+        summary["eval_flip"] = True  # the results are those of an image and its mirror image together
     run.write_summary(summary)
     return summary
