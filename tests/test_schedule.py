@@ -11,7 +11,8 @@ import pytest
 
 from training import ClassificationConfig, Experiment, RunOptions, UserError, schedule
 from models.vision_bdh import v2_config
-from training.runs import Run, describe_run
+from training.provenance import describe_run
+from training.runs import Run
 from training.schedule import Job, command_now, run_jobs
 
 TRAIN = dict(dataset="cifar10", epochs=50, batch_size=32, learning_rate=1e-4, weight_decay=0.05)

@@ -28,7 +28,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Literal
-from unittest import mock
 
 import torch
 from rich.console import Console
@@ -254,8 +253,12 @@ def _fit_epochs(experiment: Experiment, n: int) -> None:
             raise KeyboardInterrupt
         return real(session)
 
-    with mock.patch.object(loop, "train_epoch", stopping), contextlib.suppress(KeyboardInterrupt):
-        fit(experiment)
+    loop.train_epoch = stopping
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            fit(experiment)
+    finally:
+        loop.train_epoch = real
 
 
 def _start(command: list[str]) -> subprocess.Popen:

@@ -26,7 +26,8 @@ from training.device import (
 )
 from training.metrics import METRICS, Sums
 from training.optimiser import make_average, make_schedule, set_step
-from training.runs import Run, describe_run
+from training.provenance import describe_run
+from training.runs import Run
 from training.start import start_weights
 from training.tasks import Batches, Task
 from training.trackers import Trackers

@@ -16,12 +16,9 @@ import contextlib
 import csv
 import json
 import os
-import platform
 import shutil
 import socket
-import subprocess
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,12 +26,11 @@ from typing import Any
 import filelock
 import numpy as np
 import torch
-import torchvision
 from torch import nn
 
 from training import stored
 from models import build_config
-from training.config import ROOT, Experiment, UserError
+from training.config import Experiment, UserError
 from training.data.batches import Split
 from training.stored import Damaged, configuration_of, first_line
 
@@ -332,22 +328,6 @@ class Run:
             raise _disk_error(self.folder / name, error) from None
 
 
-def describe_run(experiment: Experiment, data: dict[str, Any], **facts: Any) -> dict[str, Any]:
-    """The content of config.json. data: the source's description; facts: origin, parameters, hardware."""
-    configuration = experiment.configuration
-    return {
-        "experiment": experiment.name,
-        "config": configuration.fields(),
-        "model_class": configuration.model_class,
-        "train_class": configuration.train_class,
-        "data": data,
-        **facts,
-        "versions": _versions(),
-        "commit": _commit(),
-        "run_id": uuid.uuid4().hex,  # every file of the run carries it, so that files of several runs do not mix
-    }
-
-
 def load_model(run: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a run with the weights of its best epoch, in evaluation mode, and its config.json.
 
@@ -420,26 +400,3 @@ def _disk_error(path: Path, error: Exception) -> UserError:
 def _shorten(value: Any, longest: int = 120) -> str:
     text = str(value)
     return text if len(text) <= longest else f"{text[:longest]}..."
-
-
-def _versions() -> dict[str, str | None]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-        "cuda": torch.version.cuda,
-    }
-
-
-def _commit() -> str | None:
-    """Commit of this repository, with "+changes" if the working tree differs; None outside git."""
-
-    def git(*args: str) -> str:
-        command = ["git", "-c", f"safe.directory={ROOT}", *args]  # also in a checkout of another owner
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
