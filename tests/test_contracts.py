@@ -15,7 +15,7 @@ from training import ClassificationConfig, UserError, fit
 from models import CONFIG_CLASSES
 from models.vision_bdh import VisionBDHConfig
 from tests.trials import read_metrics
-from training.data import load_dataset
+from training.data import DATASETS, load_dataset
 from training.metrics import METRICS, Items, Metric
 from training.runs import Run, load_model
 from training.tasks import Classification
@@ -250,3 +250,10 @@ def test_items_are_gathered_over_batches_and_reach_the_ratios_as_one_tensor(expe
     assert row["val_average_precision"] == summary["best"]["val_average_precision"] and "val_accuracy" in row
     last = [each for each in AveragePrecision.seen if each["samples"] == 48]
     assert last[0]["labels"].argmax(1).tolist() == dataset.train_labels[val].tolist()
+
+
+def test_a_data_set_bears_the_name_that_selects_it(experiment, monkeypatch):
+    renamed = dataclasses.replace(load_dataset("digits", None), name="numbers")
+    monkeypatch.setitem(DATASETS, "digits", lambda *arguments: renamed)
+    trial = experiment(dataset="digits", model=dict(img_size=8, patch_size=4, in_channels=1))
+    assert "the data set digits calls itself numbers" in refusal(trial)

@@ -7,11 +7,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import CONFIG_CLASSES, build_config
-from training.config import Configuration, Experiment, UserError
+from training.config import Configuration, Experiment, TrainConfig, UserError
 from training.metrics import METRICS, Items
-from training.tasks import Batches, Task
+from training.tasks import Batches, Source, Task
 
 TASK = "see the contract of a task in docs/extending.md"
+DATA = "see the contract of a data set in docs/extending.md"
 MODEL = "see the contract of a model in docs/extending.md"
 
 
@@ -32,6 +33,13 @@ def check_experiment(experiment: Experiment) -> None:
         raise UserError(f"{name} cannot be built again from its stored fields ({error}): {MODEL}") from None
     if changed := stored.differences(Configuration.of(again, experiment.train)):
         raise UserError(f"{name} is another one when built from its stored fields ({'; '.join(changed)}): {MODEL}")
+
+
+def check_source(train: TrainConfig, source: Source) -> None:
+    """Raises UserError for a data set that does not bear the name that selects it: its runs could not be read."""
+    name, dataset = source.description["name"], getattr(train, "dataset", None)
+    if dataset is not None and name.partition(" ")[0] != dataset:
+        raise UserError(f"the data set {dataset} calls itself {name}: {DATA}")
 
 
 def check_batches(model: nn.Module, data: Batches, task: Task, batch_size: int) -> None:

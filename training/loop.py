@@ -111,6 +111,7 @@ def _start(experiment: Experiment, run: Run, trackers: Trackers) -> Session:
     """A new run. Everything that can fail for the user's reasons fails before the folder is touched."""
     device, task = _pick_device(experiment), experiment.train.make_task()
     source = task.open(experiment)
+    contracts.check_source(experiment.train, source)
     data = task.load(source, None, experiment, device)
     model = _build(experiment)
     origin = start_weights(model, experiment)
