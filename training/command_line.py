@@ -59,6 +59,7 @@ def flags_of(fields: dict[str, Any]) -> list[str]:
     return flags
 
 
+@cache
 def experiment_of(script: str, flags: str = "") -> Experiment:
     """EXPERIMENT of a script at the top level, such as train_v2_cifar10.py, with flags applied."""
     return parse_experiment(_defined_in(script), flags.split(), description=script)
