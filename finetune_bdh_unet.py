@@ -1,6 +1,6 @@
-"""Fine-tunes BDH-UNet on CamVid: ten epochs at a tenth of the rate, from weights that are there already.
+"""Fine-tunes BDH-UNet on CamVid: ten epochs at a tenth of the learning rate, from trained weights.
 
-From the best epoch of train_bdh_unet.py by default, on the same images as before, as the published fine-tuning did.
+By default from the best epoch of train_bdh_unet.py, on the same images, as the published fine-tuning did.
 Documented result: 53.33 % validation mIoU at epoch 8, after 53.17 % (one seed, mean over batches). Or, beyond the
 published work, with the encoder of any Vision-BDH of the same width, heads and neurons, and a new decoder:
 

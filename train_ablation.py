@@ -1,8 +1,8 @@
-"""What each design choice of Vision-BDH is worth: one run with any choice changed, or a sweep over many.
+"""Ablations of Vision-BDH: one run with any design choice changed, or a sweep over many.
 
-Starts from v2 on CIFAR-10 (see train_v2_cifar10.py for cost and result); every choice is a flag. A sweep makes the runs
-that are not complete yet, goes on where it was stopped, and writes a table of means and differences over seeds. Three
-seeds of one field with five values are fifteen runs: on one GPU some ten hours at 50 seconds an epoch.
+Starts from v2 on CIFAR-10 (see train_v2_cifar10.py for cost and result); every choice is a flag. A sweep skips finished
+runs, resumes stopped ones, and writes a table of means and differences over seeds. Cost: three seeds of one field with
+five values are fifteen runs, about ten hours on one GPU at 50 seconds per epoch.
 
     python train_ablation.py --gate none --rotary axial
     python train_ablation.py --sweep residual,init,attention --seeds 3 --jobs 4

@@ -1,9 +1,9 @@
-"""The language model that BDH was made for, on the bytes of one text: small, causal, and then asked to go on writing.
+"""The BDH language model on the bytes of one text: trains a small causal model, then prints samples.
 
-The default text is what Python's help says of its own topics (378 KB, differs a little between versions of Python). It
-starts at 8 bits per byte, where all 256 bytes are equally likely; the bytes' frequencies alone would give 4.7.
-After 3 epochs, some 6 minutes on two CPU cores: about 2.0 bits per byte on the held-out end of the text (one seed), and
-samples that look like it, half of their words real.
+The default text is Python's help on its own topics (378 KB, differs a little between Python versions). Training starts
+at 8 bits per byte (all 256 bytes equally likely); byte frequencies alone would give 4.7. Expected after 3 epochs, about
+6 minutes on two CPU cores: 2.0 bits per byte on the held-out end of the text (one seed), and samples in which about
+half of the words are real.
 
     python train_bdh_text.py
     python train_bdh_text.py --text book.txt --epochs 10 --residual true_pre

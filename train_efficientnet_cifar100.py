@@ -1,10 +1,10 @@
-"""EfficientNet-B0 on CIFAR-100, by default as the published number was made: `setting="published"`.
+"""EfficientNet-B0 on CIFAR-100, by default in the published setting.
 
-That is torchvision's model with its strides for ImageNet. They halve a 32 x 32 image five times, so that the last
-blocks see 1 x 1 and pooling has nothing left to pool: a weak baseline. `--setting fitted` sets the first two of these
-strides to 1, which leaves 4 x 4 with the same weights, and is the fairer comparison. Documented result, published:
-40.20 % test accuracy after 50 epochs (one seed, 40,000 images); for fitted there is none. Cost: 0.02 GFLOP an image
-forward, fitted 0.23; v2 takes 3.1.
+`setting="published"` is torchvision's model with ImageNet strides: they halve a 32 x 32 image five times, so that the
+last blocks see 1 x 1 and pooling does nothing, a weak baseline. `--setting fitted` sets the first two of these strides
+to 1 (4 x 4 before pooling, same weights) and is the fairer comparison. Documented result of published: 40.20 % test
+accuracy after 50 epochs (one seed, 40,000 images); none for fitted. Cost: 0.02 GFLOP per image forward, fitted 0.23; v2
+takes 3.1.
 
     python train_efficientnet_cifar100.py --seed 1
     python train_efficientnet_cifar100.py --setting fitted

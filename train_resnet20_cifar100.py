@@ -1,7 +1,7 @@
-"""ResNet-20 on CIFAR-100: the small convolutional network made for images of this size, under the same protocol.
+"""ResNet-20 on CIFAR-100: a small convolutional network designed for 32 x 32 images, under the same protocol.
 
 Three stages of 16, 32 and 64 channels, 0.28 M parameters (He et al. 2016). Documented result: 45.62 % test accuracy
-after 50 epochs (one seed, 40,000 images). Cost: 0.08 GFLOP an image forward; v2 takes 3.1.
+after 50 epochs (one seed, 40,000 images). Cost: 0.08 GFLOP per image forward; v2 takes 3.1.
 
     python train_resnet20_cifar100.py --seed 1
     python train_resnet20_cifar100.py --epochs 5 --learning-rate 1e-3

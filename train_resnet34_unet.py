@@ -1,6 +1,6 @@
-"""ResNet34-UNet on CamVid, the rival of BDH-UNet: its encoder is trained on ImageNet, or starts from scratch.
+"""ResNet34-UNet on CamVid, the baseline of BDH-UNet: encoder pretrained on ImageNet, or from scratch.
 
-The weights come from the hub of segmentation-models-pytorch, once. Documented result with them: 70.73 %
+The weights are downloaded once by segmentation-models-pytorch. Documented result with them: 70.73 %
 validation mIoU at epoch 36 of 40 (one seed, mean over batches). From scratch it was only estimated, at 52 to 58 %; as
 BDH-UNet is trained:
 

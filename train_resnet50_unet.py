@@ -1,6 +1,6 @@
-"""ResNet50-UNet on CamVid, the rival of BDH-UNet: its encoder is trained on ImageNet, or starts from scratch.
+"""ResNet50-UNet on CamVid, the baseline of BDH-UNet: encoder pretrained on ImageNet, or from scratch.
 
-The weights come from the hub of segmentation-models-pytorch, once. Documented result with them: 70.69 %
+The weights are downloaded once by segmentation-models-pytorch. Documented result with them: 70.69 %
 validation mIoU at epoch 38 of 40 (one seed, mean over batches). From scratch, as BDH-UNet is trained:
 
     python train_resnet50_unet.py --seed 1

@@ -1,7 +1,7 @@
-"""Vision-BDH v1 on CIFAR-10: the first version, the reference that v2 is compared with.
+"""Vision-BDH v1 on CIFAR-10: the first version, the baseline of v2.
 
-v1 normalises the stream after every step and starts from N(0, 0.02) weights. Documented result: 80.43 % test accuracy
-after 50 epochs (one seed, 40,000 images, about 50 s an epoch on an RTX 4060).
+v1 normalises the residual stream after every step and starts from N(0, 0.02) weights. Documented result: 80.43 % test
+accuracy after 50 epochs (one seed, 40,000 images, about 50 s per epoch on an RTX 4060).
 
     python train_v1_cifar10.py --seed 1 --precision bf16
     python train_v1_cifar10.py --epochs 10 --mlp-internal-dim-multiplier 128

@@ -1,7 +1,7 @@
-"""Vision-BDH v3 on CIFAR-10: the experiment that failed, kept reproducible.
+"""Vision-BDH v3 on CIFAR-10: depth-scaled pre-norm; documented as a failed experiment.
 
 v3 has an affine LN scaled by 1 / sqrt(level) before every step and no other LN. Documented result: 77.27 % test
-accuracy after 50 epochs, 4.46 points below v2 (one seed, 40,000 images; a cost like v2's).
+accuracy after 50 epochs, 4.46 points below v2 (one seed, 40,000 images). Costs about as much as v2.
 
     python train_v3_cifar10.py --seed 1 --precision bf16
     python train_v3_cifar10.py --attn-norm --update-norm

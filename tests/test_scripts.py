@@ -78,12 +78,13 @@ def flags_for(data_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def processes(flags_for, tmp_path_factory):
-    """Two scripts as processes of their own, from an empty folder: their results. The second writes to a full disk."""
+    """Two scripts as processes of their own, from an empty folder and in ASCII. The second writes to a full disk."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
 
     def start(script, options=(), flags=(), **streams):
         command = [sys.executable, *options, str(ROOT / script), *flags_for(script), *flags]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+        environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
         return subprocess.Popen(command, cwd=elsewhere, env=environment, text=True, stderr=subprocess.PIPE, **streams)
 
     with Path("/dev/full").open("w") as full:

@@ -490,3 +490,12 @@ def test_an_error_in_training_is_one_message(error, words, call_script, data_dir
     assert call_script("train_v2_cifar10.py", *TINY_FLAGS, *where) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("error: ") and words in message
+
+
+def test_modules_of_unix_are_optional(monkeypatch):
+    """As on Windows: without the module resource, peak memory is unknown and nothing fails."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    spec = importlib.util.find_spec("training.device")
+    device = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(device)
+    assert math.isnan(device.peak_memory_mb(torch.device("cpu")))

@@ -182,7 +182,7 @@ class Storm:
             folder = self.folder / "runs" / f"pair_{self.draw.randrange(10**9)}" / "seed0"
         command = self._command(folder.parent.name)
         with contextlib.ExitStack() as stack:
-            outputs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in modes]
+            outputs = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in modes]
             both = [
                 subprocess.Popen([*command, *filter(None, [mode])], stdout=out, stderr=subprocess.STDOUT)
                 for mode, out in zip(modes, outputs, strict=True)
