@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import CONFIG_CLASSES, build_config
 from training.config import Configuration, Experiment, TrainConfig, UserError
-from training.metrics import METRICS, Items
+from training.metrics import METRICS, Items, Sums
 from training.tasks import Batches, Source, Task
 
 TASK = "see the contract of a task in docs/extending.md"
@@ -17,7 +17,7 @@ MODEL = "see the contract of a model in docs/extending.md"
 
 
 def check_experiment(experiment: Experiment) -> None:
-    """Raises UserError for a model that could not be built again from its stored config, or for a task's metric."""
+    """Raises UserError for a model that could not be built again from its stored config."""
     config, name = experiment.model, type(experiment.model).__name__
     if CONFIG_CLASSES.get(name) is not type(config):
         raise UserError(
@@ -61,11 +61,9 @@ def check_batches(model: nn.Module, data: Batches, task: Task, batch_size: int) 
         raise UserError(f"the counts of {name} are no dictionary: {TASK}")
     if bad := [key for key, value in counts.items() if not isinstance(value, torch.Tensor | Items)]:
         raise UserError(f"the counts of {name} ({', '.join(bad)}) are neither tensors nor Items: {TASK}")
-    sums = {
-        key: value.rows.cpu() if isinstance(value, Items) else value.tolist()
-        for key, value in ({"loss": loss * len(targets)} | counts).items()
-    }
-    ratios = task.ratios(sums | {"samples": len(targets)})
+    sums = Sums()
+    sums.add({"loss": loss * len(targets), **counts})
+    ratios = task.ratios(sums.read() | {"samples": len(targets)})
     if task.metric.key not in METRICS or task.metric.key not in ratios:
         raise UserError(f"{name}.metric = {task.metric.key} must be in METRICS and among its ratios: {TASK}")
     if (data.size("train") - 1) % batch_size == 0:

@@ -117,7 +117,7 @@ def _start(experiment: Experiment, run: Run, trackers: Trackers) -> Session:
     origin = start_weights(model, experiment)
     facts = {
         "origin": origin,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": _count_parameters(model),
         "hardware": describe_hardware(device),
     }
     config = describe_run(experiment, source.description, **facts)
@@ -183,12 +183,16 @@ def _make_session(
 
 def _announce(session: Session) -> None:
     train, data = session.experiment.train, session.data
-    parameters = sum(p.numel() for p in session.model.parameters())
+    parameters = _count_parameters(session.model)
     sizes = f"{data.size('train'):,} {session.task.samples} to train, {data.size('val'):,} to validate"
     print(
         f"{session.experiment.name}, seed {train.seed}: {parameters:,} parameters; {sizes}, {data.size('test'):,} to "
         f"test; {session.device}, {effective_precision(train.precision, session.device)}\n{session.experiment.folder}"
     )
+
+
+def _count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def _recompute(model: nn.Module) -> None:
@@ -377,7 +381,7 @@ def _finish(session: Session, run: Run) -> dict[str, Any]:
         "test": test,
         "best": kept,
         "epochs": session.epoch,
-        "parameters": sum(p.numel() for p in session.model.parameters()),
+        "parameters": _count_parameters(session.model),
         "images": {part: session.data.size(part) for part in ("train", "val", "test")},
     }
     if getattr(session.experiment.train, "eval_flip", False):

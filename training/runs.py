@@ -235,21 +235,17 @@ class Run:
             raise
         events = self.folder.glob("events.out.tfevents*")
         for old in (*(self.folder / name for name in FILES), *events, *self.kept_weights().values()):
-            try:
+            with _disk_errors(old):
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)  # a folder: a damaged run
-            except OSError as error:
-                raise _disk_error(old, error) from None
         for name in new:
             self._finish_partial(name)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Writes last.pt; the old last.pt becomes previous.pt. Raises UserError if the disk refuses."""
         self._write_partial("last.pt", lambda path: _save(path, state))
-        try:
+        with _disk_errors(self.folder / "previous.pt"):
             if (self.folder / "last.pt").exists():
                 (self.folder / "last.pt").replace(self.folder / "previous.pt")
-        except OSError as error:
-            raise _disk_error(self.folder / "previous.pt", error) from None
         self._finish_partial("last.pt")
 
     def save_best(self, state: dict[str, Any]) -> None:
@@ -265,7 +261,7 @@ class Run:
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Appends a row to metrics.csv, on disk when this returns."""
         path = self.folder / "metrics.csv"
-        try:
+        with _disk_errors(path):
             columns = _columns(path)
             with path.open("a", newline="", encoding="utf-8") as file:
                 # an older version may have started the file with fewer columns
@@ -275,8 +271,6 @@ class Run:
                 writer.writerow(row)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            raise _disk_error(path, error) from None
 
     def restore_split(self, split: Split | None, run_id: str) -> None:
         """Writes split.npz again if it is missing; it was drawn from the seed alone."""
@@ -386,6 +380,15 @@ def _columns(path: Path) -> list[str]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return next(csv.reader(file), [])
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Inside, an error of the file system becomes the UserError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise _disk_error(path, error) from None
 
 
 def _disk_error(path: Path, error: Exception) -> UserError:
