@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from camvid_data import write_camvid
+from tiny_scripts import SCRIPTS, has_made_up_data, tiny_flags
 
-from training import ClassificationConfig, SegmentationConfig, TextConfig
+from training import ClassificationConfig, SegmentationConfig
 from models.baselines import (
     DeiTTinyConfig,
     EfficientNetB0Config,
@@ -28,31 +28,16 @@ from models.baselines import (
 )
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v1_config, v2_config, v2_softmax_config, v3_config
-from training.command_line import experiment_of, flags_of, parse_experiment
+from training.command_line import experiment_of, parse_experiment
 from training.config import ROOT
 from training.runs import load_model
 from training.stored import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "\nEXPERIMENT = " in path.read_text(encoding="utf-8"))
-SMALL = dict(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, mlp_dim=16)
-SHORT = dict(epochs=1, train_limit=80, encoder_weights="none", context=16)
-MADE_UP = ("digits", "cifar10", "cifar100", "camvid", "a text")
 FILES = {"config.json", "metrics.csv", "last.pt", "previous.pt", "best.pt", "summary.json"}
 QUICKSTART, TO_A_FULL_DISK = "train_quickstart.py", "train_v1_cifar10.py"
 VIT, DEIT, RESNET = "train_vit_tiny_cifar10.py", "train_deit_tiny_cifar100.py", "train_resnet34_unet.py"
-
-
-def tiny_fields(experiment, text):
-    """The changes that make an experiment small, so far as it has fields for it."""
-    has = {field.name for config in (experiment.model, experiment.train) for field in dataclasses.fields(config)}
-    fields = {key: value for key, value in (SMALL | SHORT).items() if key in has}
-    if isinstance(experiment.train, SegmentationConfig):
-        fields["img_size"] = 32
-    elif "n_layer" in fields and getattr(experiment.model, "img_size", 0) == 32:
-        fields["patch_size"] = 8
-    return fields | ({"text": text} if isinstance(experiment.train, TextConfig) else {})
 
 
 def scripts_to_run():
@@ -67,13 +52,7 @@ def scripts_to_run():
 @pytest.fixture(scope="module")
 def flags_for(data_dir, tmp_path_factory):
     """The flags of a tiny run of a script on made-up data, which lie in a folder without the scripts."""
-    folder = tmp_path_factory.mktemp("tiny")
-    for name in ("data_cifar10", "data_cifar100"):
-        (folder / name).symlink_to(data_dir / name)
-    write_camvid(folder / "data_camvid", n_train=4, n_val=2)
-    (folder / "song.txt").write_bytes(b"".join(b"%d bottles on the wall, " % i for i in range(100)))
-    where = ["--data-dir", str(folder), "--runs-dir", str(folder / "runs"), "--device", "cpu", "--num-workers", "0"]
-    return lambda script: [*flags_of(tiny_fields(experiment_of(script), folder / "song.txt")), *where]
+    return tiny_flags(tmp_path_factory.mktemp("tiny"), data_dir)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +115,7 @@ def _run_here(script, flags, cwd):
 
 @pytest.mark.parametrize("script", scripts_to_run())
 def test_a_script_runs_from_another_folder_and_writes_its_run(script, tiny_run):
-    if getattr(experiment_of(script).train, "dataset", "a text") not in MADE_UP:
+    if not has_made_up_data(script):
         pytest.skip("no made-up data here")
     code, said, folder = tiny_run(script)
     assert code == 0 and str(folder) in said, said

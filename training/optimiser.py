@@ -1,7 +1,7 @@
 """Optimizers, their parameter groups, the learning-rate schedule and weight averaging."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -126,19 +126,30 @@ def rate_factor(step: int, total_steps: int, warmup_steps: int, shape: str = "co
 # ---------------------------------------------------------------------------- averaging
 
 
-def make_average(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights; buffers (BatchNorm's statistics) are copied.
+class WeightAverage(AveragedModel):
+    """An exponential moving average of a model's weights; buffers (BatchNorm's statistics) are copied.
 
     Weights after update t, counted from 1: d_t average + (1 - d_t) weights with d_t = min(decay, (1 + t) / (10 + t)),
-    so that the average follows quickly at first. The number of updates lives on the CPU: reading it waits for nothing.
+    so that the average follows quickly at first. The number of updates lives on the CPU, where reading it waits for
+    nothing; PyTorch's own update copies it to the device, and an averaging function has to wait for it there.
     """
-    return AveragedModel(model, multi_avg_fn=_averaging(decay))
 
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model)
+        self.decay = decay
 
-def _averaging(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
     @torch.no_grad()
-    def update(averages: list[Tensor], weights: list[Tensor], n_averaged: Tensor | int) -> None:
-        t = int(n_averaged)
-        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + t) / (10 + t)))
+    def update_parameters(self, model: nn.Module) -> None:
+        t, averages, weights = int(self.n_averaged), list(self.module.parameters()), list(model.parameters())
+        if t == 0:
+            torch._foreach_copy_(averages, weights)
+        else:
+            torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + t) / (10 + t)))
+        for own, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
+            own.copy_(theirs)
+        self.n_averaged += 1
 
-    return update
+
+def make_average(model: nn.Module, decay: float) -> WeightAverage:
+    """The average of the model's weights, before its first update."""
+    return WeightAverage(model, decay)

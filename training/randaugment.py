@@ -78,9 +78,10 @@ def warp(pixels: Tensor, matrices: Tensor) -> Tensor:
     height, width = pixels.shape[-2:]
     y = torch.arange(height, device=pixels.device, dtype=pixels.dtype) - (height - 1) / 2
     x = torch.arange(width, device=pixels.device, dtype=pixels.dtype) - (width - 1) / 2
-    places = torch.stack((*torch.meshgrid(x, y, indexing="xy"), torch.ones(height, width).to(x)), dim=-1)  # (H, W, 3)
+    x, y = torch.meshgrid(x, y, indexing="xy")
+    places = torch.stack((x, y, torch.ones_like(x)), dim=-1)  # (H, W, 3)
     read = torch.einsum("hwk,bjk->bhwj", places, matrices)  # x, y in pixels
-    grid = read * read.new_tensor((2 / width, 2 / height))
+    grid = torch.stack((read[..., 0] * (2 / width), read[..., 1] * (2 / height)), dim=-1)
     return F.grid_sample(pixels - 127.5, grid, align_corners=False).add_(127.5)
 
 
@@ -93,8 +94,8 @@ def _grey(pixels: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, 1, H, W), ITU-R 601 luma, as torchvision."""
     if pixels.shape[1] == 1:
         return pixels
-    weights = pixels.new_tensor((0.2989, 0.587, 0.114))[:, None, None]
-    return (pixels * weights).sum(1, keepdim=True).floor_()
+    red, green, blue = pixels.unbind(1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None].floor_()
 
 
 def _factor(strength: float, sign: Tensor) -> Tensor:

@@ -1,0 +1,39 @@
+"""Every training script, found by itself, and the flags that make each one small on made-up data."""
+
+import dataclasses
+
+from camvid_data import write_camvid
+
+from training import SegmentationConfig, TextConfig
+from training.command_line import experiment_of, flags_of
+from training.config import ROOT
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "\nEXPERIMENT = " in path.read_text(encoding="utf-8"))
+MADE_UP = ("digits", "cifar10", "cifar100", "camvid", "a text")
+SMALL = dict(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, mlp_dim=16)
+SHORT = dict(epochs=1, train_limit=80, encoder_weights="none", context=16)
+
+
+def tiny_fields(experiment, text):
+    """The changes that make an experiment small, so far as it has fields for it."""
+    has = {field.name for config in (experiment.model, experiment.train) for field in dataclasses.fields(config)}
+    fields = {key: value for key, value in (SMALL | SHORT).items() if key in has}
+    if isinstance(experiment.train, SegmentationConfig):
+        fields["img_size"] = 32
+    elif "n_layer" in fields and getattr(experiment.model, "img_size", 0) == 32:
+        fields["patch_size"] = 8
+    return fields | ({"text": text} if isinstance(experiment.train, TextConfig) else {})
+
+
+def tiny_flags(folder, data_dir):
+    """Writes made-up data into the folder; returns the flags of a script's tiny run on them, by script."""
+    for name in ("data_cifar10", "data_cifar100"):
+        (folder / name).symlink_to(data_dir / name)
+    write_camvid(folder / "data_camvid", n_train=4, n_val=2)
+    (folder / "song.txt").write_bytes(b"".join(b"%d bottles on the wall, " % i for i in range(100)))
+    where = ["--data-dir", str(folder), "--runs-dir", str(folder / "runs"), "--device", "cpu", "--num-workers", "0"]
+    return lambda script: [*flags_of(tiny_fields(experiment_of(script), folder / "song.txt")), *where]
+
+
+def has_made_up_data(script):
+    return getattr(experiment_of(script).train, "dataset", "a text") in MADE_UP
