@@ -19,6 +19,27 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = dict(patch_size=8, n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4)  # 16 tokens, N = 16
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="device of the tests that need a device")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    """The device of --device; without a GPU, tests on it are skipped."""
+    name = request.config.getoption("--device")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU here")
+    return torch.device(name)
+
+
+@pytest.fixture
+def gpu(device):
+    """The device of --device, for tests that make sense on a GPU only."""
+    if device.type != "cuda":
+        pytest.skip("runs with --device cuda only")
+    return device
+
+
 def made_up_cifar(n_train=240, n_test=40, n_classes=10):
     """The arrays of a CIFAR npz: noise around a colour of each class, so that there is something to learn."""
     rng = np.random.default_rng(0)
