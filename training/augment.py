@@ -133,6 +133,19 @@ def draw_boxes(
     return torch.stack((top, left, h, w), dim=1)
 
 
+def draw_crop(height: int, width: int, scale_min: float, generator: torch.Generator) -> tuple[int, int, int, int]:
+    """One box of `draw_boxes` as top, left, height, width; for an image too long or too high for any, its centre.
+
+    That centre is the largest box of a permitted aspect ratio, as in torchvision's RandomResizedCrop.
+    """
+    top, left, h, w = draw_boxes(1, height, width, (scale_min, 1.0), generator)[0].tolist()
+    low, high = ASPECT_RATIOS
+    if (h, w) == (height, width) and not low <= width / height <= high:
+        h, w = min(height, round(width / low)), min(width, round(height * high))
+        top, left = (height - h) // 2, (width - w) // 2
+    return top, left, h, w
+
+
 def draw_flips(n: int, generator: torch.Generator) -> Tensor:
     """(n,) bool, true with probability 1/2."""
     return torch.rand(n, generator=generator) < 0.5

@@ -109,10 +109,14 @@ class HeldOutConfig(TrainConfig):
 class ClassificationConfig(HeldOutConfig):
     """Image classification."""
 
-    dataset: Literal["digits", "cifar10", "cifar100", "folder"]
+    dataset: Literal["digits", "cifar10", "cifar100", "imagenet", "folder"]
     """training images; folder: your own, in DATA_DIR/train/CLASS/ and DATA_DIR/test/CLASS/"""
     crop_scale_min: float = 1.0
     """smallest area of a random crop, as a share of the image; 1 turns crops off"""
+    crop_original: bool = False
+    """take random crops from the original image instead of the one shrunk to img_size (image files only)"""
+    eval_crop: float = 1.0
+    """validate and test on the centre of an image, this share of its shorter side, such as 0.875 (image files only)"""
     horizontal_flip: bool = False
     """mirror half of the training images"""
     crop_padding: int = 0
@@ -139,6 +143,9 @@ class ClassificationConfig(HeldOutConfig):
     def __post_init__(self):
         super().__post_init__()
         _require(0 < self.crop_scale_min <= 1, self, "crop_scale_min", "must be above 0 and at most 1")
+        has_crops = self.crop_scale_min < 1
+        _require(has_crops or not self.crop_original, self, "crop_original", "needs crops: set crop_scale_min, as 0.08")
+        _require(0 < self.eval_crop <= 1, self, "eval_crop", "must be above 0 and at most 1")
         _require(self.train_limit is None or self.train_limit >= 2, self, "train_limit", "must be at least 2")
         for name in ("crop_padding", "randaugment", "mixup", "cutmix"):
             _require(getattr(self, name) >= 0, self, name, "must not be negative")
@@ -159,8 +166,9 @@ class ClassificationConfig(HeldOutConfig):
         from training.mixing import Mix, SmoothLabels
         from training.randaugment import RandAugment
 
+        scale_min = 1.0 if self.crop_original else self.crop_scale_min  # those crops are made when an image is read
         steps = {
-            CropAndFlip: (self.crop_scale_min < 1 or self.horizontal_flip, self.crop_scale_min, self.horizontal_flip),
+            CropAndFlip: (scale_min < 1 or self.horizontal_flip, scale_min, self.horizontal_flip),
             PadAndCrop: (self.crop_padding > 0, self.crop_padding),
             RandAugment: (self.randaugment > 0, self.randaugment, self.randaugment_magnitude),
             RandomErasing: (self.random_erasing > 0, self.random_erasing),
@@ -264,7 +272,7 @@ class RunOptions:
     data_dir: Path | None = None
     """folder that holds data_cifar10 and the like; default: $VISION_BDH_DATA, else beside the scripts"""
     num_workers: int = 4
-    """processes that augment images with masks, or read images that do not fit in memory"""
+    """processes that augment images with masks, or read images in every epoch"""
     runs_dir: Path = ROOT / "runs"
     """folder of all runs"""
     eval_batch_size: int | None = None

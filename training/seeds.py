@@ -13,6 +13,7 @@ STREAMS = {
     "randaugment": 6,
     "erasing": 7,
     "mixing": 8,
+    "crops": 9,
 }
 
 

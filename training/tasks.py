@@ -102,8 +102,11 @@ class Classification(OneForward):
         self.train = train
 
     def open(self, experiment: Experiment) -> DataSet:
-        model = experiment.model
-        return load_dataset(self.train.dataset, experiment.options.data_dir, model.img_size, model.in_channels)
+        train, model = self.train, experiment.model
+        source = load_dataset(train.dataset, experiment.options.data_dir, model.img_size, model.in_channels)
+        if train.crop_original and isinstance(source.train_images, np.ndarray):
+            raise UserError(f"--crop-original is for image files, which {source.name} does not have: leave it out")
+        return source.with_eval_crop(train.eval_crop)
 
     def load(self, source: DataSet, split: Split | None, experiment: Experiment, device: torch.device) -> ImageBatches:
         _check_fit(experiment.model, source)

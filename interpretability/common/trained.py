@@ -155,7 +155,7 @@ class TrainedRun:
         for key, word in kinds:
             if key in trained_on and trained_on[key] != found.get(key):  # the split's numbers would mean other images
                 raise UserError(f"{self.folder} was trained on other {word} of {name}: give its data with --data-dir")
-        return dataset
+        return dataset.with_eval_crop(self.train.get("eval_crop", 1.0))
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:

@@ -1,9 +1,10 @@
 """Data sets and batches. One file per kind of data:
 
     arrays        digits, CIFAR-10, CIFAR-100
-    folder        your own images, one folder per class
+    folder        images in one folder per class: your own, ImageNet
     finding       which files are images; hidden files, files left out, fingerprint
     image_files   reading images: orientation, transparency, size
+    streaming     image files read in every epoch, by worker processes
     batches       what classification data share: data set, split, batches on the device
     masks         where images with masks lie and how masks are read: CamVid, Pascal VOC, Cityscapes
     classes       their classes and colours
@@ -21,7 +22,7 @@ from pathlib import Path
 from training.config import UserError
 from training.data.arrays import load_cifar, load_digits
 from training.data.batches import DataSet, ImageBatches, Split, draw_split, split_train
-from training.data.folder import load_folder
+from training.data.folder import load_folder, load_imagenet
 from training.data.places import data_folder
 
 Loader = Callable[[Path | None, int, int], DataSet]  # data_dir, img_size, in_channels
@@ -30,6 +31,7 @@ DATASETS: dict[str, Loader] = {
     "digits": load_digits,
     "cifar10": partial(load_cifar, "cifar10"),
     "cifar100": partial(load_cifar, "cifar100"),
+    "imagenet": load_imagenet,
     "folder": load_folder,
 }
 

@@ -1,21 +1,23 @@
 """A classification data set, its seeded split, and batches of its images on the device."""
 
+import dataclasses
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from training import seeds
 from training.augment import Augmentation, normalise
 from training.config import ClassificationConfig, UserError
-from training.data.image_files import ImageFiles, UnreadableImage, read_images
+from training.data.image_files import ImageFiles, read_images
+from training.data.streaming import Reader, StreamedPart
 from training.device import fits_in_memory
+
+Part = tuple[np.ndarray | ImageFiles, np.ndarray]  # images and labels
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class DataSet:
     """fingerprint of the files' names and sizes, for data that are not one archive"""
     notes: tuple[str, ...] = ()
     """lines to print at the start of a run"""
+    eval_crop: float = 1.0
+    """side of the centre crop of validation and test images, as a share of the shorter side; image files only"""
 
     @property
     def description(self) -> dict[str, Any]:
@@ -56,7 +60,16 @@ class DataSet:
         train = _draw_limit(self.train_labels, limit, np.random.default_rng(seeds.derive("split", seed)))
         return Split(train=train, val=len(self.train_labels) + np.arange(len(self.val_labels)))
 
-    def part(self, name: str, split: "Split") -> tuple[np.ndarray | ImageFiles, np.ndarray]:
+    def with_eval_crop(self, share: float) -> "DataSet":
+        """The same data, validation and test images center-cropped to that share. Raises UserError for arrays."""
+        if share == 1:
+            return self
+        if isinstance(self.train_images, np.ndarray):
+            raise UserError(f"--eval-crop is for image files, which {self.name} does not have: leave it out")
+        val = None if self.val_images is None else self.val_images.centred(share)
+        return dataclasses.replace(self, test_images=self.test_images.centred(share), val_images=val, eval_crop=share)
+
+    def part(self, name: str, split: "Split") -> "Part":
         """Images and labels of "train" or "val", in the order of the split, or of "test"."""
         if name == "test":
             return self.test_images, self.test_labels
@@ -64,7 +77,10 @@ class DataSet:
         if name == "val" and self.val_labels is not None:
             places = places - len(self.train_labels)
             return self.val_images[places], self.val_labels[places]
-        return self.train_images[places], self.train_labels[places]
+        images = self.train_images[places]
+        if name == "val" and self.eval_crop != 1:
+            images = images.centred(self.eval_crop)
+        return images, self.train_labels[places]
 
 
 @dataclass(frozen=True)
@@ -129,37 +145,10 @@ class MemoryPart:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images (B, C, H, W) uint8 and labels (B,) in that order, both on the device."""
-        for here in order.to(self.images.device).split(batch_size):
+    def batches(self, orders: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images (B, C, H, W) uint8 and labels (B,) of each order, both on the device."""
+        for here in torch.cat(list(orders)).to(self.images.device).split([len(order) for order in orders]):
             yield self.images[here], self.labels[here]
-
-
-class StreamedPart:
-    """Image files read ahead by worker processes, for data that do not fit in memory; same interface as MemoryPart."""
-
-    def __init__(self, images: ImageFiles, labels: np.ndarray, device: torch.device, num_workers: int):
-        self.images, self.device, self.num_workers = images, device, num_workers
-        self.labels = torch.from_numpy(labels)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        orders = order.split(batch_size)
-        loader = DataLoader(
-            self.images,
-            batch_sampler=[each.tolist() for each in orders],
-            num_workers=min(self.num_workers, os.cpu_count() or 1),
-            generator=torch.Generator(),  # not PyTorch's default generator, which dropout uses
-        )
-        try:
-            for images, here in zip(loader, orders, strict=True):
-                yield images.to(self.device, non_blocking=True), self.labels[here].to(self.device)
-        except UnreadableImage as error:
-            message = str(error).rpartition(f"{UnreadableImage.__name__}: ")[2]  # without the worker's traceback
-            error.__traceback__ = None  # it would keep the workers alive for seconds
-            raise UserError(message.strip()) from None
 
 
 class ImageBatches:
@@ -181,24 +170,21 @@ class ImageBatches:
         for note in dataset.notes:
             print(note)
         parts = {name: dataset.part(name, split) for name in ("train", "val", "test")}
-        n_bytes = sum(math.prod(images.shape) for images, _ in parts.values())
-        places = {device, torch.device("cpu")}  # images pass through host memory on their way to a GPU
-        fits = all(fits_in_memory(n_bytes, place) for place in places)
-        in_memory = isinstance(dataset.train_images, np.ndarray) or fits
+        in_memory = isinstance(dataset.train_images, np.ndarray) or _fits(parts, config, device)
         self.config = config
         self.augmentations = config.make_augmentations(len(dataset.class_names))
         self.eval_batch_size = eval_batch_size
         self.device = device
         self.split = split
         self.description = dataset.description
-        self.parts = {
-            name: MemoryPart(read_images(images), labels, device)
-            if in_memory
-            else StreamedPart(images, labels, device, num_workers)
-            for name, (images, labels) in parts.items()
-        }
-        if not in_memory:
-            print(f"{n_bytes / 1e9:.1f} GB of images do not fit in memory: they are read again in every epoch")
+        if in_memory:
+            self.parts = {
+                name: MemoryPart(read_images(images), labels, device) for name, (images, labels) in parts.items()
+            }
+        else:
+            files = {name: images for name, (images, _) in parts.items()}
+            reader = Reader(files, config.crop_scale_min, device, num_workers)
+            self.parts = {name: StreamedPart(name, reader, labels, device) for name, (_, labels) in parts.items()}
 
     def size(self, part: str) -> int:
         """Number of images in "train", "val" or "test"."""
@@ -211,8 +197,11 @@ class ImageBatches:
         order = torch.randperm(n, generator=seeds.generator("order", config.seed, epoch))
         if (copies := config.repeat_augment) > 1:  # as many samples as images, each drawn image several times
             order = order[: -(-n // copies)].repeat_interleave(copies)[:n]
+        if config.crop_original:  # each is cropped when it is read, by a seed of its own
+            draws = seeds.generator("crops", config.seed, epoch)
+            order = torch.stack((order, torch.randint(2**63 - 1, (n,), generator=draws)), dim=1)
         steps = [(each.apply, self._draws(each, n, height, width, epoch)) for each in self.augmentations]
-        for i, (images, labels) in enumerate(part.batches(order, config.batch_size)):
+        for i, (images, labels) in enumerate(part.batches(order.split(config.batch_size))):
             here = slice(i * config.batch_size, (i + 1) * config.batch_size)
             images = normalise(images)
             for apply, draws in steps:
@@ -226,6 +215,18 @@ class ImageBatches:
 
     def eval_batches(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Every image of a part once, in order, not augmented."""
-        in_order = torch.arange(self.size(part))
-        for images, labels in self.parts[part].batches(in_order, self.eval_batch_size):
+        batches = torch.arange(self.size(part)).split(self.eval_batch_size)
+        for images, labels in self.parts[part].batches(batches):
             yield normalise(images), labels
+
+
+def _fits(parts: dict[str, Part], config: ClassificationConfig, device: torch.device) -> bool:
+    """Whether image files are read once and kept in memory; if not, and that is not asked for, says so."""
+    if config.crop_original:
+        return False
+    n_bytes = sum(math.prod(images.shape) for images, _ in parts.values())
+    places = {device, torch.device("cpu")}  # images pass through host memory on their way to a GPU
+    fits = all(fits_in_memory(n_bytes, place) for place in places)
+    if not fits:
+        print(f"{n_bytes / 1e9:.1f} GB of images do not fit in memory: they are read again in every epoch")
+    return fits

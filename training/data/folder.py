@@ -15,6 +15,7 @@ from training.config import UserError
 from training.data.batches import DataSet
 from training.data.finding import Finder, ImageFile, count, fingerprint, printable
 from training.data.image_files import MODES, ImageFiles
+from training.data.places import data_folder
 
 PART_NAMES = re.compile(  # Train, training_set, valid, test-images, test1, ...
     r"((?P<train>train(ing)?)|(?P<val>val(id(ation)?)?)|(?P<test>test(ing)?))([ _-]?(set|data|images))?[ _-]?\d*", re.I
@@ -53,18 +54,43 @@ def load_folder(data_dir: Path | None, img_size: int, in_channels: int) -> DataS
     """The images below data_dir. Raises UserError if they are not sorted into two or more classes."""
     if data_dir is None:
         raise UserError("--dataset folder reads your own images: name their folder with --data-dir DIR")
+    finder = Finder()
+    roots = find_parts(data_dir, finder)
+    return read_folders(f"folder {printable(data_dir.resolve().name)}", data_dir, roots, finder, img_size, in_channels)
+
+
+def load_imagenet(data_dir: Path | None, img_size: int, in_channels: int) -> DataSet:
+    """ILSVRC2012 (arXiv 1409.0575) in class folders, the official validation part as the test set.
+
+    Its own test part has no public labels. Images of the training part validate, so that no choice is made on what is
+    tested. Raises UserError if the folders are missing.
+    """
+    folder = data_folder("imagenet", data_dir)
+    roots = {"train": folder / "train", "test": folder / "val"}
+    for root in roots.values():
+        if not root.is_dir():
+            raise UserError(
+                f"{root} is missing: put the images of ILSVRC2012 into {folder}/train/<class>/ and "
+                f"{folder}/val/<class>/ (another folder: --data-dir)"
+            )
+    return read_folders("imagenet", folder, roots, Finder(), img_size, in_channels)
+
+
+def read_folders(
+    name: str, data_dir: Path, roots: dict[str, Path], finder: Finder, img_size: int, in_channels: int
+) -> DataSet:
+    """The images of the parts "train", and "val" and "test" if they are there. Raises UserError."""
     if in_channels not in MODES:
         raise UserError(
             f"in_channels = {in_channels}, but images are read as grey (1) or colour (3): set --in-channels 1 or 3"
         )
-    finder = Finder()
-    parts = {name: read_part(root, finder) for name, root in find_parts(data_dir, finder).items()}
+    parts = {part: read_part(root, finder) for part, root in roots.items()}
     check_classes(data_dir, parts, finder)
     names = list(parts["train"].classes)
-    arrays = {name: part.arrays(names, img_size, in_channels) for name, part in parts.items()}
+    arrays = {part: files.arrays(names, img_size, in_channels) for part, files in parts.items()}
     images, labels = arrays["train"]
     return DataSet(
-        f"folder {printable(data_dir.resolve().name)}",
+        name,
         images,
         labels,
         *arrays.get("test", (images[[]], labels[:0])),

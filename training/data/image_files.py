@@ -1,13 +1,16 @@
 """Image files read as arrays of one size."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from training.augment import draw_crop
 from training.config import UserError
 
 MODES = {1: "L", 3: "RGB"}  # Pillow's names, by channels
@@ -88,25 +91,58 @@ def unreadable(path: str | Path, kind: str, error: Exception, remedy: str) -> st
 class ImageFiles:
     """Indexes like an array (N, C, S, S) uint8, but reads images from their files when asked.
 
-    Each image is scaled until its shorter side is S, then center-cropped.
+    Each image is scaled until its shorter side is S / share, then center-cropped.
     """
 
-    def __init__(self, paths: Sequence[str], img_size: int, in_channels: int):
-        self.paths = np.array(paths, dtype=object)
+    def __init__(self, paths: Sequence[str], img_size: int, in_channels: int, share: float = 1.0):
+        """share: of the shorter side that is kept."""
+        # an array of bytes, not of strings, whose reference counts would copy memory into each worker process
+        self._paths = np.array([path.encode("utf-8", "surrogateescape") for path in paths], dtype=np.bytes_)
         self.shape = (len(paths), in_channels, img_size, img_size)
+        self.share = share
+
+    @property
+    def paths(self) -> np.ndarray:
+        """(N,) strings."""
+        return np.array([self._path(index) for index in range(len(self))], dtype=object)
+
+    def _path(self, index: int) -> str:
+        return self._paths[index].decode("utf-8", "surrogateescape")
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self._paths)
 
     def __getitem__(self, index: int | Sequence[int]) -> "np.ndarray | ImageFiles":
         """One image (C, S, S) uint8, or the ImageFiles of several. Raises UnreadableImage, also for 16-bit images."""
-        _, channels, size, _ = self.shape
         if not isinstance(index, int | np.integer):
-            return ImageFiles(self.paths[index], size, channels)
-        path = self.paths[index]
+            return self._changed(self._paths[index], self.share)
+        border = (1 - self.share) / 2  # 0 for all of the shorter side
+        return self._read(index, lambda image, size: ImageOps.fit(image, size, Image.Resampling.BICUBIC, bleed=border))
+
+    def random_crop(self, index: int, scale_min: float, seed: int) -> np.ndarray:
+        """A random crop (`draw_crop`) of the original image, scaled to (C, S, S) uint8. Raises UnreadableImage."""
+
+        def crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+            draws = torch.Generator().manual_seed(seed)
+            top, left, h, w = draw_crop(image.height, image.width, scale_min, draws)
+            return image.crop((left, top, left + w, top + h)).resize(size, Image.Resampling.BICUBIC)
+
+        return self._read(index, crop)
+
+    def centred(self, share: float) -> "ImageFiles":
+        """The same files, center-cropped to that share of the shorter side."""
+        return self._changed(self._paths, share)
+
+    def _changed(self, paths: np.ndarray, share: float) -> "ImageFiles":
+        changed = copy.copy(self)
+        changed._paths, changed.share, changed.shape = paths, share, (len(paths), *self.shape[1:])
+        return changed
+
+    def _read(self, index: int, fit: Callable[[Image.Image, tuple[int, int]], Image.Image]) -> np.ndarray:
+        _, channels, size, _ = self.shape
+        path = self._path(index)
         try:
-            image = open_image(path, MODES[channels])
-            fitted = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+            fitted = fit(open_image(path, MODES[channels]), (size, size))
         except Exception as error:  # Pillow raises errors of many kinds for damaged files
             raise UnreadableImage(unreadable(path, "an image", error, "replace or remove it")) from None
         pixels = np.array(fitted).reshape(size, size, channels)  # a copy: PyTorch warns about Pillow's read-only memory
