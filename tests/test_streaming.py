@@ -4,6 +4,8 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -252,3 +254,107 @@ def test_arrays_have_no_original(fields, words, experiment):
 def test_impossible_crops_are_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         ClassificationConfig(dataset="folder", epochs=1, batch_size=8, learning_rate=1, weight_decay=0, **fields)
+
+
+# ---------------------------------------------------------------------------- tar files
+
+
+def write_tars(source, folder, part, per_tar=7):
+    """The images of source/CLASS/ in folder/PART-00000N.tar, by the webdataset package; classes by number."""
+    writer = pytest.importorskip("webdataset").ShardWriter
+    classes = sorted(path.name for path in source.iterdir())
+    with writer(f"{folder}/{part}-%06d.tar", maxcount=per_tar, verbose=0) as shards:
+        for path in sorted(source.glob("*/*.JPEG")):
+            label = classes.index(path.parent.name)
+            shards.write({"__key__": f"{path.parent.name}/{path.stem}", "jpg": path.read_bytes(), "cls": label})
+    return len(list(folder.glob(f"{part}-*.tar")))
+
+
+@pytest.fixture(scope="module")
+def tars(photos, tmp_path_factory):
+    """train-000000.tar to train-000005.tar and val-000000.tar, the photos. For reading only."""
+    folder = tmp_path_factory.mktemp("tars")
+    assert (write_tars(photos / "train", folder, "train"), write_tars(photos / "val", folder, "val", 100)) == (6, 1)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["", "train-{000000..000005}.tar"])
+def test_tar_files_hold_what_was_written(name, tars, photos):
+    found, expected = load_dataset("webdataset", tars / name, SIZE, 3), load_dataset("imagenet", photos, SIZE, 3)
+    assert found.class_names == ("0", "1", "2") and len(found.test_labels) == 0
+    for images, labels, same_images, same_labels in (
+        (found.train_images, found.train_labels, expected.train_images, expected.train_labels),
+        (found.val_images, found.val_labels, expected.test_images, expected.test_labels),
+    ):
+        keys = [
+            (path.rpartition(":")[2].removesuffix(".jpg"), label)
+            for path, label in zip(images.paths, labels, strict=True)
+        ]
+        names = ["/".join(Path(path).with_suffix("").parts[-2:]) for path in same_images.paths]
+        where = {name: i for i, name in enumerate(names)}
+        assert len(keys) == len(where) == len(same_labels)
+        for i, (key, label) in enumerate(zip(keys, labels, strict=True)):
+            assert label == same_labels[where[key]]
+            assert np.array_equal(images[i], same_images[where[key]])
+            assert np.array_equal(images.random_crop(i, 0.1, 5), same_images.random_crop(where[key], 0.1, 5))
+
+
+def test_a_run_on_tar_files_resumes_exactly(tars, experiment):
+    def trial(name, num_workers):
+        options = dict(data_dir=tars, num_workers=num_workers)
+        recipe = dict(crop_original=True, crop_scale_min=0.2, eval_crop=0.9, batch_size=8)
+        return experiment(name, dict(img_size=SIZE, num_classes=3), options, dataset="webdataset", **recipe)
+
+    whole, stopped = trial("whole", 0), trial("stopped", 2)
+    summary = fit(whole)
+    interrupt(stopped, epoch=2)
+    assert fit(resumed(stopped)) == summary and summary["test"] is None
+    assert summary["images"] == {"train": 36, "val": 12, "test": 0}
+    assert same_weights(weights(whole.folder), weights(stopped.folder))
+
+
+def damaged_tar(folder):
+    (folder / "train-000001.tar").write_bytes(b"no tar file" * 100)
+
+
+def without_a_class(folder):
+    with tarfile.open(folder / "train-000001.tar", "w") as tar:
+        tar.add(__file__, "n01/5.jpg")
+
+
+def damaged_image(folder):
+    content = (folder / "train-000001.tar").read_bytes()
+    start = content.index(b"\xff\xd8")
+    (folder / "train-000001.tar").write_bytes(content[:start] + bytes(50) + content[start + 50 :])
+
+
+def another_class(folder):
+    content = (folder / "val-000000.tar").read_bytes()
+    place = content.index(b".cls") // 512 * 512 + 512
+    (folder / "val-000000.tar").write_bytes(content[:place] + b"7" + content[place + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "train-000003.tar").unlink(), r"train-000003\.tar is missing: name"),
+        (damaged_tar, r"train-000001\.tar cannot be read as an uncompressed tar file"),
+        (without_a_class, r"train-000001\.tar: n01/5 has no class"),
+        (damaged_image, r"train-000001\.tar:n0\d/\d+\.jpg cannot be read as an image"),
+        (another_class, "the val part has class 7, but the training part ends at 2"),
+    ],
+)
+def test_damaged_tar_files_are_named(damage, words, tars, tmp_path):
+    for path in tars.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    damage(tmp_path)
+    with pytest.raises(UserError, match=words):
+        pixels_of(batches_of(tmp_path / "train-{000000..000005}.tar", dataset="webdataset"))
+
+
+def test_the_package_is_named_where_it_is_missing(tars, monkeypatch):
+    monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
+    with pytest.raises(UserError, match="pip install webdataset"):
+        load_dataset("webdataset", tars, SIZE, 3)
+    with pytest.raises(UserError, match=r"--data-dir 'DIR/train-\{000000\.\.001023\}\.tar'"):
+        load_dataset("webdataset", None, SIZE, 3)

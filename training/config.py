@@ -109,8 +109,8 @@ class HeldOutConfig(TrainConfig):
 class ClassificationConfig(HeldOutConfig):
     """Image classification."""
 
-    dataset: Literal["digits", "cifar10", "cifar100", "imagenet", "folder"]
-    """training images; folder: your own, in DATA_DIR/train/CLASS/ and DATA_DIR/test/CLASS/"""
+    dataset: Literal["digits", "cifar10", "cifar100", "imagenet", "folder", "webdataset"]
+    """training images; folder: your own, in DATA_DIR/train/CLASS/ and DATA_DIR/test/CLASS/; webdataset: in tar files"""
     crop_scale_min: float = 1.0
     """smallest area of a random crop, as a share of the image; 1 turns crops off"""
     crop_original: bool = False

@@ -2,6 +2,7 @@
 
     arrays        digits, CIFAR-10, CIFAR-100
     folder        images in one folder per class: your own, ImageNet
+    tar_files     images in tar files, as the webdataset package writes them
     finding       which files are images; hidden files, files left out, fingerprint
     image_files   reading images: orientation, transparency, size
     streaming     image files read in every epoch, by worker processes
@@ -24,6 +25,7 @@ from training.data.arrays import load_cifar, load_digits
 from training.data.batches import DataSet, ImageBatches, Split, draw_split, split_train
 from training.data.folder import load_folder, load_imagenet
 from training.data.places import data_folder
+from training.data.tar_files import load_webdataset
 
 Loader = Callable[[Path | None, int, int], DataSet]  # data_dir, img_size, in_channels
 
@@ -33,6 +35,7 @@ DATASETS: dict[str, Loader] = {
     "cifar100": partial(load_cifar, "cifar100"),
     "imagenet": load_imagenet,
     "folder": load_folder,
+    "webdataset": load_webdataset,
 }
 
 

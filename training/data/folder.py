@@ -14,7 +14,7 @@ import numpy as np
 from training.config import UserError
 from training.data.batches import DataSet
 from training.data.finding import Finder, ImageFile, count, fingerprint, printable
-from training.data.image_files import MODES, ImageFiles
+from training.data.image_files import ImageFiles, check_channels
 from training.data.places import data_folder
 
 PART_NAMES = re.compile(  # Train, training_set, valid, test-images, test1, ...
@@ -80,10 +80,7 @@ def read_folders(
     name: str, data_dir: Path, roots: dict[str, Path], finder: Finder, img_size: int, in_channels: int
 ) -> DataSet:
     """The images of the parts "train", and "val" and "test" if they are there. Raises UserError."""
-    if in_channels not in MODES:
-        raise UserError(
-            f"in_channels = {in_channels}, but images are read as grey (1) or colour (3): set --in-channels 1 or 3"
-        )
+    check_channels(in_channels)
     parts = {part: read_part(root, finder) for part, root in roots.items()}
     check_classes(data_dir, parts, finder)
     names = list(parts["train"].classes)

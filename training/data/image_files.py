@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -30,7 +31,15 @@ class UnreadableImage(Exception):
     """Not a readable image. One text argument, so that it can be pickled between processes."""
 
 
-def open_upright(path: str | Path) -> Image.Image:
+def check_channels(in_channels: int) -> None:
+    """Raises UserError for a number of channels that images cannot be read in."""
+    if in_channels not in MODES:
+        raise UserError(
+            f"in_channels = {in_channels}, but images are read as grey (1) or colour (3): set --in-channels 1 or 3"
+        )
+
+
+def open_upright(path: str | Path | BinaryIO) -> Image.Image:
     """The first picture in the file, in its own mode, turned as its EXIF orientation says.
 
     Raises errors of many kinds for a damaged file, as Pillow does. ImageOps.exif_transpose would do the same, but fails
@@ -50,7 +59,7 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
-def open_image(path: str | Path, mode: str) -> Image.Image:
+def open_image(path: str | Path | BinaryIO, mode: str) -> Image.Image:
     """The picture as a viewer shows it, in mode L or RGB: upright, transparent pixels on white.
 
     Colours hidden under full transparency are not read. Raises errors of many kinds for a damaged file, ValueError for
@@ -109,6 +118,9 @@ class ImageFiles:
     def _path(self, index: int) -> str:
         return self._paths[index].decode("utf-8", "surrogateescape")
 
+    def _open(self, index: int, mode: str) -> Image.Image:
+        return open_image(self._path(index), mode)
+
     def __len__(self) -> int:
         return len(self._paths)
 
@@ -140,11 +152,11 @@ class ImageFiles:
 
     def _read(self, index: int, fit: Callable[[Image.Image, tuple[int, int]], Image.Image]) -> np.ndarray:
         _, channels, size, _ = self.shape
-        path = self._path(index)
         try:
-            fitted = fit(open_image(path, MODES[channels]), (size, size))
+            fitted = fit(self._open(index, MODES[channels]), (size, size))
         except Exception as error:  # Pillow raises errors of many kinds for damaged files
-            raise UnreadableImage(unreadable(path, "an image", error, "replace or remove it")) from None
+            message = unreadable(self._path(index), "an image", error, "replace or remove it")
+            raise UnreadableImage(message) from None
         pixels = np.array(fitted).reshape(size, size, channels)  # a copy: PyTorch warns about Pillow's read-only memory
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
