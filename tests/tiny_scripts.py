@@ -3,13 +3,14 @@
 import dataclasses
 
 from camvid_data import write_camvid
+from photos import write_photos
 
 from training import SegmentationConfig, TextConfig
 from training.command_line import experiment_of, flags_of
 from training.config import ROOT
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "\nEXPERIMENT = " in path.read_text(encoding="utf-8"))
-MADE_UP = ("digits", "cifar10", "cifar100", "camvid", "a text")
+MADE_UP = ("digits", "cifar10", "cifar100", "imagenet", "camvid", "a text")
 SMALL = dict(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, mlp_dim=16)
 SHORT = dict(epochs=1, train_limit=80, encoder_weights="none", context=16)
 
@@ -20,6 +21,8 @@ def tiny_fields(experiment, text):
     fields = {key: value for key, value in (SMALL | SHORT).items() if key in has}
     if isinstance(experiment.train, SegmentationConfig):
         fields["img_size"] = 32
+    elif getattr(experiment.train, "dataset", None) == "imagenet":
+        fields |= dict(img_size=32, num_classes=3, val_fraction=0.2)
     elif "n_layer" in fields and getattr(experiment.model, "img_size", 0) == 32:
         fields["patch_size"] = 8
     return fields | ({"text": text} if isinstance(experiment.train, TextConfig) else {})
@@ -30,6 +33,8 @@ def tiny_flags(folder, data_dir):
     for name in ("data_cifar10", "data_cifar100"):
         (folder / name).symlink_to(data_dir / name)
     write_camvid(folder / "data_camvid", n_train=4, n_val=2)
+    write_photos(folder / "data_imagenet" / "train", 30)
+    write_photos(folder / "data_imagenet" / "val", 2)
     (folder / "song.txt").write_bytes(b"".join(b"%d bottles on the wall, " % i for i in range(100)))
     where = ["--data-dir", str(folder), "--runs-dir", str(folder / "runs"), "--device", "cpu", "--num-workers", "0"]
     return lambda script: [*flags_of(tiny_fields(experiment_of(script), folder / "song.txt")), *where]
