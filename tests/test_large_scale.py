@@ -1,0 +1,50 @@
+"""Benchmarks of reading images and of model sizes."""
+
+import pandas as pd
+import pytest
+import torch
+from camvid_data import write_camvid
+
+from benchmarks import data_loading, model_sizes
+from models.vision_bdh import v2_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_loading_is_measured_for_each_number_of_workers(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_loading, "SIDE", 24)
+    (tmp_path / "data_cifar10").symlink_to(data_dir / "data_cifar10")
+    write_camvid(tmp_path / "data_camvid")
+    places = dict(images_dir=tmp_path / "jpegs", data_dir=tmp_path, output_dir=tmp_path / "out")
+    sizes = dict(images=60, workers=(1,), batch_size=8, img_size=16, repeats=1, memory_images=30, device="cpu")
+    data_loading.main(data_loading.Options(**places, **sizes))
+    jpegs = sorted((tmp_path / "jpegs" / "train").glob("*/*.jpg"))
+    assert len(jpegs) == 60 and len([path for path in jpegs if path.parent.name == "street"]) == 30
+    (path,) = [path for path in (tmp_path / "out").glob("*.csv") if "memory" not in path.name]
+    rates, memory = (pd.read_csv(each) for each in (path, path.with_name(f"{path.stem}_memory.csv")))
+    assert rates["workers"].tolist() == [1] and rates["images"].tolist() == [59]
+    assert (rates["images_per_sec"] > 0).all() and (rates["cpu_ms_per_image"] > 0).all()
+    assert memory["epoch"].tolist() == list(range(1, 11)) and (memory["memory_mb"] > 100).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "gmac"), [("v2 small", 22.0, 4.6), ("v2 base", 86.4, 17.6), ("ViT-Small", 22.1, 4.6)]
+)
+def test_sizes_are_those_of_the_vits(name, millions, gmac):
+    config = model_sizes.configs()[name]
+    found = model_sizes.cost(config)
+    assert found["parameters"] / 1e6 == pytest.approx(millions, abs=0.1)
+    assert found["forward_gmac"] == pytest.approx(gmac, rel=0.17)
+    assert found["training_gflop"] == pytest.approx(6 * found["forward_gmac"], rel=0.02)
+    if name.startswith("v2"):
+        T, D, m = 196, config.n_embd, config.mlp_internal_dim_multiplier
+        level = 3 * m * D**2 + T * D * (m + config.n_head)  # the products, and attention by its scores
+        expected = config.n_layer * T * level + T * 768 * D + 1000 * D
+        assert found["forward_gmac"] * 1e9 == pytest.approx(expected, rel=1e-6)
+
+
+def test_recomputing_keeps_less():
+    config = v2_config(n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=8)
+    options, device = model_sizes.Options(precision="float32"), torch.device("cpu")
+    kept, again = (model_sizes.kept_mb(config, options, device, recompute) for recompute in (False, True))
+    assert 0 < again < 0.5 * kept
