@@ -73,8 +73,11 @@ def _fused_adamw(parameters, gradients, averages, squares, maxima, steps, **sett
 
 
 @contextlib.contextmanager
-def rehearsing():
-    """Inside, the meta device is treated as CUDA; gives the guard, and the counts of the reads that are allowed."""
+def rehearsing(bf16):
+    """Inside, the meta device is treated as CUDA; gives the guard, and the counts of the reads that are allowed.
+
+    There is no autocast for meta tensors; with bf16 the fast path alone computes as under autocast.
+    """
     reads = {"progress": 0, "end": 0}
     real_fast_path, guard = BDHCore.has_fast_path, Guard()
 
@@ -89,7 +92,8 @@ def rehearsing():
         patch.setattr(loop, "_read_progress", read_progress)
         patch.setattr(loop, "_ratios", read_end)
         patch.setattr(loop, "set_precision", lambda precision, device: contextlib.nullcontext())
-        patch.setattr(torch, "is_autocast_enabled", lambda *device: False)
+        patch.setattr(torch, "is_autocast_enabled", lambda *device: bf16 and bool(device))
+        patch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
         patch.setattr(muon, "adamw", _fused_adamw)
         patch.setattr(BDHCore, "has_fast_path", lambda self, device, n=0: real_fast_path(self, CUDA, n))
         yield guard, reads
@@ -104,7 +108,7 @@ def make_session(experiment, device):
 
 def rehearse(experiment):
     """An epoch of training and its validation on the meta device; raises for what a GPU would have to wait for."""
-    with rehearsing() as (guard, reads):
+    with rehearsing(experiment.train.precision == "bf16") as (guard, reads):
         session = make_session(experiment, META)
         real_loss = session.task.loss
 

@@ -69,11 +69,12 @@ def test_the_recipes_set_every_field_of_the_recipe():
     assert not [name for name in fields if f"--{name.replace('_', '-')}" not in flags]
 
 
-def test_the_fast_path_is_rehearsed(tiny, monkeypatch):
-    calls, real = [], kernels.fast_update
-    monkeypatch.setattr(kernels, "fast_update", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
-    session = rehearse(tiny(V2))
-    assert len(calls) > session.step
+@pytest.mark.parametrize(("precision", "dtype"), [("tf32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_fast_path_is_rehearsed(precision, dtype, tiny, monkeypatch):
+    seen, real = [], kernels.fast_update
+    monkeypatch.setattr(kernels, "fast_update", lambda *a, **k: seen.append(a[2][0].dtype) or real(*a, **k))
+    session = rehearse(tiny(V2, f"--precision {precision} --recompute"))
+    assert len(seen) > session.step and set(seen) == {dtype}
 
 
 def read(loss):

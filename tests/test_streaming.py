@@ -150,6 +150,16 @@ def test_workers_live_as_long_as_the_run(photos):
     assert not workers()
 
 
+def test_a_killed_worker_is_one_message(photos):
+    data = batches_of(photos, num_workers=1)
+    with pytest.raises(UserError, match="--num-workers"):
+        for epoch in range(1000):
+            next(data.train_batches(epoch))
+            for child in multiprocessing.active_children():
+                child.kill()
+    assert data.parts["train"].reader.loader._iterator is None
+
+
 def own_group(folder):
     """The process leads a group of its own, which its workers join; the folder tells its number.
 

@@ -67,6 +67,14 @@ class Reader:
             raise UserError(message.strip()) from None
         except GeneratorExit:  # the rest is not wanted
             raise
+        except (RuntimeError, OSError, EOFError) as error:
+            self.stop()
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                "a process that reads images has ended, perhaps for lack of memory (or of /dev/shm in a container): "
+                "try fewer --num-workers or a smaller --batch-size"
+            ) from None
         except BaseException:  # Ctrl-C
             self.stop()
             raise
