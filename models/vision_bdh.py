@@ -10,6 +10,8 @@ The published variants are values of a few `CoreConfig` fields. `<name>_config(*
     pre_ln      published ablation: LN before each step and on the attention output
     post_ln     published ablation: LN after each step only
     double_ln   published ablation: LN after each step and on the update
+    v4          not published: convolutional stem, neighbouring tokens mixed before each step, axial positions, a free
+                residual stream, a gain and bias for each level
 """
 
 import math
@@ -237,3 +239,9 @@ def post_ln_config(**overrides) -> VisionBDHConfig:
 
 def double_ln_config(**overrides) -> VisionBDHConfig:
     return v2_config(**(dict(residual="post", attn_norm=False) | overrides))
+
+
+def v4_config(**overrides) -> VisionBDHConfig:
+    fields = dict(stem="conv", mixing="conv_per_level", rotary="axial", pos_embed=False, level_gain=True)
+    fields |= dict(residual="true_pre", update_norm=False, attention="raw", init="xavier_per_head")
+    return VisionBDHConfig(**(fields | overrides))
