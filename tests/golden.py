@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from camvid_data import write_camvid
 from conftest import made_up_cifar
+from photos import write_photos
 
 from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, TextConfig, fit
 from models.bdh import BDHConfig
@@ -39,11 +40,13 @@ SIZE = dict(n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
 
 
 def write_data(folder: Path, n_masks: int = 2 * STEPS) -> Path:
-    """Made-up images, street scenes and a text in the folder; returns the text."""
+    """Made-up images, photographs, street scenes and a text in the folder; returns the text."""
     for n_classes in (10, 100):
         (folder / f"data_cifar{n_classes}").mkdir(parents=True)
         np.savez(folder / f"data_cifar{n_classes}" / f"cifar{n_classes}.npz", **made_up_cifar(n_classes=n_classes))
     write_camvid(folder / "data_camvid", n_train=n_masks, n_val=4)
+    write_photos(folder / "data_imagenet" / "train", 70)
+    write_photos(folder / "data_imagenet" / "val", 2)
     text = folder / "song.txt"
     lines = (b"%d bottles on the wall, and if one of them should fall, " % (i % 11) for i in range(90))
     text.write_bytes(b"".join(lines))
@@ -82,6 +85,8 @@ def script_flags(script: str, folder: Path) -> list[str]:
         fields |= dict(text=folder / "song.txt", context=16, batch_size=12)
     else:
         fields |= dict(train_limit=10 * STEPS, batch_size=8)  # a fifth validates
+    if getattr(experiment.train, "dataset", None) == "imagenet":
+        fields |= dict(img_size=32, num_classes=3, val_fraction=0.2)
     if experiment.train.start_from:
         fields["start_from"] = folder / "runs" / "train_bdh_unet" / "seed0" / "best.pt"
     where = ["--data-dir", str(folder), "--runs-dir", str(folder / "runs"), "--device", "cpu", "--num-workers", "0"]
