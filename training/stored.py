@@ -95,6 +95,8 @@ class Checkpoint(TypedDict):
     optimizer: NotRequired[dict[str, Any]]
     best: NotRequired[dict[str, Number | None] | None]
     run_id: NotRequired[str]
+    processes: NotRequired[int]
+    inside: NotRequired[dict[str, Any]]
 
 
 @cache
