@@ -83,8 +83,9 @@ class Options:
 
     @property
     def threads(self) -> int:
-        """Threads of each run on a CPU."""
-        return torch.get_num_threads() if self.jobs == 1 else max(1, (os.cpu_count() or 1) // self.jobs)
+        """Threads of each process on a CPU."""
+        together = self.jobs * self.nproc_per_node
+        return torch.get_num_threads() if together == 1 else max(1, (os.cpu_count() or 1) // together)
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def estimate(planned: Sequence[Planned], options: Options) -> dict[str, float]:
             print(
                 f"  {experiment.name}: {seconds[key]:.3f} s a step of {experiment.train.batch_size} images", flush=True
             )
-        minutes[each.job.label] = epoch_minutes(experiment, seconds[key])
+        minutes[each.job.label] = epoch_minutes(experiment, seconds[key]) / options.nproc_per_node
     return minutes
 
 

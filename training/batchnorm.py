@@ -50,8 +50,8 @@ class SharedBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(values)
         shape, others = (1, -1, *[1] * (values.ndim - 2)), [0, *range(2, values.ndim)]
-        wide = values.float()
-        n = processes.total(torch.tensor(float(values.numel() // values.shape[1])))
+        wide = values.to(torch.promote_types(values.dtype, torch.float32))
+        n = processes.total(wide.new_tensor(values.numel() // values.shape[1]))
         mean = processes.total(wide.sum(others)) / n
         centred = wide - mean.view(shape)
         variance = processes.total(centred.square().sum(others)) / n

@@ -126,6 +126,8 @@ def check_batch_size(batch_size: int) -> None:
 
 def refuse(what: str) -> None:
     """Raises UserError for a command that starts processes itself, if torchrun has started several of it."""
+    if not is_main():
+        raise SystemExit(1)  # the main process says why
     if count() > 1:
         raise UserError(
             f"{what} starts its runs itself: start it with python, and add --nproc-per-node {count()} for as many "
