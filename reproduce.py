@@ -237,7 +237,9 @@ def state_of(planned: Planned) -> tuple[str, str]:
 
 
 def main(options: Options) -> None:
-    processes.refuse("reproduce.py")
+    if refusal := processes.refusal("reproduce.py"):
+        time.sleep(10 * processes.rank())  # the main process is the first to end, and says why
+        raise UserError(refusal)
     plan = PLANS[options.plan]
     planned = planned_runs(plan, options)
     if not planned:

@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 
 END, LEFT = "early end", "processes at their early end"  # keys in the store
 LOOK = 0.1  # seconds between two looks for an announced end
-PATIENCE = 5  # seconds for a process to end by itself, or for the others to hear of the end
+PATIENCE = 1  # seconds for a process to end by itself: one that waits inside PyTorch cannot
+ALL = 5  # seconds for all to hear of the end
 
 
 class Watch:
     """Looks for the early end of another process, and announces that of this one."""
 
-    def __init__(self, store: "Store", n_processes: int):
-        self.store, self.n_processes = store.clone(), n_processes  # a connection of its own, which nothing blocks
+    def __init__(self, store: "Store", rank: int, n_processes: int):
+        self.store = store.clone()  # a connection of its own, which nothing blocks
+        self.n_processes, self.holds_store = n_processes, rank == 0  # if torchrun does not
         self.ending = threading.Event()  # the main thread has it in hand
         self.code: int | None = None  # the exit code of all, once announced
         self.is_first = False
@@ -85,9 +87,11 @@ class Watch:
         """Ends the process at once, when all know of the end: torchrun kills those that do not follow the first."""
         with contextlib.suppress(RuntimeError):
             self.store.add(LEFT, 1)
-            ends = time.monotonic() + PATIENCE
+            ends = time.monotonic() + ALL
             while self.store.add(LEFT, 0) < self.n_processes and time.monotonic() < ends:
                 time.sleep(LOOK / 5)
+            if self.holds_store:
+                time.sleep(LOOK)  # the others read it a last time
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()

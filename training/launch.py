@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,16 +27,20 @@ def launch(experiment: Experiment) -> Path:
     `training.fit(experiment)` instead.
     """
     description = getattr(sys.modules["__main__"], "__doc__", None) or experiment.name
-    with processes.quiet():
-        asked = parse_experiment(experiment, sys.argv[1:], description)
-    return train(asked)
+    return train_asked(lambda: parse_experiment(experiment, sys.argv[1:], description))
 
 
 def train(experiment: Experiment) -> Path:
     """Trains and prints the result; returns the run's folder. Ends the process as `launch` does."""
+    return train_asked(lambda: experiment)
+
+
+def train_asked(ask: Callable[[], Experiment]) -> Path:
+    """As `train`, for what ask() returns in the main process: a wrong flag is then said once."""
     prepare_streams()
     end_with_parent()
     with processes.joined():
+        experiment = processes.from_main(ask)
         summary = _fit(experiment)
     if not processes.is_main():
         raise SystemExit(0)

@@ -66,9 +66,9 @@ def joined() -> Iterator[None]:
         yield
         return
     store = _start_group()
-    _watch = Watch(store, count())
+    _watch = Watch(store, rank(), count())
     try:
-        with quiet(stderr=False):
+        with quiet():
             yield
             barrier()
     except BaseException as error:  # SystemExit and KeyboardInterrupt too
@@ -97,16 +97,12 @@ def may_report(code: int) -> bool:
 
 
 @contextlib.contextmanager
-def quiet(stderr: bool = True) -> Iterator[None]:
-    """Inside, only the main process has a stdout, and on request a stderr."""
+def quiet() -> Iterator[None]:
+    """Inside, only the main process has a stdout."""
     if is_main():
         yield
         return
-    with contextlib.ExitStack() as stack:
-        null = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
-        stack.enter_context(contextlib.redirect_stdout(null))
-        if stderr:
-            stack.enter_context(contextlib.redirect_stderr(null))
+    with Path(os.devnull).open("w", encoding="utf-8") as null, contextlib.redirect_stdout(null):
         yield
 
 
@@ -124,15 +120,14 @@ def check_batch_size(batch_size: int) -> None:
         )
 
 
-def refuse(what: str) -> None:
-    """Raises UserError for a command that starts processes itself, if torchrun has started several of it."""
-    if not is_main():
-        raise SystemExit(1)  # the main process says why
-    if count() > 1:
-        raise UserError(
-            f"{what} starts its runs itself: start it with python, and add --nproc-per-node {count()} for as many "
-            "processes in each run"
-        )
+def refusal(what: str) -> str | None:
+    """The message for a command that starts processes itself, if torchrun has started several of it."""
+    if count() == 1:
+        return None
+    return (
+        f"{what} starts its runs itself: start it with python, and add --nproc-per-node {count()} for that many "
+        "processes in each run"
+    )
 
 
 # ---------------------------------------------------------------------------- shares of a batch

@@ -19,7 +19,7 @@ from training import processes
 from training.command_line import INTERRUPTED, exit_with, flags_of, name_with_changes, parse_experiment
 from training.config import Experiment, RunOptions, UserError, changed_fields
 from training.console import prepare_streams
-from training.launch import train
+from training.launch import train, train_asked
 from training.schedule import Job, Outcome, run_jobs
 
 TRUTH = {"true": True, "yes": True, "false": False, "no": False}
@@ -77,14 +77,22 @@ def launch_sweep(experiment: Experiment, report: Report) -> None:
     """
     prepare_streams()
     description = getattr(sys.modules["__main__"], "__doc__", None) or experiment.name
-    with processes.quiet():
+
+    def ask() -> Experiment:
         asked = parse_experiment(experiment, sys.argv[1:], description, SweepOptions())
-    if asked.options.sweep is None:
+        if asked.options.sweep is not None and (refusal := processes.refusal("a sweep")):
+            exit_with(refusal, 1)
+        return asked
+
+    if processes.count() > 1:
+        train_asked(ask)
+        return
+    asked = ask()
+    options = asked.options
+    if options.sweep is None:
         train(asked)
         return
-    options = asked.options
     try:
-        processes.refuse("a sweep")
         plan = make_plan(experiment, asked)
         outcome = run_jobs(jobs_of(plan, experiment), options.jobs, processes=options.nproc_per_node)
     except UserError as error:
