@@ -57,7 +57,10 @@ def _child(trial, sabotage, flags, connection):
 
 
 def run_together(n, work, *args):
-    """work(*args) in n processes, as torchrun starts them; exit code, output and result of each, None after an error."""
+    """Calls work(*args) in n processes, as torchrun starts them: exit code, output and result of each.
+
+    After an error there is no result.
+    """
     with socket.socket() as free, tempfile.TemporaryDirectory() as place:
         free.bind(("localhost", 0))
         where = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
