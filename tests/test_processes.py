@@ -277,7 +277,8 @@ def test_killed_inside_an_epoch_and_resumed_ends_the_same(step, experiment, caps
 
 def test_killed_and_resumed_processes_end_the_same(experiment):
     """One of two is killed inside the second epoch; then two go on, and on a copy one alone."""
-    whole, cut, alone = (experiment(name, **TRIAL, options=EACH_STEP) for name in ("whole", "cut", "alone"))
+    options = EACH_STEP | dict(recompute=True)
+    whole, cut, alone = (experiment(name, **TRIAL, options=options) for name in ("whole", "cut", "alone"))
     assert [code for code, *_ in run_together(2, train_hindered, seldom(whole))] == [0, 0]
     ended = run_together(2, train_hindered, cut, partial(killed_in_step, 9, 1))
     assert [code for code, *_ in ended] == [1, -signal.SIGKILL]
