@@ -51,8 +51,9 @@ class SharedBatchNorm(_BatchNorm):
             return super().forward(values)
         shape, others = (1, -1, *[1] * (values.ndim - 2)), [0, *range(2, values.ndim)]
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
-        n = processes.total(wide.new_tensor(values.numel() // values.shape[1]))
-        mean = processes.total(wide.sum(others)) / n
+        here = wide.new_tensor([values.numel() // values.shape[1]])
+        sums = processes.total(torch.cat((wide.sum(others), here)))
+        mean, n = sums[:-1] / sums[-1], sums[-1].detach()
         centred = wide - mean.view(shape)
         variance = processes.total(centred.square().sum(others)) / n
         if self.track_running_stats:
