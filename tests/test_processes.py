@@ -28,7 +28,6 @@ from training import (
     loop,
     processes,
     progress,
-    schedule,
     tasks,
 )
 from models.baselines import ResNet20Config, ViTConfig
@@ -382,7 +381,7 @@ def test_torchrun_stops_and_leaves_a_run_that_goes_on(data_dir, tmp_path):
     assert load_checkpoint(trial.folder / "last.pt")["epoch"] == done + 1
 
 
-# ---------------------------------------------------------------------------- sync_batchnorm, GPUs
+# ---------------------------------------------------------------------------- sync_batchnorm, devices
 
 
 def test_sync_batchnorm_needs_batchnorm_and_changes_nothing_in_one_process(experiment):
@@ -403,32 +402,3 @@ def test_each_process_takes_a_gpu_of_its_own(n_gpus, name, words, monkeypatch):
         pick_device(name)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("auto") == torch.device("cuda:1") == chosen[0] and pick_device("cpu") == torch.device("cpu")
-
-
-def test_jobs_spread_over_the_visible_gpus(experiment, monkeypatch, tmp_path):
-    """Five jobs on two of the GPUs, three at once; each notes what it sees."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(Run, "is_complete", lambda run, trial: False)
-    note = "import os, sys, time; open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.5)"
-    files = [tmp_path / str(number) for number in range(4)]
-    jobs = [
-        schedule.Job(experiment(f"job{number}", options={"device": "auto"}), [sys.executable, "-c", note, str(file)])
-        for number, file in enumerate(files)
-    ]
-    outcome = schedule.run_jobs(jobs, at_once=4)
-    assert not outcome.failures and sorted(file.read_text() for file in files) == ["4", "4", "6", "6"]
-
-
-def test_which_gpus_a_job_gets():
-    assert schedule.least_busy(["0", "1", "2"], [], 1) == ["0"]
-    assert schedule.least_busy(["0", "1", "2"], ["0", "1", "0"], 2) == ["2", "1"]
-    assert schedule.least_busy(["0"], ["0", "0"], 1) == ["0"] and schedule.least_busy([], [], 1) == []
-
-
-def test_a_job_of_several_processes_is_started_by_torchrun(experiment):
-    job = schedule.Job(experiment(), ["python", "train.py", "--epochs", "2"])
-    assert schedule.command_now(job) == ["python", "train.py", "--epochs", "2"]
-    assert schedule.command_now(job, 4) == [
-        *("python -m torch.distributed.run --standalone --nproc-per-node 4 train.py --epochs 2".split()),
-    ]
