@@ -160,7 +160,49 @@ SMALL_CPU = Plan(
         ),
     ],
 )
-PLANS = {"published": PUBLISHED, "full_cpu": FULL_CPU, SMALL: SMALL_CPU}
+
+# What each field of the recipe brings to both models: first the rates of each optimizer, by validation accuracy and
+# equally many for both, then one change at a time from AdamW at its chosen rate.
+RECIPE_MODELS = {
+    "v2": f"train_v2_cifar10.py {SMALL_BDH}",
+    "vit_tiny": f"train_vit_tiny_cifar10.py {SMALL_PROTOCOL} --n-layer 6 --mlp-dim 128",
+}
+RATES = {"adamw": ("3e-4", "1e-3", "3e-3"), "muon": ("1e-3", "3e-3", "1e-2"), "sgd": ("1e-2", "3e-2", "1e-1")}
+OPTIMIZERS = {"adamw": "", "muon": " --optimizer muon", "sgd": " --optimizer sgd --weight-decay 5e-4"}
+RECIPE_CHANGES = (
+    "--decay matrices",
+    "--schedule linear",
+    "--schedule trapezoid",
+    "--ema 0.999",
+    "--crop-scale-min 1 --crop-padding 4",
+    "--randaugment 2",
+    "--random-erasing 0.25",
+    "--mixup 0.8",
+    "--cutmix 1",
+    "--label-smoothing 0.1",
+    "--repeat-augment 2",
+    "--drop-path 0.1",
+    "--eval-flip",
+)
+
+
+def _at_rate(model: str, optimizer: str, rate: str) -> str:
+    line = RECIPE_MODELS[model].replace("--learning-rate 1e-3", f"--learning-rate {rate}")
+    return line + OPTIMIZERS[optimizer]
+
+
+RECIPE_SMALL_CPU = Plan(
+    "recipe_small_cpu",
+    [
+        Part(
+            "Which learning rate suits each optimizer, by validation accuracy?",
+            _entries(
+                [_at_rate(m, o, rate) for o, rates in RATES.items() for rate in rates for m in RECIPE_MODELS], (0,)
+            ),
+        ),
+    ],
+)
+PLANS = {"published": PUBLISHED, "full_cpu": FULL_CPU, SMALL: SMALL_CPU, "recipe_small_cpu": RECIPE_SMALL_CPU}
 
 
 # ---------------------------------------------------------------------------- cost

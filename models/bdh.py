@@ -9,7 +9,7 @@ model takes the plain path by itself.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +72,14 @@ class CoreConfig:
     """rotary positions: by token index (raster), by row and column of the patch (axial), or none"""
     shared: bool = True
     """use the same weights at every level instead of separate weights per level"""
+    level_gain: bool = False
+    """scale and shift each level's input by a learned gain and bias per channel, so that levels can differ"""
+    update_gain: float | None = None
+    """initial value of a learned gain of the update, per level and channel (LayerScale); default: no gain"""
+    attend_self: bool = True
+    """let each token attend to itself; without, the diagonal of the raw scores is zero"""
+    qk_norm: bool = False
+    """scale each query to length sqrt(N) before the scores"""
 
     def __post_init__(self):
         for name in ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier"):
@@ -81,6 +89,8 @@ class CoreConfig:
             raise ValueError(f"drop_path = {self.drop_path} must be at least 0 and below 1")
         if not 0.0 <= self.dropout <= 0.99:
             raise ValueError(f"dropout = {self.dropout} must be between 0 and 0.99")
+        if not self.attend_self and self.attention == "softmax":
+            raise ValueError("attend_self = False is for raw attention: leave it out, or set attention = raw")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}: change one of them")
         if self.n_neurons % 2:
@@ -166,12 +176,17 @@ class BDHCore(nn.Module):
         self.decoder = nn.Parameter(torch.empty(*sets, H * N, D))
         if config.qk == "separate":
             self.encoder_k = nn.Parameter(torch.empty(*sets, H, D, N))
-        self.attn = RotaryAttention(N, config.attention == "softmax", causal, config.rotary)
+        self.attn = RotaryAttention(N, config.attention == "softmax", causal, config.rotary, config.attend_self)
         self.activation = ACTIVATIONS[config.activation]
         # identity modules: the recorder's hook points at the input and the output of each level
         self.level_input, self.level_output = nn.Identity(), nn.Identity()
         if config.residual == "scaled_pre":
             self.level_norms = nn.ModuleList(nn.LayerNorm(D, eps=LN_EPS) for _ in range(config.n_layer + 1))
+        if config.level_gain:
+            self.level_gain = _vectors(config.n_layer, torch.ones(D))
+            self.level_bias = _vectors(config.n_layer, torch.zeros(D))
+        if config.update_gain is not None:
+            self.update_gain = _vectors(config.n_layer, torch.full((D,), config.update_gain))
         self.use_fast_path = True
         self.recompute = False  # activation checkpointing: less memory, more compute
         plain_step = ("plain_update", "activity", "queries_and_keys")
@@ -220,25 +235,38 @@ class BDHCore(nn.Module):
         if residual == "post":
             x = layer_norm(x)
         for level in range(self.config.n_layer):
-            step = (weights[level], tables, products[level])
+            step = (level, weights[level], tables, products[level])
+            x = self.mixed(x, level, grid)
             if residual == "post":
-                x = layer_norm(x + self.sometimes(self.update(x, *step), level))
+                x = layer_norm(x + self.level_update(x, *step))
             elif residual == "pre":
                 x = layer_norm(x)
-                x = x + self.sometimes(self.update(x, *step), level)
+                x = x + self.level_update(x, *step)
             elif residual == "true_pre":
-                x = x + self.sometimes(self.update(layer_norm(x), *step), level)
+                x = x + self.level_update(layer_norm(x), *step)
             elif residual == "scaled_pre":
-                x = x + self.sometimes(self.update(self.scaled_norm(x, level), *step), level)
+                x = x + self.level_update(self.scaled_norm(x, level), *step)
             else:
-                x = x + self.sometimes(self.update(x, *step), level)
+                x = x + self.level_update(x, *step)
             x = self.level_output(x)
             states.append(x)
         states[-1] = self.finished(x)
         return states
 
-    def sometimes(self, update: Tensor, level: int) -> Tensor:
-        """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): drops a sample's update, and scales the kept ones."""
+    def mixed(self, x: Tensor, level: int, grid: tuple[int, int] | None) -> Tensor:
+        """The residual stream before a level's norm; models on images may mix neighbouring tokens here."""
+        return x
+
+    def level_update(self, x: Tensor, level: int, *step: Any) -> Tensor:
+        """What a level adds to the residual stream: f(x) with the level's own gains, and with stochastic depth.
+
+        Stochastic depth (Huang et al. 2016, arXiv 1603.09382) drops a sample's update, and scales the kept ones.
+        """
+        if self.config.level_gain:
+            x = torch.addcmul(self.level_bias[level], x, self.level_gain[level])
+        update = self.update(x, *step)
+        if self.config.update_gain is not None:
+            update = update * self.update_gain[level]
         probability = self.config.drop_path * (level + 1) / self.config.n_layer
         return stochastic_depth(update, probability, "row", self.training and probability > 0)
 
@@ -303,10 +331,14 @@ class BDHCore(nn.Module):
         def rotated(v: Tensor) -> Tensor:
             return v if tables is None else rope(v, tables.cos, tables.sin)
 
-        q = rotated(x_sparse)
+        q = rotated(self.scaled_query(x_sparse))
         if weights.encoder_k is None:
             return q, q
-        return q, rotated(self.activation(_all_heads(x, weights.encoder_k)))
+        return q, rotated(self.scaled_query(self.activation(_all_heads(x, weights.encoder_k))))
+
+    def scaled_query(self, x_sparse: Tensor) -> Tensor:
+        """x_sparse, scaled to a root mean square of 1 per head and token if qk_norm. (B, H, T, N)."""
+        return F.rms_norm(x_sparse, x_sparse.shape[-1:], eps=LN_EPS) if self.config.qk_norm else x_sparse
 
     def attention_weights(
         self, x: Tensor, level: int, grid: tuple[int, int] | None = None, queries: slice = slice(None)
@@ -347,6 +379,11 @@ class BDHCore(nn.Module):
             return StepWeights(*(weight.detach().to(dtype) for weight in step[:3]))
 
         return [cast(weights[0])] * len(weights) if self.config.shared else [cast(step) for step in weights]
+
+
+def _vectors(n_levels: int, initial: Tensor) -> nn.ParameterList:
+    """A learned (D,) vector for each level."""
+    return nn.ParameterList(nn.Parameter(initial.clone()) for _ in range(n_levels))
 
 
 def _all_heads(x: Tensor, encoder: Tensor) -> Tensor:

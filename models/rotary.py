@@ -43,10 +43,11 @@ class RotaryAttention(nn.Module):
     """Attention with neuron activities as queries and keys and tokens as values; it has no parameters.
 
     softmax: softmax(q k^T / sqrt(N)) instead of q k^T. causal: only keys strictly before the query.
-    rotary: selects the angles, see `CoreConfig`; the caller rotates q and k with `tables`.
+    rotary: selects the angles, see `CoreConfig`; the caller rotates q and k with `tables`. attend_self: raw scores of a
+    token with itself count.
     """
 
-    def __init__(self, n_neurons: int, softmax: bool, causal: bool, rotary: str = "raster"):
+    def __init__(self, n_neurons: int, softmax: bool, causal: bool, rotary: str = "raster", attend_self: bool = True):
         super().__init__()
         if rotary == "axial":  # rows and columns have half of the pairs each, with the full range of frequencies
             freqs = rope_frequencies(n_neurons // 2).repeat(2)
@@ -56,6 +57,7 @@ class RotaryAttention(nn.Module):
         self.softmax = softmax
         self.causal = causal
         self.rotary = rotary
+        self.attend_self = attend_self
         self._tables: dict[tuple, Tables] = {}
 
     def angles(self, n_tokens: int, grid: tuple[int, int] | None = None) -> Tensor:
@@ -106,7 +108,9 @@ class RotaryAttention(nn.Module):
                 later = torch.ones_like(scores, dtype=torch.bool).triu(first)
                 return scores.masked_fill(later, -math.inf).softmax(-1).nan_to_num()
             return scores.softmax(-1)
-        return scores.tril(first - 1) if self.causal else scores
+        if self.causal:
+            return scores.tril(first - 1)
+        return scores if self.attend_self else scores - scores.tril(first).triu(first)
 
     def forward(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
         """q, k: (B, H, T, N), x: (B, T, D) -> (B, H, T, D)."""
@@ -115,4 +119,5 @@ class RotaryAttention(nn.Module):
             return self.weights(q, k) @ values
         if self.softmax:  # scales by 1 / sqrt(N); a CPU stores T x T scores unless N = D
             return F.scaled_dot_product_attention(q, k, values.expand(-1, q.shape[1], -1, -1))
-        return kernels.raw_attention(q, k, values)
+        a = kernels.raw_attention(q, k, values)
+        return a if self.attend_self else a - (q * k).sum(-1, keepdim=True) * values

@@ -10,6 +10,8 @@ The published variants are values of a few `CoreConfig` fields. `<name>_config(*
     pre_ln      published ablation: LN before each step and on the attention output
     post_ln     published ablation: LN after each step only
     double_ln   published ablation: LN after each step and on the update
+    v4          not published: convolutional stem, neighbouring tokens mixed before each step, axial positions, a free
+                residual stream, a gain and bias for each level
 """
 
 import math
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.bdh import WEIGHT_STD, BDHCore, CoreConfig, layer_norm
+from models.locality import ConvStem, TokenMixing
 
 Grid = tuple[int, int]  # rows and columns of patches
 ImageSize = int | tuple[int, int]  # side of a square image, or (height, width), in pixels
@@ -30,7 +33,7 @@ ImageSize = int | tuple[int, int]  # side of a square image, or (height, width),
 class VisionEncoderConfig(CoreConfig):
     """The BDH step and the patch embedding: common to all BDH models on images."""
 
-    outside_step: ClassVar[tuple[str, ...]] = ("img_size", "patch_size", "in_channels", "pos_embed")
+    outside_step: ClassVar[tuple[str, ...]] = ("img_size", "patch_size", "in_channels", "pos_embed", "stem", "mixing")
 
     img_size: ImageSize = 32
     """image size in pixels: one side, or height and width"""
@@ -40,9 +43,20 @@ class VisionEncoderConfig(CoreConfig):
     """number of image channels"""
     pos_embed: bool = True
     """add a learned position embedding to each patch"""
+    stem: Literal["patch", "conv"] = "patch"
+    """from pixels to tokens: one projection of each patch, or 3 x 3 convolutions of stride 2 (patch_size 2, 4, 8)"""
+    mixing: Literal["none", "conv", "conv_per_level"] = "none"
+    """before each level, add a depthwise 3 x 3 convolution of the grid of tokens: the same one at every level, or one
+    per level"""
 
     def __post_init__(self):
         super().__post_init__()
+        if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
+            raise ValueError(f"stem = conv halves the image: patch_size = {self.patch_size} must be 2, 4, 8, ...")
+        if self.stem == "conv" and self.n_embd % (self.patch_size // 2):
+            raise ValueError(
+                f"n_embd = {self.n_embd} must be a multiple of patch_size / 2 = {self.patch_size // 2} for stem = conv"
+            )
         if isinstance(self.img_size, list):  # JSON has no tuples
             object.__setattr__(self, "img_size", tuple(self.img_size))
         for name in ("patch_size", "in_channels"):
@@ -79,8 +93,9 @@ class VisionBDHConfig(VisionEncoderConfig):
     """height and width of the images, in pixels"""
     num_classes: int = 10
     """number of classes"""
-    pool: Literal["mean", "cls"] = "mean"
-    """input of the classification head: the mean over the patch tokens, or a learned class token"""
+    pool: Literal["mean", "cls", "seq"] = "mean"
+    """input of the classification head: the mean over the patch tokens, a learned class token, or a weighted mean with
+    learned attention (CCT's sequence pooling)"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -100,13 +115,23 @@ class VisionEncoder(BDHCore):
 
     def __init__(self, config: VisionEncoderConfig):
         super().__init__(config, causal=False)
-        self.patch_embed = nn.Conv2d(config.in_channels, config.n_embd, config.patch_size, stride=config.patch_size)
-        nn.init.normal_(self.patch_embed.weight, std=WEIGHT_STD)
-        nn.init.zeros_(self.patch_embed.bias)
+        if config.stem == "conv":
+            self.patch_embed = ConvStem(config.in_channels, config.n_embd, config.patch_size)
+        else:
+            self.patch_embed = nn.Conv2d(config.in_channels, config.n_embd, config.patch_size, config.patch_size)
+            nn.init.normal_(self.patch_embed.weight, std=WEIGHT_STD)
+            nn.init.zeros_(self.patch_embed.bias)
         self.pos_embed = None
         if config.pos_embed:
             self.pos_embed = nn.Parameter(torch.empty(1, math.prod(config.grid), config.n_embd))
             nn.init.normal_(self.pos_embed, std=WEIGHT_STD)
+        if config.mixing != "none":
+            count = config.n_layer if config.mixing == "conv_per_level" else 1
+            self.mixing = nn.ModuleList(TokenMixing(config.n_embd) for _ in range(count))
+
+    def mixed(self, x: Tensor, level: int, grid: Grid) -> Tensor:
+        """x: (B, T, D), the residual stream before a level -> the same with neighbouring tokens mixed."""
+        return x if self.config.mixing == "none" else self.mixing[level % len(self.mixing)](x, grid)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Tokens with learned positions. images: (B, C, height, width) -> (B, T, D) and the grid, T = rows * columns.
@@ -152,6 +177,8 @@ class VisionBDH(VisionEncoder):
         if config.pool == "cls":
             self.cls_token = nn.Parameter(torch.empty(1, 1, config.n_embd))
             nn.init.normal_(self.cls_token, std=WEIGHT_STD)
+        if config.pool == "seq":
+            self.pool_query = nn.Parameter(torch.zeros(config.n_embd))  # starts as the mean
         self.head = nn.Linear(config.n_embd, config.num_classes)
         nn.init.normal_(self.head.weight, std=WEIGHT_STD)
         nn.init.zeros_(self.head.bias)
@@ -165,7 +192,12 @@ class VisionBDH(VisionEncoder):
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """Pooled and normalised last state, the head's input. tokens: (B, T, D) -> (B, D)."""
-        return self.normalised(tokens[:, 0] if self.config.pool == "cls" else tokens.mean(1))
+        if self.config.pool == "cls":
+            return self.normalised(tokens[:, 0])
+        if self.config.pool == "seq":  # Hassani et al. 2021, arXiv 2104.05704, equation 4
+            weights = (self.normalised(tokens) @ self.pool_query).softmax(1)  # (B, T)
+            return self.normalised((weights[:, None] @ tokens)[:, 0])
+        return self.normalised(tokens.mean(1))
 
     def features(self, images: Tensor) -> Tensor:
         """The head's input. images: (B, C, height, width) -> (B, D)."""
@@ -207,3 +239,9 @@ def post_ln_config(**overrides) -> VisionBDHConfig:
 
 def double_ln_config(**overrides) -> VisionBDHConfig:
     return v2_config(**(dict(residual="post", attn_norm=False) | overrides))
+
+
+def v4_config(**overrides) -> VisionBDHConfig:
+    fields = dict(stem="conv", mixing="conv_per_level", rotary="axial", pos_embed=False, level_gain=True)
+    fields |= dict(residual="true_pre", update_norm=False, attention="raw", init="xavier_per_head")
+    return VisionBDHConfig(**(fields | overrides))

@@ -1,15 +1,20 @@
-"""Golden record: three tiny runs whose losses must not change. `python tests/golden.py` compares with the record;
-`--write` makes it anew, which only a deliberate change of the published protocol justifies.
+"""Golden record: runs whose losses must not change. `python tests/golden.py` compares with the record; `--write` makes
+it anew, which only a deliberate change of the published protocol justifies.
+
+Three tiny runs in detail, and the losses of the first 20 optimizer steps of every script, with its own protocol but for
+a small model (where it has flags for that) and so few samples that an epoch is one step.
 
 The digits are exact on one CPU; another CPU rounds differently, so the test allows 1e-4 of each number.
 """
 
 import csv
+import dataclasses
 import hashlib
 import json
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -23,20 +28,31 @@ from training import ClassificationConfig, Experiment, RunOptions, SegmentationC
 from models.bdh import BDHConfig
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v2_config
+from training.command_line import experiment_of, flags_of
+from training.config import ROOT
 
 RECORD = Path(__file__).with_suffix(".json")
 COLUMNS = ("train_loss", "val_loss", "learning_rate")  # and the metric, whose column depends on the task
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "\nEXPERIMENT = " in path.read_text(encoding="utf-8"))
+STEPS = 20
 SIZE = dict(n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
+
+
+def write_data(folder: Path, n_masks: int = 2 * STEPS) -> Path:
+    """Made-up images, street scenes and a text in the folder; returns the text."""
+    for n_classes in (10, 100):
+        (folder / f"data_cifar{n_classes}").mkdir(parents=True)
+        np.savez(folder / f"data_cifar{n_classes}" / f"cifar{n_classes}.npz", **made_up_cifar(n_classes=n_classes))
+    write_camvid(folder / "data_camvid", n_train=n_masks, n_val=4)
+    text = folder / "song.txt"
+    lines = (b"%d bottles on the wall, and if one of them should fall, " % (i % 11) for i in range(90))
+    text.write_bytes(b"".join(lines))
+    return text
 
 
 def experiments(folder: Path) -> list[Experiment]:
     """v2 on images, BDH-UNet on street scenes, the language model on text: all made up, in the folder."""
-    (folder / "data_cifar10").mkdir(parents=True)
-    np.savez(folder / "data_cifar10" / "cifar10.npz", **made_up_cifar())
-    write_camvid(folder / "data_camvid", n_train=8, n_val=4)
-    text = folder / "song.txt"
-    lines = (b"%d bottles on the wall, and if one of them should fall, " % (i % 11) for i in range(90))
-    text.write_bytes(b"".join(lines))
+    text = write_data(folder, n_masks=8)
     options = RunOptions(data_dir=folder, runs_dir=folder / "runs", device="cpu", num_workers=0)
     common = dict(epochs=3, learning_rate=2e-3, weight_decay=0.05, warmup_steps=4, precision="float32")
     images = ClassificationConfig(
@@ -52,6 +68,56 @@ def experiments(folder: Path) -> list[Experiment]:
         Experiment("bdh_unet", unet, masks, options),
         Experiment("text", BDHConfig(**SIZE), words, options),
     ]
+
+
+def script_flags(script: str, folder: Path) -> list[str]:
+    """What makes a script one epoch of 20 small steps on the data in the folder."""
+    experiment = experiment_of(script)
+    has = {field.name for config in (experiment.model, experiment.train) for field in dataclasses.fields(config)}
+    small = SIZE | dict(mlp_dim=32, encoder_weights="none", epochs=1)
+    fields = {name: value for name, value in small.items() if name in has}
+    if isinstance(experiment.train, SegmentationConfig):
+        fields |= dict(img_size=32, batch_size=2, train_limit=2 * STEPS)
+    elif isinstance(experiment.train, TextConfig):
+        fields |= dict(text=folder / "song.txt", context=16, batch_size=12)
+    else:
+        fields |= dict(train_limit=10 * STEPS, batch_size=8)  # a fifth validates
+    if experiment.train.start_from:
+        fields["start_from"] = folder / "runs" / "train_bdh_unet" / "seed0" / "best.pt"
+    where = ["--data-dir", str(folder), "--runs-dir", str(folder / "runs"), "--device", "cpu", "--num-workers", "0"]
+    return [*flags_of(fields), "--precision", "float32", "--name", Path(script).stem, *where]
+
+
+def measure_scripts() -> dict[str, list[float]]:
+    """The losses of the first 20 steps of each script, on one thread."""
+    torch.set_num_threads(1)
+    losses = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        write_data(folder)
+        for script in sorted(SCRIPTS, key=lambda name: name.startswith("finetune")):  # after what it goes on from
+            losses[script] = first_losses(experiment_of(script, " ".join(script_flags(script, folder))))
+    return losses
+
+
+def first_losses(experiment: Experiment) -> list[float]:
+    losses, make_task = [], type(experiment.train).make_task
+
+    def make_recorded(train):
+        task = make_task(train)
+
+        def loss(outputs, targets):
+            value = type(task).loss(task, outputs, targets)
+            if value.requires_grad:  # not in validation
+                losses.append(value.item())
+            return value
+
+        task.loss = loss
+        return task
+
+    with mock.patch.object(type(experiment.train), "make_task", make_recorded):
+        fit(experiment)
+    return losses[-STEPS:]  # the task is tried on two samples before the first step
 
 
 def measure() -> dict[str, dict]:
@@ -72,10 +138,12 @@ def measure() -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    now = measure()
+    now = {"runs": measure(), "first_losses": measure_scripts()}
     if "--write" in sys.argv[1:]:
         RECORD.write_text(json.dumps(now, indent=1) + "\n")
     before = json.loads(RECORD.read_text())
-    for name, run in now.items():
-        print(f"{name}: {'equal to the last digit' if run == before[name] else f'DIFFERS: {before[name]} -> {run}'}")
+    for part, entries in now.items():
+        for name, entry in entries.items():
+            same = entry == before[part].get(name)
+            print(f"{name}: {'equal to the last digit' if same else f'DIFFERS: {before[part].get(name)} -> {entry}'}")
     raise SystemExit(now != before)

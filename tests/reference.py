@@ -63,18 +63,25 @@ def reference_update(
     gate="multiplicative",
     activation="relu",
     rotary="raster",
+    attend_self=True,
+    qk_norm=False,
     class_token=False,
     causal=False,
 ):
     """f(x): everything from x E to y, a head at a time. x: (B, T, D). causal: keys strictly before the query."""
     position = torch.arange(x.shape[1])
     visible = position[None, :] < position[:, None] if causal else torch.ones(2 * x.shape[1:2], dtype=torch.bool)
+    if not attend_self:
+        visible = visible & (position[None, :] != position[:, None])
     gated = []
     for head, (encoder, encoder_v) in enumerate(zip(weights["encoder"], weights["encoder_v"], strict=True)):
         before = x @ encoder
         x_sparse = activate(before, activation)
         k_sparse = activate(x @ weights["encoder_k"][head], activation) if qk == "separate" else x_sparse
-        q, k = rotate(x_sparse, rotary, class_token), rotate(k_sparse, rotary, class_token)
+        q, k = (
+            rotate(v / (v.square().mean(-1, keepdim=True) + 1e-5).sqrt() if qk_norm else v, rotary, class_token)
+            for v in (x_sparse, k_sparse)
+        )
         scores = torch.einsum("btn,bun->btu", q, k)
         if attention == "softmax":
             scores = scores / math.sqrt(q.shape[-1])
@@ -88,10 +95,38 @@ def reference_update(
     return norm(y) if update_norm else y
 
 
+def convolution(x, kernel, bias, stride=1):
+    """3 x 3 with a border of zeros. x: (B, C, height, width), kernel: (O, C, 3, 3), or (C, 1, 3, 3) per channel."""
+    rows, columns = x.shape[2:]
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1))
+    form = "bchw,c->bchw" if kernel.shape[1] == 1 else "bchw,oc->bohw"
+    total = bias[:, None, None]
+    for i, j in itertools.product(range(3), repeat=2):
+        taps = kernel[:, 0, i, j] if kernel.shape[1] == 1 else kernel[:, :, i, j]
+        total = total + torch.einsum(form, padded[:, :, i : i + rows : stride, j : j + columns : stride], taps)
+    return total
+
+
+def mix(weights, x, level):
+    """x plus a depthwise convolution of the patches, which lie on a square grid. level from 0."""
+    per_level = f"mixing.{level}.weight" in weights
+    kernel, bias = (weights[f"mixing.{level if per_level else 0}.{name}"] for name in ("weight", "bias"))
+    side = math.isqrt(x.shape[1])
+    first = x.shape[1] - side**2  # a class token is not on the grid
+    planes = x[:, first:].transpose(1, 2).reshape(len(x), -1, side, side)
+    mixed = convolution(planes, kernel, bias).reshape(len(x), -1, side**2).transpose(1, 2)
+    return torch.cat((x[:, :first], x[:, first:] + mixed), dim=1)
+
+
 def reference_levels(weights, x, *, n_layer, residual="post", shared=True, **step):
     """The last state, by the table of residuals. x: (B, T, D), the embedded tokens."""
 
     def f(x, level):  # level from 1; without sharing, weights are stacked over the levels
+        if "level_gain.0" in weights:
+            x = x * weights[f"level_gain.{level - 1}"] + weights[f"level_bias.{level - 1}"]
+        return weights.get(f"update_gain.{level - 1}", 1) * core(x, level)
+
+    def core(x, level):
         names = [name for name in ("encoder", "encoder_v", "decoder", "encoder_k") if name in weights]
         own = {name: weights[name] if shared else weights[name][level - 1] for name in names}
         return reference_update(own, x, class_token="cls_token" in weights, **step)
@@ -103,6 +138,8 @@ def reference_levels(weights, x, *, n_layer, residual="post", shared=True, **ste
     if residual == "post":
         x = norm(x)
     for level in range(1, n_layer + 1):
+        if "mixing.0.weight" in weights:
+            x = mix(weights, x, level - 1)
         if residual == "post":
             x = norm(x + f(x, level))
         elif residual == "pre":
@@ -118,17 +155,26 @@ def reference_levels(weights, x, *, n_layer, residual="post", shared=True, **ste
 
 
 def reference_embedding(weights, images):
-    """Patches, row by row, with class token and learned positions if the weights have them.
+    """Patches, row by row, or the convolutional stem, with class token and learned positions if the weights have them.
 
     images: (B, C, height, width) -> (B, T, D).
     """
-    kernel, bias = weights["patch_embed.weight"], weights["patch_embed.bias"]
-    p = kernel.shape[-1]
-    tokens = []
-    for row, column in itertools.product(range(0, images.shape[2], p), range(0, images.shape[3], p)):
-        patch = images[:, :, row : row + p, column : column + p].flatten(1)
-        tokens.append(patch @ kernel.flatten(1).T + bias)
-    x = torch.stack(tokens, dim=1)
+    if "patch_embed.weight" in weights:
+        kernel, bias = weights["patch_embed.weight"], weights["patch_embed.bias"]
+        p = kernel.shape[-1]
+        tokens = []
+        for row, column in itertools.product(range(0, images.shape[2], p), range(0, images.shape[3], p)):
+            patch = images[:, :, row : row + p, column : column + p].flatten(1)
+            tokens.append(patch @ kernel.flatten(1).T + bias)
+        x = torch.stack(tokens, dim=1)
+    else:
+        planes = images
+        for name in ("first", *(f"hidden.{index}" for index in range(10))):
+            if f"patch_embed.{name}.weight" in weights:
+                planes = planes if name == "first" else planes.clamp(min=0)
+                kernel, bias = (weights[f"patch_embed.{name}.{each}"] for each in ("weight", "bias"))
+                planes = convolution(planes, kernel, bias, stride=2)
+        x = planes.flatten(2).transpose(1, 2)
     if "pos_embed" in weights:
         x = x + weights["pos_embed"]
     if "cls_token" in weights:
@@ -139,8 +185,12 @@ def reference_embedding(weights, images):
 def reference_outputs(weights, images, *, residual, **choices):
     """(tokens, features, logits) of Vision-BDH."""
     tokens = reference_levels(weights, reference_embedding(weights, images), residual=residual, **choices)
+    normalise = (lambda x: x) if residual == "scaled_pre" else norm
     pooled = tokens[:, 0] if "cls_token" in weights else tokens.sum(1) / tokens.shape[1]
-    features = pooled if residual == "scaled_pre" else norm(pooled)
+    if "pool_query" in weights:
+        powers = (normalise(tokens) * weights["pool_query"]).sum(-1, keepdim=True).exp()  # (B, T, 1)
+        pooled = (powers * tokens).sum(1) / powers.sum(1)
+    features = normalise(pooled)
     return tokens, features, features @ weights["head.weight"].T + weights["head.bias"]
 
 
@@ -155,6 +205,7 @@ def reference_logits(weights, idx, **choices):
 SIZES = dict(n_layer=3, n_embd=12, n_head=3, mlp_internal_dim_multiplier=4)
 SMALL = SIZES | dict(img_size=6, patch_size=2, in_channels=2, num_classes=5)
 STEP_FIELDS = ["residual", "attn_norm", "update_norm", "attention", "qk", "gate", "activation", "rotary", "shared"]
+STEP_FIELDS += ["attend_self", "qk_norm"]
 
 
 def choices_of(config):

@@ -28,8 +28,14 @@ OTHER_VALUES = {
     "rotary": ["axial", "none"],
     "shared": [False],
     "pos_embed": [False],
-    "pool": ["cls"],
+    "pool": ["cls", "seq"],
     "skips": [True],
+    "level_gain": [True],
+    "update_gain": [0.3],
+    "attend_self": [False],
+    "qk_norm": [True],
+    "stem": ["conv"],
+    "mixing": ["conv", "conv_per_level"],
 }
 # sizes and the rest have one.
 SIZES = dict(
@@ -43,6 +49,7 @@ SQUARE = SMALL | dict(attention="softmax", n_embd=6, mlp_internal_dim_multiplier
 BDH_CLASSES = [cls for cls in CONFIG_CLASSES.values() if issubclass(cls, CoreConfig)]
 # the choices that tests/test_vision_bdh.py does not combine with each other
 CHOICES = ["qk", "gate", "activation", "rotary", "pos_embed", "shared", "pool"]
+CHOICES += ["level_gain", "update_gain", "attend_self", "qk_norm", "stem", "mixing"]
 ALONE = [{name: value} for name in CHOICES for value in OTHER_VALUES[name]]
 TOGETHER = [
     dict(qk="separate", gate="sigmoid", activation="gelu", attention="softmax"),
@@ -51,6 +58,9 @@ TOGETHER = [
     dict(rotary="axial", pool="cls", attention="softmax", pos_embed=False),
     dict(qk="separate", shared=False, residual="scaled_pre", attn_norm=False),
     dict(rotary="none", pos_embed=False, pool="cls", gate="sigmoid", init="xavier"),
+    dict(stem="conv", mixing="conv_per_level", level_gain=True, update_gain=0.3, pool="seq", residual="true_pre"),
+    dict(mixing="conv", pool="cls", rotary="axial", level_gain=True, residual="scaled_pre", shared=False),
+    dict(qk="separate", qk_norm=True, attend_self=False, update_gain=0.3, residual="post"),
 ]
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -3,12 +3,26 @@
 import json
 
 import pytest
-from golden import RECORD, measure
+from golden import RECORD, measure, measure_scripts
 
 
-def test_the_losses_are_those_of_the_golden_record():
-    measured, record = measure(), json.loads(RECORD.read_text())
-    assert measured.keys() == record.keys()
-    for name, run in record.items():
+@pytest.fixture(scope="module")
+def record():
+    return json.loads(RECORD.read_text())
+
+
+def test_the_losses_are_those_of_the_golden_record(record):
+    measured = measure()
+    assert measured.keys() == record["runs"].keys()
+    for name, run in record["runs"].items():
         for column, numbers in run["numbers"].items():
             assert measured[name]["numbers"][column] == pytest.approx(numbers, rel=1e-4), (name, column)
+
+
+def test_the_first_losses_of_every_script_are_those_of_the_golden_record(record):
+    measured = measure_scripts()
+    assert record["first_losses"].keys() <= measured.keys(), "a script is missing"
+    for script, losses in record["first_losses"].items():
+        # BatchNorm over few pixels magnifies rounding
+        assert measured[script] == pytest.approx(losses, rel=5e-3 if "net" in script else 1e-4), script
+    assert measured.keys() == record["first_losses"].keys(), "run `python tests/golden.py --write` for a new script"

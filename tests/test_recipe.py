@@ -35,24 +35,6 @@ from training.tasks import median_frequencies, pixel_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EVERYTHING = dict(
-    optimizer="muon",
-    learning_rate=3e-3,
-    adamw_learning_rate=1e-3,
-    decay="matrices",
-    schedule="trapezoid",
-    ema=0.9,
-    horizontal_flip=True,
-    crop_padding=2,
-    randaugment=2,
-    random_erasing=0.3,
-    mixup=0.8,
-    cutmix=1.0,
-    label_smoothing=0.1,
-    repeat_augment=2,
-    eval_flip=True,
-)
-
 
 def make_train(**fields):
     defaults = dict(dataset="cifar10", epochs=1, batch_size=8, learning_rate=0.02, weight_decay=0.1)
@@ -395,26 +377,3 @@ def test_eval_flip_is_the_mean_of_both_logits_and_named_in_the_summary(experimen
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 5))
     images = torch.randn(2, 3, 4, 4)
     assert torch.allclose(task.predict(model, images), (model(images) + model(images.flip(-1))) / 2)
-
-
-def test_with_everything_on_a_resumed_run_is_bit_identical(experiment):
-    whole, stopped = (
-        experiment(name="whole", epochs=3, **EVERYTHING),
-        experiment(name="stopped", epochs=3, **EVERYTHING),
-    )
-    fit(whole)
-    real = loop.train_epoch
-
-    def stopping(session):
-        if session.epoch == 2:
-            raise KeyboardInterrupt
-        return real(session)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "train_epoch", stopping)
-        fit(stopped)
-    options = dataclasses.replace(stopped.options, resume=True)
-    fit(dataclasses.replace(stopped, options=options))
-    ours, theirs = (load_checkpoint(each.folder / "last.pt") for each in (whole, stopped))
-    for part in ("model", "average"):
-        assert all(torch.equal(value, theirs[part][name]) for name, value in ours[part].items())

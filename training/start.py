@@ -12,7 +12,7 @@ from training.command_line import flags_of
 from training.config import Experiment, UserError, name_of_file
 from training.stored import first_line, load_weights, read_config
 
-CORE = ("encoder", "decoder", "level_norms")  # prefixes of the core's weights
+CORE = ("encoder", "decoder", "level_", "update_gain", "mixing")  # prefixes of the core's weights
 NO_DIFFERENCE = {"encoder", "encoder_weights", "dropout"}  # fields that do not change the weights' shapes or meaning
 
 
@@ -75,8 +75,9 @@ def take_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Any]:
     if "pos_embed" in theirs and "pos_embed" in mine:
         theirs["pos_embed"] = interpolate_positions(theirs["pos_embed"], source.grid, encoder.config.grid)
     taken = {name: theirs[name] for name in mine if name in theirs and theirs[name].shape == mine[name].shape}
-    if "patch_embed.weight" not in taken:
-        taken.pop("patch_embed.bias", None)  # useless without its weight
+    stem = {name for name in mine if name.startswith("patch_embed.")}
+    if not stem <= taken.keys():  # one part is useless without the others
+        taken = {name: weight for name, weight in taken.items() if name not in stem}
     fields = {field.name for field in dataclasses.fields(VisionEncoderConfig)} - {"img_size"}
     flags = _flags_of(source, encoder.config, fields)
     core = {name for name in mine.keys() | theirs if name.startswith(CORE)}

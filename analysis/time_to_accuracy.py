@@ -1,0 +1,147 @@
+"""Training time and training operations that an accuracy costs: table and figure over runs on one data set.
+
+Time counts training alone: augmentation, forward, backward and optimizer steps of all epochs, without start-up,
+validation and test. Operations are those of matrix products and convolutions, forward and backward, which no hardware
+changes. A run reaches the target at the first epoch whose validation accuracy does.
+
+    python analysis/time_to_accuracy.py --runs-dir results/speedrun
+    python analysis/time_to_accuracy.py --target 0.9 --runs-dir runs
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from analysis.plotting import style
+from analysis.plotting.curves import labels_of
+from analysis.reading import Row, RunFiles, find_runs, make_rows, read_runs
+from analysis.tables import markdown_table
+from benchmarks.training_steps import flop_per_image
+from models import build_config
+from training.command_line import run_script
+from training.config import ROOT, UserError
+
+PUBLISHED_V2 = 0.8173  # test accuracy of v2 on CIFAR-10 after 50 epochs, the documented headline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Which runs, and the accuracy."""
+
+    runs_dir: Path = ROOT / "results" / "speedrun"
+    """folder with runs, at any depth"""
+    target: float = PUBLISHED_V2
+    """accuracy to reach, as a share; default: the documented test accuracy of v2"""
+    output: Path | None = None
+    """output files without suffix: .md, .csv, .png and .svg are added; default: time_to_accuracy in runs_dir"""
+
+
+def training_seconds(run: RunFiles) -> pd.Series:
+    """(epochs,) seconds of training up to the end of each epoch, without validation, of a finished run."""
+    return (run.summary["images"]["train"] / run.epochs["images_per_sec"]).cumsum()
+
+
+def training_pflop(run: RunFiles) -> pd.Series:
+    """(epochs,) 1e15 operations of training up to the end of each epoch."""
+    with torch.device("meta"):
+        model = build_config(run.config["model_class"], run.config["config"]["model"]).build()
+    images = run.summary["images"]["train"] * run.epochs.index.to_series()
+    return images * flop_per_image(model, run.config["config"]["model"]["img_size"]) / 1e15
+
+
+def measure(row: Row, target: float) -> dict:
+    """A line of the table; NaN where no run, or not every run, reaches the target."""
+    seconds, pflop = ([each(run) for run in row.finished] for each in (training_seconds, training_pflop))
+    reached = [run.epochs.index[run.epochs["val_accuracy"] >= target] for run in row.finished]
+    complete = all(len(epochs) for epochs in reached)
+
+    def at(costs: Sequence[pd.Series]) -> float:
+        return np.mean([cost[epochs[0]] for cost, epochs in zip(costs, reached, strict=True)]) if complete else np.nan
+
+    return {
+        "experiment": ", ".join(row.parts),
+        "parameters": row.runs[0].config["parameters"],
+        "seeds": len(row.finished),
+        "epochs": len(row.finished[0].epochs),
+        "minutes": np.mean([each.iloc[-1] for each in seconds]) / 60,
+        "pflop": np.mean([each.iloc[-1] for each in pflop]),
+        "test_accuracy": row.test.mean(),
+        "test_accuracy_lowest": row.test.min(),
+        "minutes_to_target": at(seconds) / 60,
+        "pflop_to_target": at(pflop),
+        "hardware": "; ".join(sorted({run.hardware for run in row.finished})),
+    }
+
+
+def draw(rows: Sequence[Row], target: float) -> Figure:
+    """Validation accuracy of every run over minutes of training, and over its operations."""
+    labels, title = labels_of(rows)
+    figure, (block,) = style.new_blocks([title], [2.6 + style.legend_inches(labels)])
+    axes = block.subplots(1, 2, sharey=True)
+    panels = (training_seconds, 60, "minutes of training"), (training_pflop, 1, "training operations (1e15)")
+    for ax, (cost, unit, name) in zip(axes, panels, strict=True):
+        values = []
+        for place, (row, label) in enumerate(zip(rows, labels, strict=True)):
+            look = style.look_of(place) | dict(linewidth=1.3, markersize=3)
+            for n, run in enumerate(row.finished):
+                x = cost(run) / unit
+                values += list(x)
+                ax.plot(x, 100 * run.epochs["val_accuracy"], label="_" if n else label, **look)
+        ax.axhline(100 * target, color="0.35", linestyle=":", linewidth=1)
+        style.choose_scale(ax, "x", values)
+        style.style_axes(ax, "both")
+        ax.set_xlabel(name)
+    axes[0].set_ylabel("validation accuracy (%)")
+    style.add_legend(block, axes[0], f"a line for each seed; dotted: {100 * target:.2f} %")
+    return figure
+
+
+def main(options: Options) -> None:
+    rows = [row for row in make_rows(read_runs(find_runs(options.runs_dir))) if row.finished]
+    if len({row.task for row in rows}) != 1 or rows[0].metric.key != "accuracy":
+        raise UserError(
+            f"{options.runs_dir} must hold finished runs of classification on one data set: name another --runs-dir"
+        )
+    table = pd.DataFrame([measure(row, options.target) for row in rows])
+    output = options.output or options.runs_dir / "time_to_accuracy"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    table.to_csv(output.with_name(f"{output.name}.csv"), index=False)
+    percent = f"{100 * options.target:.2f} %"
+    lines = [
+        [
+            row.experiment,
+            f"{row.parameters:,}",
+            f"{row.seeds}",
+            f"{row.epochs}",
+            _number(row.minutes, ".1f"),
+            _number(row.pflop, ".2f"),
+            _number(100 * row.test_accuracy, ".2f"),
+            _number(row.minutes_to_target, ".1f"),
+            _number(row.pflop_to_target, ".2f"),
+        ]
+        for row in table.itertuples()
+    ]
+    titles = ["experiment", "parameters", "seeds", "epochs", "minutes", "PFLOP", "test accuracy (%)"]
+    titles += [f"minutes to {percent}", f"PFLOP to {percent}"]
+    text = "\n".join(markdown_table(titles, lines, left=("experiment",)))
+    hardware = "; ".join(dict.fromkeys(table.hardware))
+    text += f"\n\nMinutes are of training alone, on {hardware}. The target is validation accuracy.\n"
+    output.with_name(f"{output.name}.md").write_text(text, encoding="utf-8")
+    png, _ = style.save_figure(draw(rows, options.target), output.with_name(f"{output.name}.png"))
+    print(f"{text}\n{png}")
+
+
+def _number(value: float, form: str) -> str:
+    return "\N{EN DASH}" if np.isnan(value) else format(value, form)
+
+
+if __name__ == "__main__":
+    run_script(main, __doc__)

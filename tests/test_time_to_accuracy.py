@@ -1,0 +1,41 @@
+"""Training time and operations to an accuracy, held to numbers computed by hand."""
+
+import math
+
+import pandas as pd
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from analysis.time_to_accuracy import Options, main
+from models.vision_bdh import v2_config
+from training.config import UserError
+
+
+def test_the_table_has_the_time_and_the_operations_of_training_alone(make_run, tmp_path, capsys):
+    speeds, accuracies = [100.0, 200.0, 100.0, 100.0, 50.0], [[0.2, 0.5, 0.4, 0.7, 0.8], [0.1, 0.2, 0.3, 0.4, 0.5]]
+    for seed, accuracy in enumerate(accuracies):
+        make_run(seed=seed, columns={"images_per_sec": speeds, "val_accuracy": accuracy}, test=0.6 + seed / 10)
+    make_run(name="v1_cifar10", done=3)
+    main(Options(runs_dir=tmp_path / "runs", target=0.5))
+    (row,) = pd.read_csv(tmp_path / "runs" / "time_to_accuracy.csv").itertuples()  # the unfinished run is left out
+    with FlopCounterMode(display=False) as counter:
+        v2_config().build().to("meta")(torch.zeros(1, 3, 32, 32, device="meta")).sum().backward()
+    images, pflop = 40_000, counter.get_total_flops() / 1e15
+    assert (row.seeds, row.epochs, row.parameters) == (2, 5, 3_233_482)
+    assert row.minutes == pytest.approx(images * (1 / 100 + 1 / 200 + 1 / 100 + 1 / 100 + 1 / 50) / 60)
+    assert row.pflop == pytest.approx(5 * images * pflop)
+    assert row.test_accuracy == pytest.approx(0.65) and row.test_accuracy_lowest == pytest.approx(0.6)
+    assert row.minutes_to_target == pytest.approx(images * ((1 / 100 + 1 / 200) + (0.035 + 0.02)) / 2 / 60)
+    assert row.pflop_to_target == pytest.approx((2 + 5) / 2 * images * pflop)
+    assert (tmp_path / "runs" / "time_to_accuracy.png").stat().st_size > 10_000
+    assert "| v2_cifar10 | 3,233,482 | 2 | 5 |" in capsys.readouterr().out
+    main(Options(runs_dir=tmp_path / "runs", target=0.75))
+    (row,) = pd.read_csv(tmp_path / "runs" / "time_to_accuracy.csv").itertuples()
+    assert math.isnan(row.minutes_to_target)  # one seed does not reach it
+
+
+def test_a_folder_without_finished_runs_is_refused(make_run, tmp_path):
+    make_run(done=2)
+    with pytest.raises(UserError, match="must hold finished runs of classification on one data set"):
+        main(Options(runs_dir=tmp_path / "runs"))
