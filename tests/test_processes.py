@@ -34,7 +34,7 @@ from models.baselines import ResNet20Config, ViTConfig
 from models.bdh import BDHConfig, BDHCore
 from models.bdh_unet import bdh_unet_config
 from models.masked_bdh import MaskedBDHConfig
-from models.vision_bdh import v2_config
+from models.vision_bdh import v2_config, v4_config
 from tests.camvid_data import write_camvid
 from tests.children import before, kill, launch_in_child, nth, run_together
 from tests.conftest import TINY_MODEL, made_up_cifar
@@ -124,6 +124,7 @@ def test_the_sums_of_two_processes_go_on_in_one(monkeypatch):
 SIZE = dict(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
 MODELS = {
     "fast path": v2_config(patch_size=8, dropout=0.1, **SIZE),
+    "v4": v4_config(**SIZE),
     "softmax": v2_config(patch_size=8, attention="softmax", pool="cls", **SIZE),
     "plain path": v2_config(patch_size=8, gate="none", **SIZE),
     "masked": MaskedBDHConfig(patch_size=8, **SIZE),
