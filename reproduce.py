@@ -33,6 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from training import processes
 from analysis.reading import RunFiles, read_runs
 from plans import PLANS, Entry, Part, Plan, epoch_minutes, measure_step, training_flop
 from training.command_line import exit_with, experiment_of, flags_of, run_script
@@ -56,7 +57,9 @@ class Options:
     only: str | None = None
     """only experiments whose name contains this"""
     jobs: int = 1
-    """runs at the same time"""
+    """runs at the same time, spread over the visible GPUs"""
+    nproc_per_node: int = 1
+    """processes that train each run together, each on a GPU of its own"""
     budget_minutes: float | None = None
     """stop after this time; the same command continues"""
     precision: Literal["float32", "tf32", "bf16"] | None = None
@@ -73,15 +76,17 @@ class Options:
     """folder for the small files of complete runs"""
 
     def __post_init__(self):
-        if self.jobs < 1:
-            raise ValueError(f"jobs = {self.jobs} must be at least 1")
+        for name in ("jobs", "nproc_per_node"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.budget_minutes is not None and not self.budget_minutes > 0:
             raise ValueError(f"budget_minutes = {self.budget_minutes} must be above 0")
 
     @property
     def threads(self) -> int:
-        """Threads of each run on a CPU."""
-        return torch.get_num_threads() if self.jobs == 1 else max(1, (os.cpu_count() or 1) // self.jobs)
+        """Threads of each process on a CPU."""
+        together = self.jobs * self.nproc_per_node
+        return torch.get_num_threads() if together == 1 else max(1, (os.cpu_count() or 1) // together)
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,7 @@ def estimate(planned: Sequence[Planned], options: Options) -> dict[str, float]:
             print(
                 f"  {experiment.name}: {seconds[key]:.3f} s a step of {experiment.train.batch_size} images", flush=True
             )
-        minutes[each.job.label] = epoch_minutes(experiment, seconds[key])
+        minutes[each.job.label] = epoch_minutes(experiment, seconds[key]) / options.nproc_per_node
     return minutes
 
 
@@ -233,6 +238,9 @@ def state_of(planned: Planned) -> tuple[str, str]:
 
 
 def main(options: Options) -> None:
+    if refusal := processes.refusal("reproduce.py"):
+        time.sleep(10 * processes.rank())  # the main process is the first to end, and says why
+        raise UserError(refusal)
     plan = PLANS[options.plan]
     planned = planned_runs(plan, options)
     if not planned:
@@ -266,7 +274,9 @@ def make(plan: Plan, planned: Sequence[Planned], options: Options) -> None:
         chosen = choose_runs(chosen, epoch, budget * options.jobs)
     try:
         jobs = [each.job for each in chosen]
-        outcome = run_jobs(jobs, options.jobs, budget, keep=lambda job: todo[job.label].keep())
+        outcome = run_jobs(
+            jobs, options.jobs, budget, lambda job: todo[job.label].keep(), processes=options.nproc_per_node
+        )
     except KeyboardInterrupt:
         exit_with("stopped; the same command continues", 130)
     started = {each.job.label for each in chosen}

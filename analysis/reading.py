@@ -83,7 +83,8 @@ class RunFiles:
     def hardware(self) -> str:
         about = self.config["hardware"]
         threads = about.get("threads")
-        return about["name"] + (f", {threads} thread{'s' * (threads != 1)}" if threads else "")
+        several = f", {about['processes']} processes" if about.get("processes", 1) > 1 else ""
+        return about["name"] + (f", {threads} thread{'s' * (threads != 1)}" if threads else "") + several
 
 
 @dataclass(frozen=True)

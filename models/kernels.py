@@ -236,7 +236,7 @@ def _excite(x, weights, phases, attn_eps, dropout, softmax, inner=None):
     x_sparse = torch.bmm(x.reshape(1, g * T, D).expand(H, -1, -1), encoder).relu_()  # (H, R, N)
     by_scores, q = softmax or scores_are_cheaper(T, x_sparse.shape[-1], D), None
     if inner is None or not by_scores:
-        q = rotate(x_sparse.view(H, g, T, -1), phases)
+        q = rotate(x_sparse.unflatten(1, (g, T)), phases)
     if by_scores:
         if inner is None:
             inner = q @ q.mT  # (H, g, T, T)
@@ -273,7 +273,7 @@ def _backward_slice(dy, kept, weights, phases, softmax, totals, scratch):
     if rstd is not None:
         da = _norm_backward(da, a, rstd)
     # attention: a = (q q^T) x, softmax(q q^T / sqrt(N)) x or q (q^T x)
-    q = rotate(x_sparse.view(H, g, T, -1), phases, out=two.view(H, g, T, -1))
+    q = rotate(x_sparse.unflatten(1, (g, T)), phases, out=two.unflatten(1, (g, T)))
     if softmax or scores_are_cheaper(T, q.shape[-1], D):
         d_scores = da @ x.mT
         if softmax:

@@ -11,8 +11,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from training import loop, muon
+from training import loop, muon, session
 from models.bdh import BDHCore
+from training.runs import Run
 
 META, CUDA = torch.device("meta"), torch.device("cuda")
 COPIES = (torch.ops.aten._to_copy, torch.ops.aten.copy_)
@@ -90,8 +91,8 @@ def rehearsing(bf16):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_read_progress", read_progress)
-        patch.setattr(loop, "_ratios", read_end)
-        patch.setattr(loop, "set_precision", lambda precision, device: contextlib.nullcontext())
+        patch.setattr(loop, "ratios_of", read_end)
+        patch.setattr(session, "set_precision", lambda precision, device: contextlib.nullcontext())
         patch.setattr(torch, "is_autocast_enabled", lambda *device: bf16 and bool(device))
         patch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
         patch.setattr(muon, "adamw", _fused_adamw)
@@ -103,24 +104,25 @@ def make_session(experiment, device):
     """The session of a new run on the device, without a folder."""
     task = experiment.train.make_task()
     data = task.load(task.open(experiment), None, experiment, device)
-    return loop._make_session(experiment, "rehearsal", device, task, data, loop._build(experiment))
+    model = session.build_model(experiment).to(device)
+    return session.make_session(experiment, Run(experiment.folder), "rehearsal", device, task, data, model)
 
 
 def rehearse(experiment):
     """An epoch of training and its validation on the meta device; raises for what a GPU would have to wait for."""
     with rehearsing(experiment.train.precision == "bf16") as (guard, reads):
-        session = make_session(experiment, META)
-        real_loss = session.task.loss
+        made = make_session(experiment, META)
+        real_loss = made.task.loss
 
         def loss(*args):
             guard.strict = True  # what an epoch copies to the device at its start has been copied
             return real_loss(*args)
 
-        session.task.loss = loss
+        made.task.loss = loss
         with guard, NoNumbers(guard):
-            loop.train_epoch(session)
+            loop.train_epoch(made)
             guard.strict = False
-            loop.evaluate(session, "val")
+            loop.evaluate(made, "val")
     every = experiment.options.log_every
-    assert reads == {"progress": session.step // every + 1, "end": 2}
-    return session
+    assert reads == {"progress": made.step // every + 1, "end": 2}
+    return made

@@ -172,10 +172,10 @@ def test_an_epoch_waits_for_nothing_but_the_progress(script, flags, device, tiny
         may_wait(True)
         return real_ratios(task, sums, seen)
 
-    real_ratios = loop._ratios
+    real_ratios = loop.ratios_of
     monkeypatch.setattr(session.task, "loss", loss)
     monkeypatch.setattr(loop, "_read_progress", read_progress)
-    monkeypatch.setattr(loop, "_ratios", ratios)
+    monkeypatch.setattr(loop, "ratios_of", ratios)
     try:
         trained, _ = loop.train_epoch(session)
         may_wait(True)

@@ -9,8 +9,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
-from training import ClassificationConfig, Experiment, UserError, sweep
+from training import ClassificationConfig, Experiment, UserError, schedule, sweep
 from models.vision_bdh import v2_config
 from tests.trials import wait_for
 from training.command_line import parse_experiment
@@ -202,3 +203,43 @@ def test_a_sweep_killed_and_started_again(data_dir, tmp_path, call_script, capsy
     table = next(tmp_path.rglob("sweep_n_head_gate.md")).read_text()
     assert "| default |" in table and "| n_head=1 |" in table and "gate=none" not in table
     assert table in captured.out.replace("\r", "")
+
+
+# ---------------------------------------------------------------------------- GPUs, several processes a run
+
+
+def test_jobs_spread_over_the_visible_gpus(experiment, monkeypatch, tmp_path):
+    """Five jobs on two of the GPUs, three at once; each notes what it sees."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(Run, "is_complete", lambda run, trial: False)
+    note = "import os, sys, time; open(sys.argv[1], 'w').write(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.5)"
+    files = [tmp_path / str(number) for number in range(4)]
+    jobs = [
+        schedule.Job(experiment(f"job{number}", options={"device": "auto"}), [sys.executable, "-c", note, str(file)])
+        for number, file in enumerate(files)
+    ]
+    outcome = schedule.run_jobs(jobs, at_once=4)
+    assert not outcome.failures and sorted(file.read_text() for file in files) == ["4", "4", "6", "6"]
+
+
+def test_which_gpus_a_job_gets():
+    assert schedule.least_busy(["0", "1", "2"], [], 1) == ["0"]
+    assert schedule.least_busy(["0", "1", "2"], ["0", "1", "0"], 2) == ["2", "1"]
+    assert schedule.least_busy(["0"], ["0", "0"], 1) == ["0"] and schedule.least_busy([], [], 1) == []
+
+
+def test_a_job_of_several_processes_is_started_by_torchrun(experiment):
+    job = schedule.Job(experiment(), ["python", "train.py", "--epochs", "2"])
+    assert schedule.command_now(job) == ["python", "train.py", "--epochs", "2"]
+    assert schedule.command_now(job, 4) == [
+        *("python -m torch.distributed.run --standalone --nproc-per-node 4 train.py --epochs 2".split()),
+    ]
+
+
+def test_processes_of_a_run_belong_to_a_sweep(tmp_path, capsys):
+    command = command_of(plan_of(tmp_path, "init", "--nproc-per-node", "2", "--jobs", "2").experiments[0], EXPERIMENT)
+    assert not {"--nproc-per-node", "--jobs", "--sweep"} & set(command)
+    with pytest.raises(SystemExit) as refused:
+        asked("--nproc-per-node", "2")
+    assert refused.value.code == 2 and "torchrun" in capsys.readouterr().err

@@ -34,7 +34,8 @@ class Augmentation(Protocol):
     def apply(self, images: Tensor, labels: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
         """Augments a batch. images: (B, C, H, W) in [-1, 1]; labels: (B,) or (B, classes); draws: the batch's rows.
 
-        Draws are on the device, unless the class has `draws_on_cpu = True`.
+        Draws are on the device, unless the class has `draws_on_cpu = True`. With several processes, the batch is this
+        one's share of it; with `mixes = True` also the mirrored share, so that images.flip(0) holds their partners.
         """
 
 

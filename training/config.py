@@ -31,7 +31,7 @@ class TrainConfig:
     epochs: int
     """passes over the training set"""
     batch_size: int
-    """samples per forward pass"""
+    """samples per forward pass, of all processes together"""
     learning_rate: float
     """peak learning rate"""
     weight_decay: float
@@ -60,6 +60,9 @@ class TrainConfig:
     """matmul precision; tf32 falls back to float32 where unsupported"""
     compile: bool = False
     """run the model through torch.compile"""
+    sync_batchnorm: bool = False
+    """with several processes, BatchNorm normalises the whole batch, as one process does; otherwise each process
+    normalises its share, and the running statistics of the first one count"""
     start_from: Path | None = None
     """start from these weights of the same model: best.pt or last.pt of a run, or exported .safetensors"""
     seed: int = 0
@@ -283,6 +286,8 @@ class RunOptions:
     """steps between readings of the loss"""
     keep_every: int | None = None
     """also keep the weights of every n-th epoch and the initial ones, as epoch_<n>.pt in the run folder"""
+    checkpoint_minutes: float | None = None
+    """in long epochs, also write a checkpoint after this many minutes (looked at every log_every steps)"""
     tensorboard: bool = False
     """write TensorBoard events into the run folder"""
     wandb: str | None = None
@@ -293,6 +298,8 @@ class RunOptions:
             value = getattr(self, name)
             _require(value is None or value >= 1, self, name, "must be at least 1")
         _require(self.num_workers >= 0, self, "num_workers", "must not be negative")
+        minutes = self.checkpoint_minutes
+        _require(minutes is None or minutes > 0, self, "checkpoint_minutes", "must be above 0")
         if self.name is not None and (not re.fullmatch(r"[\w+=.,-]+", self.name) or self.name in (".", "..")):
             raise ValueError(f"name = {self.name!r} must be a plain folder name of letters, digits and _ + = . , -")
         if self.resume and self.overwrite:

@@ -4,11 +4,13 @@ import copy
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from training import processes
 from models import CONFIG_CLASSES, build_config
+from training.batchnorm import has_batchnorm
 from training.config import Configuration, Experiment, TrainConfig, UserError
 from training.metrics import METRICS, Items, Sums
+from training.progress import counts_of, loss_of
 from training.tasks import Batches, Source, Task
 
 TASK = "see the contract of a task in docs/extending.md"
@@ -42,17 +44,18 @@ def check_source(train: TrainConfig, source: Source) -> None:
         raise UserError(f"the data set {dataset} calls itself {name}: {DATA}")
 
 
-def check_batches(model: nn.Module, data: Batches, task: Task, batch_size: int) -> None:
+def check_batches(model: nn.Module, data: Batches, task: Task, train: TrainConfig) -> None:
     """Tries two validation samples: loss, counts and metric. Raises UserError where the contract of a task is broken.
 
-    Also refuses a last training batch of one sample if the model's BatchNorm cannot normalise it.
+    Also refuses a last training batch of one sample if the model's BatchNorm cannot normalise it; of several processes,
+    a share of one sample.
     """
     inputs, targets = next(iter(data.eval_batches("val")))
     inputs, targets = inputs[:2], targets[:2]
     model.eval()
     with torch.no_grad():
         outputs = task.predict(model, inputs)
-        loss = task.loss(outputs, targets)
+        loss = loss_of(task, outputs, targets)
         counts = task.counts(outputs, targets)
     name = type(task).__name__
     if not isinstance(loss, torch.Tensor) or loss.ndim or not loss.is_floating_point():
@@ -62,21 +65,28 @@ def check_batches(model: nn.Module, data: Batches, task: Task, batch_size: int) 
     if bad := [key for key, value in counts.items() if not isinstance(value, torch.Tensor | Items)]:
         raise UserError(f"the counts of {name} ({', '.join(bad)}) are neither tensors nor Items: {TASK}")
     sums = Sums()
-    sums.add({"loss": loss * len(targets), **counts})
-    ratios = task.ratios(sums.read() | {"samples": len(targets)})
+    sums.add(counts_of(task, outputs, targets, loss))
+    samples = int(processes.total(torch.tensor(len(targets))))
+    ratios = task.ratios(sums.read() | {"samples": samples})
     if task.metric.key not in METRICS or task.metric.key not in ratios:
         raise UserError(f"{name}.metric = {task.metric.key} must be in METRICS and among its ratios: {TASK}")
-    if (data.size("train") - 1) % batch_size == 0:
-        _check_single_sample(model, inputs[:1])
+    if has_batchnorm(model):
+        _check_single_sample(model, inputs, data.size("train"), train)
 
 
-def _check_single_sample(model: nn.Module, inputs: torch.Tensor) -> None:
-    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
+def _check_single_sample(model: nn.Module, inputs: torch.Tensor, n_train: int, train: TrainConfig) -> None:
+    size = train.batch_size
+    batches = {n_train % size or size, min(n_train, size)}
+    shares = {part.stop - part.start for batch in batches for part in processes.shares(batch)}
+    if 1 not in (batches if train.sync_batchnorm else shares):
         return
     try:
-        copy.deepcopy(model).to("meta").train()(inputs.to("meta"))
+        copy.deepcopy(model).to("meta").train()(torch.empty(1, *inputs.shape[1:], dtype=inputs.dtype, device="meta"))
     except ValueError:  # BatchNorm: one value per channel has no variance
+        each, or_share = "", ""
+        if processes.count() > 1 and 1 not in batches:
+            each, or_share = " for a process", ", or add --sync-batchnorm"
         raise UserError(
-            "the last batch of an epoch holds a single sample, whose variance this model's BatchNorm cannot compute: "
-            "choose a --batch-size (or --train-limit) that leaves more"
+            f"the last batch of an epoch holds a single sample{each}, whose variance this model's BatchNorm cannot "
+            f"compute: choose a --batch-size (or --train-limit) that leaves more{or_share}"
         ) from None

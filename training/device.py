@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from training import processes
 from training.config import UserError
 
 try:
@@ -20,7 +21,12 @@ except ImportError:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device `name`; "auto" takes CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not available."""
+    """The device `name`; "auto" takes CUDA, else Apple's MPS, else the CPU. Raises UserError if it is not available.
+
+    Of several processes, each takes a GPU of its own, or all the CPU.
+    """
+    if processes.count() > 1:
+        return _pick_own(name)
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
@@ -35,6 +41,22 @@ def pick_device(name: str) -> torch.device:
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, numbered from 0")
+    return device
+
+
+def _pick_own(name: str) -> torch.device:
+    """The device of one of several processes."""
+    n_gpus, n_here = torch.cuda.device_count(), processes.local_count()
+    if name == "auto":
+        name = "cuda" if n_gpus else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if name != "cuda":
+        raise UserError(f"--device {name} is not for several processes: use auto, cuda (a GPU for each process) or cpu")
+    if n_gpus < n_here:
+        raise UserError(f"{n_here} processes on this machine need as many GPUs, there are {n_gpus}: --nproc-per-node")
+    device = torch.device("cuda", processes.local_rank())
+    torch.cuda.set_device(device)
     return device
 
 
@@ -90,7 +112,7 @@ def fits_in_memory(n_bytes: int, device: torch.device) -> bool:
         return n_bytes <= torch.cuda.mem_get_info(device)[0] / 2
     if not hasattr(os, "sysconf"):  # Windows
         return True
-    return n_bytes <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    return n_bytes <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / processes.local_count()
 
 
 def peak_memory_mb(device: torch.device) -> float:

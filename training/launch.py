@@ -2,12 +2,14 @@
 
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
+from training import processes
 from training.command_line import INTERRUPTED, exit_with, parse_experiment
 from training.config import Experiment, UserError
 from training.console import prepare_streams
@@ -21,35 +23,59 @@ def launch(experiment: Experiment) -> Path:
     """Applies the command line to the experiment, trains it, prints the result; returns the run's folder.
 
     Every train_*.py calls this. Ends the process with one message: exit code 1 if the run failed, 2 for a wrong flag,
-    130 after Ctrl-C. In a notebook call `training.fit(experiment)` instead.
+    130 after Ctrl-C. Started by torchrun, it returns in the main process; the others end. In a notebook call
+    `training.fit(experiment)` instead.
     """
     description = getattr(sys.modules["__main__"], "__doc__", None) or experiment.name
-    return train(parse_experiment(experiment, sys.argv[1:], description))
+    return train_asked(lambda: parse_experiment(experiment, sys.argv[1:], description))
 
 
 def train(experiment: Experiment) -> Path:
     """Trains and prints the result; returns the run's folder. Ends the process as `launch` does."""
+    return train_asked(lambda: experiment)
+
+
+def train_asked(ask: Callable[[], Experiment]) -> Path:
+    """As `train`, for what ask() returns in the main process: a wrong flag is then said once."""
     prepare_streams()
     end_with_parent()
+    with processes.joined():
+        experiment = processes.from_main(ask)
+        summary = _fit(experiment)
+    if not processes.is_main():
+        raise SystemExit(0)
+    processes.leave()
+    show_summary(experiment, summary)
+    return experiment.folder
+
+
+def _fit(experiment: Experiment) -> dict[str, Any]:
+    """fit(), whose errors end the process with one message."""
     try:
-        summary = fit(experiment)
+        return fit(experiment)
     except UserError as error:
-        exit_with(str(error), 1)
+        _end(str(error), 1)
     except OSError as error:
-        exit_with(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
+        _end(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        exit_with(
+        _end(
             "out of memory: try a smaller --batch-size with a larger --grad-accum (their product is what one optimizer "
             "step sees), a smaller --eval-batch-size, --precision bf16, for a BDH --recompute, or a smaller model",
             1,
         )
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C changes nothing
-        exit_with(f"stopped. Add --resume to continue from the last finished epoch of {experiment.folder}", INTERRUPTED)
-    show_summary(experiment, summary)
-    return experiment.folder
+        point = "finished epoch" if experiment.options.checkpoint_minutes is None else "checkpoint"
+        _end(f"stopped. Add --resume to continue from the last {point} of {experiment.folder}", INTERRUPTED)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    """Ends the process with a message; of several processes, the first to end has it."""
+    if processes.may_report(code):
+        exit_with(message, code)
+    raise SystemExit(code)
 
 
 def show_summary(experiment: Experiment, summary: dict[str, Any]) -> None:

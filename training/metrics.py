@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training import processes
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -79,13 +81,51 @@ class Sums:
             self._sums[name] = self._sums[name] + count if name in self._sums else count
 
     def read_one(self, name: str) -> float:
-        """One sum as a number; waits for the device."""
-        return self._sums[name].item()
+        """One sum, of all processes, as a number; waits for the device."""
+        return processes.total(self._sums[name]).item()
 
     def read(self) -> dict[str, Any]:
-        """Sums as numbers or nested lists, gathered items as one CPU tensor each; waits for the device."""
-        gathered = {name: torch.cat(rows).cpu() for name, rows in self._items.items()}
-        return {name: value.tolist() for name, value in self._sums.items()} | gathered
+        """Sums as numbers or nested lists, gathered items as one CPU tensor each; waits for the device.
+
+        Over all processes, which all call it; items in the order in which one process would have them.
+        """
+        sums = {name: processes.total(value).tolist() for name, value in self._sums.items()}
+        return sums | {name: torch.cat(rows).cpu() for name, rows in self._all_items().items()}
+
+    def _all_items(self) -> dict[str, list[Tensor]]:
+        if processes.count() == 1 or not self._items:
+            return self._items
+        mine = {name: [rows.cpu() for rows in of] for name, of in self._items.items()}
+        return _in_order(processes.gather(mine))
+
+    def state(self) -> dict[str, Any]:
+        """This process's, on the CPU, for a checkpoint."""
+        items = {name: [rows.cpu() for rows in of] for name, of in self._items.items()}
+        return {"sums": {name: value.cpu() for name, value in self._sums.items()}, "items": items}
+
+    @classmethod
+    def load(cls, states: list[dict[str, Any]], device: torch.device) -> "Sums":
+        """From `state`s of one process, or of several together, by rank."""
+        sums = cls()
+        sums._items = {
+            name: [rows.to(device) for rows in of] for name, of in _in_order([s["items"] for s in states]).items()
+        }
+        for state in states:
+            sums.add({name: value.to(device) for name, value in state["sums"].items()})
+        return sums
+
+    def clear(self) -> None:
+        """Sets all sums to 0 and leaves no items, of as many batches."""
+        self._sums = {name: torch.zeros_like(value) for name, value in self._sums.items()}
+        self._items = {name: [rows[:0] for rows in of] for name, of in self._items.items()}
+
+
+def _in_order(of_processes: list[dict[str, list[Tensor]]]) -> dict[str, list[Tensor]]:
+    """Rows of each batch, of the processes in turn: shares of a batch follow each other."""
+    names = of_processes[0]
+    return {
+        name: [rows for of in zip(*(each[name] for each in of_processes), strict=True) for rows in of] for name in names
+    }
 
 
 def confusion_matrices(predicted: Tensor, truth: Tensor, n_classes: int) -> Tensor:

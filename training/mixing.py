@@ -14,6 +14,7 @@ class Mix:
     """
 
     stream = "mixing"
+    mixes = True  # with the image at the mirrored place of the batch
 
     def __init__(self, mixup: float, cutmix: float, num_classes: int, batch_size: int):
         self.mixup, self.cutmix, self.num_classes, self.batch_size = mixup, cutmix, num_classes, batch_size

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from training.config import Experiment, UserError
 from training.parent import WATCH, heed_interrupts
 from training.runs import Run
@@ -58,16 +60,21 @@ class Process(NamedTuple):
     job: Job
     popen: subprocess.Popen
     started: float
+    gpus: list[str]
 
 
 def run_jobs(
-    jobs: Sequence[Job], at_once: int, minutes: float | None = None, keep: Callable[[Job], Any] = lambda job: None
+    jobs: Sequence[Job],
+    at_once: int,
+    minutes: float | None = None,
+    keep: Callable[[Job], Any] = lambda job: None,
+    processes: int = 1,
 ) -> Outcome:
-    """Runs incomplete jobs in order, `at_once` at a time.
+    """Runs incomplete jobs in order, `at_once` at a time, spread over the visible GPUs.
 
     A run that starts from another's weights waits for that one. minutes: stop after this time and leave the rest; None
     for no limit. keep: called for each complete run, including those complete before; if it raises UserError, the run
-    counts as failed.
+    counts as failed. processes: that train each run together, each on a GPU of its own.
 
     Raises KeyboardInterrupt after Ctrl-C, SIGTERM or SIGHUP, when all runs have stopped.
     """
@@ -82,29 +89,53 @@ def run_jobs(
         except UserError as error:  # another configuration, or a damaged run
             outcome.failures[job.label] = str(error)
     print(f"{len(jobs)} runs, {complete} of them complete", flush=True)
-    _Schedule(waiting, at_once, keep, outcome).work(minutes)
+    _Schedule(waiting, at_once, keep, outcome, processes).work(minutes)
     return outcome
 
 
-def command_now(job: Job) -> list[str]:
-    """The job's command with --resume or --overwrite, as the state of its folder requires."""
-    folder = job.experiment.folder
+def command_now(job: Job, processes: int = 1) -> list[str]:
+    """The job's command with --resume or --overwrite, as the state of its folder requires.
+
+    Through torchrun, if several processes train the run together.
+    """
+    folder, command = job.experiment.folder, list(job.command)
+    if processes > 1:  # standalone: on a free port, so that several can run at once
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command[1:1] = torchrun
     if job.experiment.options.overwrite:
-        return [*job.command, "--overwrite"]
+        return [*command, "--overwrite"]
     if any((folder / name).exists() for name in ("last.pt", "previous.pt")):
-        return [*job.command, "--resume"]
+        return [*command, "--resume"]
     if (folder / "config.json").exists():
-        return [*job.command, "--overwrite"]  # stopped before its first checkpoint: nothing is lost
-    return [*job.command]
+        return [*command, "--overwrite"]  # stopped before its first checkpoint: nothing is lost
+    return command
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return [str(number) for number in range(torch.cuda.device_count())]
+    return [each.strip() for each in named.split(",")][: torch.cuda.device_count()]
+
+
+def least_busy(gpus: Sequence[str], busy: Sequence[str], n: int) -> list[str]:
+    """n of the GPUs, those first that occur least in busy (once for each run on them); all if there are fewer."""
+    return sorted(gpus, key=busy.count)[:n]
 
 
 class _Schedule:
-    def __init__(self, waiting: list[Job], at_once: int, keep: Callable[[Job], Any], outcome: Outcome):
+    def __init__(
+        self, waiting: list[Job], at_once: int, keep: Callable[[Job], Any], outcome: Outcome, processes: int = 1
+    ):
         self.waiting, self.at_once, self.keep, self.outcome = waiting, at_once, keep, outcome
+        self.processes = processes
+        self.gpus = visible_gpus() if at_once > 1 else []
         self.running: list[Process] = []
         self.ended, self.total = 0, len(waiting)
         # more threads than cores slow all runs down
-        threads = {} if at_once == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))}
+        together = at_once * processes
+        threads = {} if together == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // together))}
         self.environment = dict(os.environ) | threads | {WATCH: "1"}
 
     def work(self, minutes: float | None) -> None:
@@ -134,24 +165,32 @@ class _Schedule:
             else:
                 self.start(ready)
 
+    def gpus_for(self, job: Job) -> list[str]:
+        """The GPUs of a run; empty if it chooses its device itself: a single run, or one with a --device of its own."""
+        if job.experiment.options.device not in ("auto", "cuda"):
+            return []
+        return least_busy(self.gpus, [gpu for each in self.running for gpu in each.gpus], self.processes)
+
     def start(self, job: Job) -> None:
         log = job.experiment.folder / LOG
+        gpus = self.gpus_for(job)
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file:
                 popen = subprocess.Popen(
-                    command_now(job),
+                    command_now(job, self.processes),
                     stdin=subprocess.PIPE,  # stays open while this process lives: see training.parent
                     stdout=file,
                     stderr=file,
-                    env=self.environment,
+                    env=self.environment | visible,
                     start_new_session=True,  # Ctrl-C reaches it once, from here
                     preexec_fn=heed_interrupts if os.name == "posix" else None,
                 )
         except OSError as error:
             self.report(job, f"{log} could not be written ({error.strerror})", 0.0)
             return
-        self.running.append(Process(job, popen, time.perf_counter()))
+        self.running.append(Process(job, popen, time.perf_counter(), gpus))
 
     def look(self) -> None:
         """Takes note of runs that have ended."""

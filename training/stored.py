@@ -84,6 +84,16 @@ class SummaryFile(TypedDict):
     images: NotRequired[dict[str, int]]
 
 
+class _Inside(TypedDict):
+    """How far an epoch is, in a checkpoint inside it: `progress.Progress`."""
+
+    steps: Annotated[int, Field(ge=1)]
+    seen: Annotated[int, Field(ge=1)]
+    rate: float
+    seconds: float
+    of_processes: Annotated[list[dict[str, Any]], Field(min_length=1)]
+
+
 class Checkpoint(TypedDict):
     """last.pt and previous.pt; best.pt and epoch_<n>.pt have neither step nor optimizer."""
 
@@ -95,6 +105,8 @@ class Checkpoint(TypedDict):
     optimizer: NotRequired[dict[str, Any]]
     best: NotRequired[dict[str, Number | None] | None]
     run_id: NotRequired[str]
+    processes: NotRequired[int]
+    inside: NotRequired[_Inside]
 
 
 @cache

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training import processes
 from training.command_line import INTERRUPTED, exit_with, flags_of, name_with_changes, parse_experiment
 from training.config import Experiment, RunOptions, UserError, changed_fields
 from training.console import prepare_streams
-from training.launch import train
+from training.launch import train, train_asked
 from training.schedule import Job, Outcome, run_jobs
 
 TRUTH = {"true": True, "yes": True, "false": False, "no": False}
@@ -35,15 +36,19 @@ class SweepOptions(RunOptions):
     seeds: int = 1
     """runs per setting: --seed, --seed + 1 and so on"""
     jobs: int = 1
-    """runs at the same time"""
+    """runs at the same time, spread over the visible GPUs"""
+    nproc_per_node: int = 1
+    """processes that train each run together, each on a GPU of its own"""
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("seeds", "jobs"):
+        for name in ("seeds", "jobs", "nproc_per_node"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.sweep is None and (self.cross or self.seeds > 1 or self.jobs > 1):
             raise ValueError("cross, seeds and jobs belong to a sweep: name its fields with --sweep")
+        if self.sweep is None and self.nproc_per_node > 1:
+            raise ValueError("nproc_per_node belongs to a sweep: start a single run with torchrun --nproc-per-node")
         if self.sweep is not None and self.name is not None:
             raise ValueError("a sweep names its runs by their changes: leave out --name")
 
@@ -72,13 +77,24 @@ def launch_sweep(experiment: Experiment, report: Report) -> None:
     """
     prepare_streams()
     description = getattr(sys.modules["__main__"], "__doc__", None) or experiment.name
-    asked = parse_experiment(experiment, sys.argv[1:], description, SweepOptions())
-    if asked.options.sweep is None:
+
+    def ask() -> Experiment:
+        asked = parse_experiment(experiment, sys.argv[1:], description, SweepOptions())
+        if asked.options.sweep is not None and (refusal := processes.refusal("a sweep")):
+            exit_with(refusal, 1)
+        return asked
+
+    if processes.count() > 1:
+        train_asked(ask)
+        return
+    asked = ask()
+    options = asked.options
+    if options.sweep is None:
         train(asked)
         return
     try:
         plan = make_plan(experiment, asked)
-        outcome = run_jobs(jobs_of(plan, experiment), asked.options.jobs)
+        outcome = run_jobs(jobs_of(plan, experiment), options.jobs, processes=options.nproc_per_node)
     except UserError as error:
         exit_with(str(error), 1)
     except KeyboardInterrupt:

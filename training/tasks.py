@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training import processes
 from models.masked_bdh import Reconstruction
 from training.config import ClassificationConfig, Experiment, SegmentationConfig, TextConfig, UserError
 from training.data import DataSet, ImageBatches, Split, data_folder, draw_split, load_dataset
@@ -32,7 +33,12 @@ class Source(Protocol):
 
 
 class Batches(Protocol):
-    """The data of a run on its device, as batches: pairs of what the model reads and the targets."""
+    """The data of a run on its device, as batches: pairs of what the model reads and the targets.
+
+    With several processes, each makes whole batches and keeps its share. Data for which that is too slow set
+    `makes_shares = True`; then both methods yield shares (see `processes.share`), and `train_batches` takes a second
+    argument, the number of the batch to begin with.
+    """
 
     description: dict[str, Any]
     """that of the source"""
@@ -60,6 +66,9 @@ class Task(Protocol):
     """whether the best validation epoch is tested; otherwise the last one"""
     shows_metric: bool
     """whether the progress bar computes the ratios during training; False if they are costly"""
+    whole_batch: bool
+    """whether the loss is no mean over samples, so that with several processes `loss` adds up their shares itself
+    (`processes.total`) and returns the same in all of them"""
 
     def open(self, experiment: Experiment) -> Source:
         """Finds the data. Raises UserError if they are missing."""
@@ -71,12 +80,13 @@ class Task(Protocol):
         """Outputs in validation and test."""
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        """A mean over the batch's samples."""
+        """A mean over the batch's samples; of several processes, over this one's share, which may be empty."""
 
     def counts(self, outputs: Any, targets: Tensor) -> dict[str, Tensor | Items]:
         """What the ratios need of a batch: tensors that are added over batches, or `Items` that are gathered.
 
-        Stays on the device. The loop itself adds "loss" (summed over samples) and "samples".
+        Stays on the device. The loop itself adds "loss" (summed over samples) and "samples". Several processes' counts
+        are added or gathered too; what is not a sum over shares is counted by one (`processes.once`).
         """
 
     def ratios(self, sums: dict[str, Any]) -> dict[str, float | None]:
@@ -87,6 +97,7 @@ class OneForward:
     """What most tasks share: one forward pass in validation and test, ratios cheap enough for the progress bar."""
 
     selects_best = shows_metric = True
+    whole_batch = False
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Any:
         return model(inputs)
@@ -186,6 +197,7 @@ class Segmentation(OneForward):
 
     metric = METRICS["miou"]
     samples, unit = "images", "img"
+    whole_batch = True  # Dice and the mean over pixels are not means over images
 
     def __init__(self, train: SegmentationConfig):
         self.train = train
@@ -227,8 +239,8 @@ class Segmentation(OneForward):
     def counts(self, logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
         predicted = at_size_of(masks, logits).argmax(1)
         confusion = confusion_matrices(predicted, masks, len(self.classes.names)).sum(0)
-        batches = torch.ones_like(masks[0, 0, 0])
-        return {"confusion": confusion, "miou_batch": batch_miou(confusion), "batches": batches}
+        of_batch = processes.once(batch_miou(processes.total(confusion)))
+        return {"confusion": confusion, "miou_batch": of_batch, "batches": processes.once(masks.new_ones(()))}
 
     def ratios(self, sums: dict[str, Any]) -> dict[str, float | None]:
         """`confusion_ratios`, and the mean over batches of `batch_miou`, for comparison with published numbers."""
@@ -248,13 +260,13 @@ def at_size_of(masks: Tensor, logits: Tensor) -> Tensor:
 def pixel_cross_entropy(logits: Tensor, masks: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean over non-void pixels, in nats; 0 if there are none. logits: (B, n, h, w), masks: (B, h, w), n is void.
 
-    weights: (n,) of the classes; the mean is then weighted.
+    weights: (n,) of the classes; the mean is then weighted. Of several processes, the mean over all their pixels.
     """
-    void = logits.shape[1]
-    total = F.cross_entropy(logits, masks, weight=weights, ignore_index=void, reduction="sum")
+    void, total = logits.shape[1], processes.total
+    entropy = total(F.cross_entropy(logits, masks, weight=weights, ignore_index=void, reduction="sum"))
     if weights is None:
-        return total / (masks != void).sum().clamp(min=1)
-    return total / F.pad(weights, (0, 1))[masks].sum().clamp(min=1e-6)  # void weighs 0
+        return entropy / total((masks != void).sum()).clamp(min=1)
+    return entropy / total(F.pad(weights, (0, 1))[masks].sum()).clamp(min=1e-6)  # void weighs 0
 
 
 def median_frequencies(masks: np.ndarray, n_classes: int) -> Tensor:
@@ -275,16 +287,16 @@ def median_frequencies(masks: np.ndarray, n_classes: int) -> Tensor:
 def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """1 - 2 |P T| / (|P| + |T|), a mean over all classes; classes absent from the batch's masks count 0.
 
-    P: probabilities, T: truth, summed over the batch's non-void pixels. Milletari et al. 2016 (arXiv 1606.04797), with
-    plain instead of squared sums in the denominator, as in segmentation-models-pytorch.
+    P: probabilities, T: truth, summed over the batch's non-void pixels, of all processes. Milletari et al. 2016
+    (arXiv 1606.04797), with plain instead of squared sums in the denominator, as in segmentation-models-pytorch.
     logits: (B, n, h, w), masks: (B, h, w), n is void.
     """
     n = logits.shape[1]
     truth = F.one_hot(masks, n + 1)[..., :n].to(logits.dtype)  # (B, h, w, n), zero at void
     probabilities = logits.softmax(1).movedim(1, -1) * (masks != n).unsqueeze(-1)
-    overlap = (probabilities * truth).sum((0, 1, 2))
-    pixels = truth.sum((0, 1, 2))
-    dice = 2 * overlap / (probabilities.sum((0, 1, 2)) + pixels).clamp(min=1e-7)
+    overlap = processes.total((probabilities * truth).sum((0, 1, 2)))
+    pixels = processes.total(truth.sum((0, 1, 2)))
+    dice = 2 * overlap / (processes.total(probabilities.sum((0, 1, 2))) + pixels).clamp(min=1e-7)
     return ((1 - dice) * (pixels > 0)).mean()
 
 

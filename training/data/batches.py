@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training import seeds
+from training import processes, seeds
 from training.augment import Augmentation, normalise
 from training.config import ClassificationConfig, UserError
 from training.data.image_files import ImageFiles, read_images
@@ -155,8 +155,11 @@ class ImageBatches:
     """Batches of a classification data set, ready for the model: `tasks.Batches`.
 
     Order and augmentation of an epoch are drawn at its start from the run's seed and the epoch; validation and test
-    images are only normalised. Images stay on the device as uint8 and are augmented there, a batch at a time.
+    images are only normalised. Images stay on the device as uint8 and are augmented there, a batch at a time. Of
+    several processes, each reads and augments its share of a batch, and the mirrored share if images are mixed.
     """
+
+    makes_shares = True
 
     def __init__(
         self,
@@ -190,8 +193,11 @@ class ImageBatches:
         """Number of images in "train", "val" or "test"."""
         return len(self.parts[part])
 
-    def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every training image once: images (B, C, H, W) float32 in [-1, 1]; labels (B,) or soft ones (B, classes)."""
+    def train_batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every training image once: images (B, C, H, W) float32 in [-1, 1]; labels (B,) or soft ones (B, classes).
+
+        first: number of the batch to begin with.
+        """
         config, part = self.config, self.parts["train"]
         n, (height, width) = len(part), part.images.shape[-2:]
         order = torch.randperm(n, generator=seeds.generator("order", config.seed, epoch))
@@ -201,12 +207,27 @@ class ImageBatches:
             draws = seeds.generator("crops", config.seed, epoch)
             order = torch.stack((order, torch.randint(2**63 - 1, (n,), generator=draws)), dim=1)
         steps = [(each.apply, self._draws(each, n, height, width, epoch)) for each in self.augmentations]
-        for i, (images, labels) in enumerate(part.batches(order.split(config.batch_size))):
+        mixes = any(getattr(each, "mixes", False) for each in self.augmentations)
+        batches = order.split(config.batch_size)[first:]
+        shares = [processes.share_with_partners(len(batch)) if mixes else _share(len(batch)) for batch in batches]
+        read = self._read(part, [_rows(batch, rows) for batch, (rows, _) in zip(batches, shares, strict=True)])
+        for i, ((images, labels), (rows, mine)) in enumerate(zip(read, shares, strict=True), first):
             here = slice(i * config.batch_size, (i + 1) * config.batch_size)
             images = normalise(images)
             for apply, draws in steps:
-                images, labels = apply(images, labels, *(draw[here] for draw in draws))
-            yield images, labels
+                images, labels = apply(images, labels, *(_rows(draw[here], rows) for draw in draws))
+            yield images[mine], labels[mine]
+
+    def _read(self, part: MemoryPart | StreamedPart, orders: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of each order; an empty one, a share of a last batch, is not asked of the part."""
+        filled = [order for order in orders if len(order)]
+        read = part.batches(filled) if filled else iter(())
+        for order in orders:
+            if len(order):
+                yield next(read)
+            else:
+                images = torch.empty(0, *part.images.shape[1:], dtype=torch.uint8, device=self.device)
+                yield images, part.labels[:0].to(self.device)
 
     def _draws(self, step: Augmentation, n: int, height: int, width: int, epoch: int) -> list[Tensor]:
         draws = step.draw(n, height, width, seeds.generator(step.stream, self.config.seed, epoch))
@@ -216,8 +237,19 @@ class ImageBatches:
     def eval_batches(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Every image of a part once, in order, not augmented."""
         batches = torch.arange(self.size(part)).split(self.eval_batch_size)
-        for images, labels in self.parts[part].batches(batches):
+        for images, labels in self._read(self.parts[part], [batch[processes.share(len(batch))] for batch in batches]):
             yield normalise(images), labels
+
+
+def _share(n: int) -> tuple[list[slice], slice]:
+    """Rows of a batch of n that this process makes, and where in them its share lies: `processes.share_with_partners`
+    for augmentations that do not mix."""
+    mine = processes.share(n)
+    return [mine], slice(0, mine.stop - mine.start)
+
+
+def _rows(values: Tensor, rows: Sequence[slice]) -> Tensor:
+    return values[rows[0]] if len(rows) == 1 else torch.cat([values[each] for each in rows])
 
 
 def _fits(parts: dict[str, Part], config: ClassificationConfig, device: torch.device) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from training import seeds
+from training import processes, seeds
 from models.vision_bdh import ImageSize, height_and_width
 from training.augment import JointTransform, normalise
 from training.config import SegmentationConfig, UserError
@@ -45,7 +45,9 @@ class MaskPart:
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             work = pool.map(read, range(len(pairs)))
-            read_all = list(tqdm(work, total=len(pairs), unit="img", desc="reading", leave=False, disable=None))
+            read_all = list(
+                tqdm(work, total=len(pairs), unit="img", desc="reading", leave=False, disable=processes.no_bar())
+            )
         self.problems = [problem for problem in read_all if problem]
 
     def __len__(self) -> int:
@@ -98,20 +100,24 @@ class _Augmented(Dataset):
 
 
 class _EpochOrder:
-    """Batch sampler: sample indices in the order of the current epoch, each with its own augmentation seed."""
+    """Batch sampler: sample indices in the order of the current epoch, each with its own augmentation seed.
+
+    Of several processes, those of this one's share, which is left out if it is empty. first: batch to begin with.
+    """
 
     def __init__(self, n: int, config: SegmentationConfig):
-        self.n, self.config, self.epoch = n, config, 0
+        self.n, self.config, self.epoch, self.first = n, config, 0, 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         seed, epoch, size = self.config.seed, self.epoch, self.config.batch_size
         order = torch.randperm(self.n, generator=seeds.generator("order", seed, epoch)).tolist()
         draws = seeds.generator("augmentation", seed, epoch)
         items = list(zip(order, torch.randint(2**63 - 1, (self.n,), generator=draws).tolist(), strict=True))
-        yield from (items[first : first + size] for first in range(0, self.n, size))
+        batches = [items[start : start + size] for start in range(self.first * size, self.n, size)]
+        yield from filter(None, (batch[processes.share(len(batch))] for batch in batches))
 
     def __len__(self) -> int:
-        return -(-self.n // self.config.batch_size)
+        return -(-self.n // self.config.batch_size) - self.first
 
 
 class MaskBatches:
@@ -122,6 +128,7 @@ class MaskBatches:
     """
 
     split = None  # the data sets have official validation sets
+    makes_shares = True
 
     def __init__(
         self,
@@ -171,11 +178,20 @@ class MaskBatches:
         """Number of images in "train", "val" or "test"."""
         return len(self.parts[part])
 
-    def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every training image once: images (B, 3, h, w) float32 in [-1, 1], masks (B, h, w) int64."""
-        self.order.epoch = epoch
+    def train_batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every training image once: images (B, 3, h, w) float32 in [-1, 1], masks (B, h, w) int64.
+
+        first: number of the batch to begin with.
+        """
+        self.order.epoch, self.order.first = epoch, first
+        made = 0
         for images, masks in self.loader:
             yield self._on_device(images, masks)
+            made += 1
+        if made < len(self.order):  # this process's share of the last batch is empty
+            part = self.parts["train"]
+            images = torch.from_numpy(part.images[:0]).permute(0, 3, 1, 2)
+            yield self._on_device(images, torch.from_numpy(part.masks[:0]))
 
     def eval_batches(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Every image of a part once, in order; with masks at original size, a batch holds masks of one size."""
@@ -187,8 +203,9 @@ class MaskBatches:
                 mask if full is None else full for mask, full in zip(of.masks[here], of.full_masks[here], strict=True)
             ]
             masks = list(takewhile(lambda mask, shape=masks[0].shape: mask.shape == shape, masks))
-            images = torch.from_numpy(of.images[first : first + len(masks)]).permute(0, 3, 1, 2)
-            yield self._on_device(images.contiguous(), torch.from_numpy(np.stack(masks)))
+            share = processes.share(len(masks))
+            images = torch.from_numpy(of.images[first : first + len(masks)][share]).permute(0, 3, 1, 2)
+            yield self._on_device(images.contiguous(), torch.from_numpy(np.stack(masks)[share]))
             first += len(masks)
 
     def _on_device(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:

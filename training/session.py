@@ -1,0 +1,178 @@
+"""What a run needs at hand, set up once: data, task, model, optimizer, schedule, and how far training is."""
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
+
+from training import batchnorm, processes, seeds
+from models.bdh import BDHCore
+from training.config import Experiment, UserError
+from training.device import effective_precision, pick_device, set_precision, tune_cpu_allocator
+from training.optimiser import make_average, make_schedule, set_step
+from training.progress import Progress
+from training.runs import Run
+from training.tasks import Batches, Task
+
+
+@dataclass
+class Session:
+    """A run in training."""
+
+    experiment: Experiment
+    run: Run
+    run_id: str
+    device: torch.device
+    data: Batches
+    task: Task
+    model: nn.Module  # holds the weights
+    forward: nn.Module  # the same, compiled if asked
+    trained: nn.Module  # the same, averaging gradients over processes if there are several
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    autocast: contextlib.AbstractContextManager
+    average: AveragedModel | None = None  # of the weights, if train.ema: what is validated and tested
+    epoch: int = 0  # epochs done
+    step: int = 0  # optimizer steps done
+    best: dict[str, Any] | None = None  # epoch and metrics of the best validation so far
+    history: list[dict[str, Any]] | None = field(default_factory=list)  # rows of metrics.csv
+    progress: Progress | None = None  # inside an epoch
+    saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was written
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What is validated, tested and kept as the best: the model, or the average of its weights."""
+        return self.model if self.average is None else self.average.module
+
+    def begin_epoch(self) -> Progress:
+        """Progress of the epoch to train: none yet, or as the checkpoint has it. Seeds dropout."""
+        if self.progress is None:
+            torch.manual_seed(seeds.derive("model", self.experiment.train.seed, self.epoch, processes.rank()))
+            self.progress = Progress.start(self.device)
+        else:
+            self.progress.restore_random(self.device, self.experiment.train.seed, self.epoch)
+        return self.progress
+
+    def not_synced(self, last: bool) -> contextlib.AbstractContextManager:
+        """Inside, gradients stay with their process, unless these are the last batch's of a step."""
+        return contextlib.nullcontext() if last or self.trained is self.forward else self.trained.no_sync()
+
+    def save(self) -> None:
+        self.run.save_checkpoint(self.state())
+        self.saved = time.monotonic()
+
+    def save_if_due(self) -> None:
+        """Inside an epoch, after --checkpoint-minutes."""
+        minutes = self.experiment.options.checkpoint_minutes
+        if minutes and processes.from_main(lambda: time.monotonic() - self.saved >= 60 * minutes):
+            self.save()
+
+    def state(self) -> dict[str, Any]:
+        """Content of last.pt. Random draws depend on seed and epoch, learning rates on the step."""
+        training = {"step": self.step, "best": self.best, "optimizer": self.optimizer.state_dict()}
+        average = {} if self.average is None else {"average": self.average.state_dict()}
+        inside = {} if self.progress is None else {"inside": self.progress.state(self.device)}
+        rest = {"history": self.history, "processes": processes.count()}
+        return self.weights(self.model) | training | average | inside | rest
+
+    def weights(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """Content of best.pt and epoch_<n>.pt. model: default, what is evaluated."""
+        weights, fields = (model or self.evaluated).state_dict(), self.experiment.configuration.fields()
+        return {"epoch": self.epoch, "model": weights, "config": fields, "run_id": self.run_id}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+        self.history = state.get("history")  # None in checkpoints of older versions
+        set_step(self.schedule, self.step)
+        if inside := state.get("inside"):
+            self.progress = Progress.load(inside, self.device)
+
+
+def choose_device(experiment: Experiment) -> torch.device:
+    device = pick_device(experiment.options.device)
+    if device.type == "cpu" and tune_cpu_allocator():
+        print("CPU: glibc keeps freed memory for the next step (mallopt; see benchmarks/step_time.py)")
+    return device
+
+
+def build_model(experiment: Experiment) -> nn.Module:
+    """The model with weights drawn from the run's seed. Raises UserError if a library is missing."""
+    torch.manual_seed(seeds.derive("weights", experiment.train.seed))
+    try:
+        model = experiment.model.build()
+    except ImportError as error:  # of a library that only this model needs
+        raise UserError(str(error)) from None
+    if experiment.options.recompute:
+        _recompute(model)
+    if experiment.train.sync_batchnorm:
+        batchnorm.check_batchnorm(model)
+    return model
+
+
+def make_session(
+    experiment: Experiment, run: Run, run_id: str, device: torch.device, task: Task, data: Batches, model: nn.Module
+) -> Session:
+    """model: on the device."""
+    train = experiment.train
+    if train.sync_batchnorm:
+        model = batchnorm.sync_batchnorm(model, device)
+    optimizer = train.make_optimizer(model)
+    # the last step of an epoch may see fewer samples
+    total_steps = train.epochs * math.ceil(data.size("train") / (train.batch_size * train.grad_accum))
+    forward = _compile(model, device) if train.compile else model
+    trained = forward if processes.count() == 1 else _distribute(forward, device)
+    schedule = make_schedule(optimizer, total_steps, train)
+    autocast = set_precision(train.precision, device)
+    average = make_average(model, train.ema) if train.ema else None
+    parts = (device, data, task, model, forward, trained, optimizer, schedule, autocast, average)
+    return Session(experiment, run, run_id, *parts)
+
+
+def announce(session: Session) -> None:
+    train, data = session.experiment.train, session.data
+    parameters = count_parameters(session.model)
+    sizes = f"{data.size('train'):,} {session.task.samples} to train, {data.size('val'):,} to validate"
+    several = f"{processes.count()} processes on " if processes.count() > 1 else ""
+    print(
+        f"{session.experiment.name}, seed {train.seed}: {parameters:,} parameters; {sizes}, {data.size('test'):,} to "
+        f"test; {several}{session.device}, {effective_precision(train.precision, session.device)}\n"
+        f"{session.experiment.folder}"
+    )
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _recompute(model: nn.Module) -> None:
+    """Turns on activation checkpointing of the model's BDH. Raises UserError if it has none."""
+    cores = [module for module in model.modules() if isinstance(module, BDHCore)]
+    if not cores:
+        raise UserError("--recompute works for BDH models only: leave it out")
+    for core in cores:
+        core.recompute = True
+
+
+def _compile(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model through torch.compile, except on a CPU where it has a hand-written step, which is faster there."""
+    if device.type == "cpu" and getattr(model, "has_fast_path", lambda device: False)(device):
+        print("--compile is ignored on a CPU: the model's own fast path is faster (benchmarks/step_time.py --compile)")
+        return model
+    return torch.compile(model)
+
+
+def _distribute(forward: nn.Module, device: torch.device) -> nn.Module:
+    """Averages gradients over the processes. Weights, and before every forward pass buffers, are the main process's."""
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(forward, device_ids=device_ids, gradient_as_bucket_view=True)
