@@ -68,11 +68,11 @@ def test_accumulated_batches_are_one_batch(experiment, monkeypatch):
     )
     real = ImageBatches.train_batches
 
-    def joined(self, epoch):
+    def joined(self, epoch, first=0):
         """Pairs of batches of 16 as one."""
         self.config = dataclasses.replace(self.config, batch_size=16)
         self.augmentations = self.config.make_augmentations(10)
-        halves = real(self, epoch)
+        halves = real(self, epoch, first)
         for images, labels in halves:
             more_images, more_labels = next(halves)
             yield torch.cat((images, more_images)), torch.cat((labels, more_labels))
