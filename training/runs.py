@@ -327,7 +327,7 @@ def load_model(run: Path) -> tuple[nn.Module, dict[str, Any]]:
 
     run: its folder, or a checkpoint in it; a folder may have exported safetensors instead. Raises UserError.
     """
-    remedy = "give a folder with config.json and best.pt, such as runs/v2_cifar10/seed0"
+    remedy = f"give a folder with config.json and best.pt or {stored.EXPORTED}, such as runs/v2_cifar10/seed0"
     folder, checkpoint = (run.parent, run) if run.suffix in (".pt", ".safetensors") else (run, run / "best.pt")
     if not checkpoint.exists() and checkpoint.name == "best.pt":
         checkpoint = folder / stored.EXPORTED

@@ -47,18 +47,27 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
-def open_image(path: str | Path, mode: str) -> Image.Image:
+def open_image(path: str | Path, mode: str, deep: bool = False) -> Image.Image:
     """The picture as a viewer shows it, in mode L or RGB: upright, transparent pixels on white.
 
-    Colours hidden under full transparency are not read. Raises errors of many kinds for a damaged file, ValueError for
-    more than 8 bits a channel.
+    Colours hidden under full transparency are not read. deep: scale 16 bits a channel to 8. Raises errors of many kinds
+    for a damaged file, ValueError for more bits a channel.
     """
     image = open_upright(path)
+    if deep:
+        image = scale_16_bits(image)
     require_8_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
     return image.convert(mode)
+
+
+def scale_16_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits as one of 8; others unchanged."""
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray(np.round(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
 
 
 def require_8_bits(image: Image.Image) -> None:
@@ -88,24 +97,25 @@ def unreadable(path: str | Path, kind: str, error: Exception, remedy: str) -> st
 class ImageFiles:
     """Indexes like an array (N, C, S, S) uint8, but reads images from their files when asked.
 
-    Each image is scaled until its shorter side is S, then center-cropped.
+    Each image is scaled until its shorter side is S, then center-cropped. deep: read images of 16 bits a channel, too.
     """
 
-    def __init__(self, paths: Sequence[str], img_size: int, in_channels: int):
+    def __init__(self, paths: Sequence[str], img_size: int, in_channels: int, deep: bool = False):
         self.paths = np.array(paths, dtype=object)
+        self.deep = deep
         self.shape = (len(paths), in_channels, img_size, img_size)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int | Sequence[int]) -> "np.ndarray | ImageFiles":
-        """One image (C, S, S) uint8, or the ImageFiles of several. Raises UnreadableImage, also for 16-bit images."""
+        """One image (C, S, S) uint8, or the ImageFiles of several. Raises UnreadableImage."""
         _, channels, size, _ = self.shape
         if not isinstance(index, int | np.integer):
-            return ImageFiles(self.paths[index], size, channels)
+            return ImageFiles(self.paths[index], size, channels, self.deep)
         path = self.paths[index]
         try:
-            image = open_image(path, MODES[channels])
+            image = open_image(path, MODES[channels], self.deep)
             fitted = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
         except Exception as error:  # Pillow raises errors of many kinds for damaged files
             raise UnreadableImage(unreadable(path, "an image", error, "replace or remove it")) from None
