@@ -348,8 +348,9 @@ def load_model(run: Path) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), config
 
 
-def _shapes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in weights.items()}
+def _shapes(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Shapes by name; of rotary frequencies the number of neurons only, as those of a pruned model differ by head."""
+    return {name: value.shape[-1:] if name.endswith("attn.freqs") else value.shape for name, value in weights.items()}
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:

@@ -251,6 +251,11 @@ class TrainedRun:
         """The model's input and the labels for these training images, not augmented."""
         return self._batches(partial(self._read, "train"), numbers, size, text)
 
+    def training_pairs(self, first: int, end: int) -> Tensor:
+        """The model's input for training images of a segmentation run by number, (B, C, height, width)."""
+        images = [self._read_pair(pair)[0] for pair in self._data.pairs["train"][first:end]]
+        return self.pixels(torch.from_numpy(np.stack(images))) if images else torch.empty(0)
+
     def _batches(self, read: Callable[[Any], Samples], numbers: Any, size: int, text: str | None) -> Batches:
         with tqdm(total=len(numbers), desc=text, unit="img", leave=False, disable=None if text else True) as bar:
             for first in range(0, len(numbers), size):
