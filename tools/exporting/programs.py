@@ -35,7 +35,7 @@ def open_program(model: nn.Module, config: Any) -> ExportedProgram:
         sizes |= {2: patch * Dim("rows", min=1), 3: patch * Dim("columns", min=1)}
         height, width = height + patch, width + 2 * patch
     example = torch.randn(2, channels, height, width)
-    with _quiet():
+    with quiet():
         return torch.export.export(export_form(model), (example,), dynamic_shapes=(sizes,))
 
 
@@ -84,20 +84,25 @@ def write_onnx(model: nn.Module, config: Any, path: Path, facts: dict[str, Any] 
     need("onnxruntime", "--to onnx")
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 open_program(model, config), dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False
             )
         program.save(partial)
-        proto = onnx.load(partial)
-        for part in (*proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
-            del part.metadata_props[:]  # stack traces of the export, with paths of this machine
+        proto = without_traces(onnx.load(partial))
         for key, value in (facts or {}).items():
             proto.metadata_props.add(key=key, value=json.dumps(value))
         onnx.save(proto, partial)
         return _finish(model, config, onnx_answer(partial), partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def without_traces(proto: Any) -> Any:
+    """The ONNX model without stack traces of its export, which name paths of this machine and are a third of it."""
+    for part in (*proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
+        del part.metadata_props[:]
+    return proto
 
 
 def _finish(model: nn.Module, config: Any, answer: Callable[[Tensor], Tensor], partial: Path, path: Path) -> str:
@@ -152,7 +157,7 @@ def write_int8(source: Path, path: Path, batches: Iterable[Tensor]) -> None:
     prepared = path.with_name(f"{path.stem}.prepared{path.suffix}")
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     try:
-        with _quiet():
+        with quiet():
             quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
             quantize_static(
                 str(prepared),
@@ -173,7 +178,7 @@ def write_int8(source: Path, path: Path, batches: Iterable[Tensor]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the warnings and notes of the exporters."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
