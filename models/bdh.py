@@ -307,7 +307,7 @@ class BDHCore(nn.Module):
             return q, q
         return q, rotated(self.activation(self.encode(x, weights.encoder_k)))
 
-    # The three products with weights; `models.export_form` computes them by linear layers.
+    # The three products with weights; `models.export_form` computes them as plain ones.
 
     def encode(self, x: Tensor, encoder: Tensor) -> Tensor:
         """x E for all heads as one (B T, D) x (D, H N) product. x: (B, T, D), encoder: (H, D, N) -> (B, H, T, N)."""

@@ -37,7 +37,7 @@ def test_the_export_form_computes_the_model(name):
     form = export_form(model)
     images = torch.rand(3, 3, 32, 40 if name == "BDH-UNet" else 32, dtype=torch.float64) * 2 - 1
     torch.testing.assert_close(form(images), model(images), atol=1e-11, rtol=1e-9)
-    if name != "ViT":  # every weight of a product is a matrix of a linear layer
+    if name != "ViT":  # every weight of a product is a matrix
         assert not {key for key, value in form.named_parameters() if value.dim() == 3} - {
             "pos_embed",
             "cls_token",
