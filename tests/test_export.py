@@ -1,5 +1,6 @@
 """Programs and ONNX files hold what the model computes, for any number and, for a BDH-UNet, any size of images."""
 
+import functools
 import json
 import math
 import sys
@@ -60,12 +61,14 @@ def files(tmp_path_factory):
     """Each model with its config, its program and its ONNX file."""
     folder = tmp_path_factory.mktemp("exported")
     made = {}
-    for name, config in PROGRAMS.items():
-        model = with_large_weights(config.build())
-        program, onnx = folder / f"{name}.pt2", folder / f"{name}.onnx"
-        assert "largest difference" in write_torch(model, config, program)
-        write_onnx(model, config, onnx, {"class_names": ["cat", "dog"]})
-        made[name] = (model, config, program, onnx)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "open_program", functools.cache(programs.open_program))  # for both files
+        for name, config in PROGRAMS.items():
+            model = with_large_weights(config.build())
+            program, onnx = folder / f"{name}.pt2", folder / f"{name}.onnx"
+            assert "largest difference" in write_torch(model, config, program)
+            write_onnx(model, config, onnx, {"class_names": ["cat", "dog"]})
+            made[name] = (model, config, program, onnx)
     assert sorted(path.suffix for path in folder.iterdir()) == [".onnx", ".onnx", ".pt2", ".pt2"]
     return made
 

@@ -37,7 +37,7 @@ ADDED = """async () => {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, experiment_in, data_dir):
     """Runs, beside each its page with the model, NAME.html."""
-    folders = train_runs(experiment_in, tmp_path_factory.mktemp("work") / "runs", ("separate", "vit"))
+    folders = train_runs(experiment_in, tmp_path_factory.mktemp("work") / "runs", ("separate",))
     opened = {name: TrainedRun(folder, data_dir, "cpu") for name, folder in folders.items()}
     for run in opened.values():
         run.folder.with_suffix(".html").write_text(make_page(run, (4, 9), live=True), encoding="utf-8")
@@ -110,14 +110,13 @@ def check(added, run, path):
                 np.testing.assert_allclose(found, strongest.clamp(min=0), atol=0.03 * strongest.max().item())
 
 
-@pytest.mark.parametrize("name", ["separate", "vit"])
-def test_the_page_computes_what_the_model_does(name, visit, runs, photos):
-    page = visit(name)
+def test_the_page_computes_what_the_model_does(visit, runs, photos):
+    page = visit("separate")
     for place, file in enumerate(("own.png", "large.png", "turned.jpg", "transparent.png")):
         page.set_input_files("#files", photos / file)
         expect(page.locator("#thumbs img")).to_have_count(3 + place)
         expect(page.locator("#own-says")).to_have_text("1 added at the end")
-        check(page.evaluate(ADDED), runs[name], photos / file)
+        check(page.evaluate(ADDED), runs["separate"], photos / file)
     expect(page.locator("#stage-title")).to_have_text("transparent.png")
     expect(page.locator("#verdict")).to_contain_text("Predicted class")
     expect(page.locator("#says li")).to_have_count(5)
@@ -126,14 +125,14 @@ def test_the_page_computes_what_the_model_does(name, visit, runs, photos):
 
 
 def test_a_file_that_is_no_image_is_named_and_the_others_are_shown(visit, photos):
-    page = visit("vit")
+    page = visit("separate")
     page.set_input_files("#files", [photos / "text.png", photos / "own.png"])
     expect(page.locator("#own-says")).to_have_text("text.png is not an image this browser reads")
     expect(page.locator("#stage-title")).to_have_text("own.png")
 
 
 def test_a_page_without_the_model_says_nothing_of_own_images(runs, tmp_path, browser):
-    (tmp_path / "page.html").write_text(make_page(runs["vit"], (4,)), encoding="utf-8")
+    (tmp_path / "page.html").write_text(make_page(runs["separate"], (4,)), encoding="utf-8")
     page = browser.new_page()
     page.goto((tmp_path / "page.html").as_uri())
     expect(page.locator("#verdict")).to_contain_text("True class")
@@ -148,7 +147,8 @@ def test_pages_are_small(runs):
 def test_a_missing_package_is_named(runs, data_dir, call_script, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert (
-        call_script("interpretability/explore.py", "--run", runs["vit"].folder, "--data-dir", data_dir, "--live") == 1
+        call_script("interpretability/explore.py", "--run", runs["separate"].folder, "--data-dir", data_dir, "--live")
+        == 1
     )
     check_error(
         capsys, "explore.py --live needs onnxscript, which is not installed: pip install -r requirements-export.txt"
