@@ -4,12 +4,16 @@ For each image the page contains the attention between all patches at every leve
 each level, and (for a BDH) the most active neurons of each patch. It is a single file that needs no server and no
 network: open it with a double click, or send it by mail. Point at a patch, tap it, or use the arrow keys.
 
+--live puts the model itself into the page, with a runtime (onnxruntime-web, 5 MB): drop your own images on it, and it
+shows the same of them, computed in the browser.
+
 Scores are stored in steps of 1/127 of each query's largest score, or coarser if the page would exceed 10 MB; the page
 says which. 64 images fit for the models trained here.
 
     python interpretability/explore.py
     python interpretability/explore.py --run runs/v2_cifar10/seed0 --images 64
     python interpretability/explore.py --run runs/vit_tiny_cifar10/seed0 --indices 3 17 254
+    python interpretability/explore.py --run runs/v2_cifar10/seed0 --live
 """
 
 import html
@@ -32,11 +36,13 @@ from interpretability.common import explore_encoding as encoding
 from interpretability.common.activity import GELU_NOTE, QUANTITIES
 from interpretability.common.recorder import record
 from interpretability.common.trained import RunChoice, TrainedRun, open_run, progress
+from models.vision_bdh import height_and_width
 from training.command_line import run_script
 from training.config import UserError
 
 PAGE_FILES = Path(__file__).parent / "common" / "explore_page"
 LARGEST_PAGE = 10_000_000  # bytes
+SCRIPTS = "script-src 'unsafe-inline'"  # of the page's content security policy
 STEPS = (127, 63, 31)  # per query's largest score; the finest with which the page is small enough
 N_NEURONS = 5  # listed per patch, quantity and level
 MEANINGS = {
@@ -54,6 +60,8 @@ class Options(RunChoice):
     """number of test images, evenly spaced"""
     indices: tuple[int, ...] | None = None
     """numbers of the test images to show instead, from 0"""
+    live: bool = False
+    """put the model into the page, too, to run it there on your own images (needs requirements-export.txt)"""
 
 
 @dataclass(frozen=True)
@@ -82,8 +90,11 @@ def look_inside(model: nn.Module, pixels: Tensor) -> Inside:
     return Inside(scores.float().cpu().numpy(), probabilities.cpu().numpy(), strongest)
 
 
-def make_page(run: TrainedRun, indices: Sequence[int]) -> str:
-    """The page with these test images. Raises UserError if it exceeds LARGEST_PAGE with the coarsest steps."""
+def make_page(run: TrainedRun, indices: Sequence[int], live: bool = False) -> str:
+    """The page with these test images; live: and with the model, which runs on images dropped there.
+
+    Raises UserError if the images alone exceed LARGEST_PAGE with the coarsest steps.
+    """
     images, labels = run.samples(indices)
     frame = describe(run)
     sizes = {steps: len(join_page(frame)) for steps in STEPS}
@@ -111,7 +122,19 @@ def make_page(run: TrainedRun, indices: Sequence[int]) -> str:
                 raise UserError(f"a page of {len(indices)} images ({what}) exceeds {limit}: give --images {fitting}")
             raise UserError(f"one image ({what}) exceeds {limit}: use interpretability/visualize_attention.py")
     steps = next(iter(encoded))
-    return join_page(frame | {"images": encoded[steps], "steps": steps})
+    page = join_page(frame | {"images": encoded[steps], "steps": steps})
+    return with_model(page, run) if live else page
+
+
+def with_model(page: str, run: TrainedRun) -> str:
+    """The page with the model, its runtime and the permission to run them."""
+    from interpretability.common.live import live_scripts  # needs packages that the page does without
+
+    height, width = height_and_width(run.sizes.img_size)
+    n_neurons = min(N_NEURONS, run.adapter.n_heads * getattr(run.sizes, "n_neurons", 1))
+    scripts = live_scripts(run.model.cpu(), (run.sizes.in_channels, height, width), n_neurons)
+    page = page.replace(f'{SCRIPTS}"', f"{SCRIPTS} 'wasm-unsafe-eval' blob:\"", 1)
+    return page.replace("</body>", f"{scripts}</body>")
 
 
 def describe(run: TrainedRun) -> dict[str, Any]:
@@ -130,6 +153,7 @@ def describe(run: TrainedRun) -> dict[str, Any]:
         "model": f"{type(run.model).__name__}, {sizes}",
         "part": run.part.capitalize(),
         "grid": [rows, columns],
+        "input": [run.sizes.in_channels, *height_and_width(run.sizes.img_size)],
         "levels": adapter.n_levels,
         "heads": adapter.n_heads,
         "class_tokens": adapter.class_tokens,
@@ -195,7 +219,7 @@ def to_json(data: Any) -> str:
 def main(options: Options) -> None:
     run = open_run(options)
     run.require("logits")
-    page = make_page(run, run.choose_images(options.images, options.indices))
+    page = make_page(run, run.choose_images(options.images, options.indices), options.live)
     path = options.output_dir / run.stem / f"{run.file_name('explore')}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")

@@ -9,7 +9,6 @@ scored. Images are scaled to the size that the model was trained at, and predict
 """
 
 import sys
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +25,14 @@ from torch import nn
 
 from analysis.plotting.style import DPI, PAGE
 from interpretability.common.figures import titled_figure
+from interpretability.common.image_choice import image_files, picture_names
 from interpretability.common.trained import Places, TrainedRun, progress
 from models.vision_bdh import ImageSize
 from training.augment import normalise
 from training.command_line import run_script
 from training.config import ROOT, UserError
 from training.data import data_folder
-from training.data.masks import CLASSES, BadFile, Classes, MaskFiles, Pair, find_masks, is_image, read_image
+from training.data.masks import CLASSES, BadFile, Classes, MaskFiles, Pair, find_masks, read_image
 from training.data.segmentation import read_pair, scale_image
 from training.metrics import confusion_matrices, confusion_ratios
 
@@ -89,28 +89,6 @@ def _scored(name: str, predicted: np.ndarray, truth: np.ndarray | None, classes:
     labels = (torch.from_numpy(each)[None].long() for each in (predicted, truth))
     ratios = confusion_ratios(confusion_matrices(*labels, len(classes.names))[0].tolist(), classes.names)
     return f"{name}: {ratios['pixel_accuracy']:.0%} of pixels right, mIoU {ratios['miou']:.0%}"
-
-
-def image_files(paths: tuple[Path, ...]) -> list[Path]:
-    """The files, and those in the folders, each once. Raises UserError if one does not exist or there are none."""
-    files = []
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path} does not exist: name an image or a folder of images")
-        files += sorted(filter(is_image, path.iterdir())) if path.is_dir() else [path]
-    if not files:
-        raise UserError("no images: name image files, or folders that contain some")
-    return list({path.resolve(): path for path in files}.values())
-
-
-def picture_names(files: list[Path]) -> list[str]:
-    """FOLDER_NAME.png for each file, numbered where that is not unique."""
-    names, taken = [], Counter()
-    for path in files:
-        name = f"{path.resolve().parent.name}_{path.stem}"
-        taken[name] += 1
-        names.append(f"{name}.png" if taken[name] == 1 else f"{name}-{taken[name]}.png")
-    return names
 
 
 def find_truth(name: str, data_dir: Path | None, files: Iterable[Path]) -> dict[Path, tuple[Pair, MaskFiles]]:

@@ -189,7 +189,7 @@ class BDHCore(nn.Module):
             self.update_gain = _vectors(config.n_layer, torch.full((D,), config.update_gain))
         self.use_fast_path = True
         self.recompute = False  # activation checkpointing: less memory, more compute
-        plain_step = ("plain_update", "activity", "queries_and_keys")
+        plain_step = ("plain_update", "activity", "queries_and_keys", "encode", "encode_attended", "decode")
         overridden = any(getattr(type(self), name) is not getattr(BDHCore, name) for name in plain_step)
         self._fast_path_serves = kernels.serves(config) and not overridden
         self.reset_core()
@@ -306,17 +306,16 @@ class BDHCore(nn.Module):
     def plain_update(self, x: Tensor, weights: StepWeights, tables: Tables | None) -> Tensor:
         """The step from x E to the decoder product, as in the equations. x: (B, T, D) -> (B, T, D)."""
         gated = F.dropout(self.activity(x, weights, tables).gated, self.config.dropout, self.training)
-        decoder = weights.decoder.view(self.config.n_head, -1, self.config.n_embd)  # (H, N, D)
-        return torch.einsum("bhtn,hnd->btd", gated, decoder)
+        return self.decode(gated, weights.decoder)
 
     def activity(self, x: Tensor, weights: StepWeights, tables: Tables | None) -> Activity:
         """Neuron activity in a step. x: (B, T, D), the step's input."""
-        before = _all_heads(x, weights.encoder)  # (B, H, T, N)
+        before = self.encode(x, weights.encoder)  # (B, H, T, N)
         x_sparse = self.activation(before)
         a = self.attn(*self.queries_and_keys(x, x_sparse, weights, tables), x)
         if self.config.attn_norm:
             a = layer_norm(a)
-        y_sparse = self.activation(torch.einsum("bhtd,hdn->bhtn", a, weights.encoder_v))
+        y_sparse = self.activation(self.encode_attended(a, weights.encoder_v))
         if self.config.gate == "multiplicative":
             return Activity(x_sparse, y_sparse, x_sparse * y_sparse)
         if self.config.gate == "sigmoid":
@@ -334,11 +333,25 @@ class BDHCore(nn.Module):
         q = rotated(self.scaled_query(x_sparse))
         if weights.encoder_k is None:
             return q, q
-        return q, rotated(self.scaled_query(self.activation(_all_heads(x, weights.encoder_k))))
+        return q, rotated(self.scaled_query(self.activation(self.encode(x, weights.encoder_k))))
 
     def scaled_query(self, x_sparse: Tensor) -> Tensor:
         """x_sparse, scaled to a root mean square of 1 per head and token if qk_norm. (B, H, T, N)."""
         return F.rms_norm(x_sparse, x_sparse.shape[-1:], eps=LN_EPS) if self.config.qk_norm else x_sparse
+
+    # The three products with weights; `models.export_form` computes them as plain ones.
+
+    def encode(self, x: Tensor, encoder: Tensor) -> Tensor:
+        """x E for all heads as one (B T, D) x (D, H N) product. x: (B, T, D), encoder: (H, D, N) -> (B, H, T, N)."""
+        return torch.einsum("btd,hdn->bhtn", x, encoder)
+
+    def encode_attended(self, a: Tensor, encoder_v: Tensor) -> Tensor:
+        """a E_v, each head its own. a: (B, H, T, D), encoder_v: (H, D, N) -> (B, H, T, N)."""
+        return torch.einsum("bhtd,hdn->bhtn", a, encoder_v)
+
+    def decode(self, gated: Tensor, decoder: Tensor) -> Tensor:
+        """Heads concatenated, times E_d. gated: (B, H, T, N), decoder: (H N, D) -> (B, T, D)."""
+        return torch.einsum("bhtn,hnd->btd", gated, decoder.view(self.config.n_head, -1, self.config.n_embd))
 
     def attention_weights(
         self, x: Tensor, level: int, grid: tuple[int, int] | None = None, queries: slice = slice(None)
@@ -348,7 +361,7 @@ class BDHCore(nn.Module):
         queries: a contiguous slice of tokens; only their rows are computed, (B, H, Q, T).
         """
         weights = self.step_weights()[level]
-        x_sparse = self.activation(_all_heads(x, weights.encoder))
+        x_sparse = self.activation(self.encode(x, weights.encoder))
         q, k = self.queries_and_keys(x, x_sparse, weights, self.attn.tables(x.shape[1], grid))
         first, _, _ = queries.indices(x.shape[1])
         return self.attn.weights(q[:, :, queries], k, first)
@@ -384,11 +397,6 @@ class BDHCore(nn.Module):
 def _vectors(n_levels: int, initial: Tensor) -> nn.ParameterList:
     """A learned (D,) vector for each level."""
     return nn.ParameterList(nn.Parameter(initial.clone()) for _ in range(n_levels))
-
-
-def _all_heads(x: Tensor, encoder: Tensor) -> Tensor:
-    """x E for all heads as one (B T, D) x (D, H N) product. x: (B, T, D), encoder: (H, D, N) -> (B, H, T, N)."""
-    return torch.einsum("btd,hdn->bhtn", x, encoder)
 
 
 class BDH(BDHCore):

@@ -119,8 +119,11 @@ def scores_are_cheaper(n_tokens: int, n_neurons: int, n_embd: int) -> bool:
 
 
 def raw_attention(q: Tensor, k: Tensor, x: Tensor) -> Tensor:
-    """(q k^T) x in the cheaper of its two orders. q, k: (..., T, N), x: (..., T, D) -> (..., T, D)."""
-    if scores_are_cheaper(q.shape[-2], q.shape[-1], x.shape[-1]):
+    """(q k^T) x in the cheaper of its two orders. q, k: (..., T, N), x: (..., T, D) -> (..., T, D).
+
+    With a number of tokens left open in torch.export, in the order whose cost is linear in them.
+    """
+    if isinstance(q.shape[-2], int) and scores_are_cheaper(q.shape[-2], q.shape[-1], x.shape[-1]):
         return (q @ k.mT) @ x
     return q @ (k.mT @ x)
 
@@ -142,7 +145,7 @@ def fast_update(
     x: (B, T, D).
     masters: encoder (H, D, N), encoder_v (H, D, N), decoder (H N, D); they receive the gradients.
     weights: the same three in the precision of the matrix products.
-    phases: (T, N / 2), see `rotate`.
+    phases: (T, N / 2) or (H, 1, T, N / 2), see `rotate`.
     attn_eps: eps of the LN around the attention output, None for no LN.
     dropout: probability; 0 outside training.
     softmax: attend by softmax(q q^T / sqrt(N)), kept as (H, images, T, T) for the backward pass, instead of q q^T.

@@ -4,7 +4,7 @@ Letters in shapes: B sequences or images, T tokens, H heads, N neurons per head,
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +32,11 @@ class Tables(NamedTuple):
     """Cached rotations for T positions."""
 
     cos: Tensor
-    """(T, N), cosines of the angles"""
+    """(T, N), cosines of the angles; (H, T, N) where each head has its own frequencies"""
     sin: Tensor
-    """(T, N), sines of the angles"""
+    """like cos, sines of the angles"""
     phases: Tensor | None
-    """(T, N / 2), exp(i angle) of each pair, for the fast path; None under torch.compile"""
+    """(T, N / 2) or (H, 1, T, N / 2), exp(i angle) of each pair, for the fast path; None under torch.compile"""
 
 
 class RotaryAttention(nn.Module):
@@ -45,6 +45,9 @@ class RotaryAttention(nn.Module):
     softmax: softmax(q k^T / sqrt(N)) instead of q k^T. causal: only keys strictly before the query.
     rotary: selects the angles, see `CoreConfig`; the caller rotates q and k with `tables`. attend_self: raw scores of a
     token with itself count.
+
+
+    The buffer `freqs` is (1, 1, 1, N), the same for all heads. Loading weights of a pruned model makes it (1, H, 1, N).
     """
 
     def __init__(self, n_neurons: int, softmax: bool, causal: bool, rotary: str = "raster", attend_self: bool = True):
@@ -60,9 +63,16 @@ class RotaryAttention(nn.Module):
         self.attend_self = attend_self
         self._tables: dict[tuple, Tables] = {}
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        freqs = state_dict.get(f"{prefix}freqs")
+        if freqs is not None and freqs.dim() == 4 and freqs.shape[::2] == (1, 1):
+            self.freqs = self.freqs[:, :1].expand(1, freqs.shape[1], 1, -1).clone()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self._tables = {}
+
     def angles(self, n_tokens: int, grid: tuple[int, int] | None = None) -> Tensor:
-        """Rotation angles (T, N) in radians: 2 pi frac(position * frequency). grid: see `tables`."""
-        freqs = self.freqs.view(-1)
+        """Rotation angles (T, N), or (H, T, N), in radians: 2 pi frac(position * frequency). grid: see `tables`."""
+        freqs = self.freqs[0, 0] if self.freqs.shape[1] == 1 else self.freqs[0]  # (1, N) or (H, 1, N)
         index = torch.arange(n_tokens, device=freqs.device, dtype=freqs.dtype)
         if self.rotary != "axial":
             turns = index[:, None] * freqs
@@ -73,8 +83,8 @@ class RotaryAttention(nn.Module):
             row, column = place.div(columns, rounding_mode="floor"), place % columns
             if extra:  # the class token is at (0, 0), patches start at (1, 1)
                 row, column = ((each + 1) * (index >= extra) for each in (row, column))
-            by_row, by_column = freqs.chunk(2)
-            turns = torch.cat((row[:, None] * by_row, column[:, None] * by_column), dim=1)
+            by_row, by_column = freqs.chunk(2, dim=-1)
+            turns = torch.cat((row[:, None] * by_row, column[:, None] * by_column), dim=-1)
         return turns.frac() * (2 * math.pi)
 
     def tables(self, n_tokens: int, grid: tuple[int, int] | None = None) -> Tables | None:
@@ -92,7 +102,8 @@ class RotaryAttention(nn.Module):
             with torch.inference_mode(False):  # a cached inference tensor could not be used in training
                 angles = self.angles(n_tokens, grid)
                 cos, sin = angles.cos(), angles.sin()
-            self._tables = {key: Tables(cos, sin, torch.complex(cos[:, 0::2], sin[:, 0::2]))}
+                phases = torch.complex(cos[..., 0::2], sin[..., 0::2])
+            self._tables = {key: Tables(cos, sin, phases if phases.dim() == 2 else phases[:, None])}
         return self._tables[key]
 
     def weights(self, q: Tensor, k: Tensor, first: int = 0) -> Tensor:

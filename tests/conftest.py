@@ -3,6 +3,7 @@
 import functools
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from training import ClassificationConfig, Experiment, RunOptions
 from models.vision_bdh import v2_config
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = dict(patch_size=8, n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4)  # 16 tokens, N = 16
 
@@ -133,6 +135,20 @@ def run_script():
         )
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window. Where it is missing, tests are skipped, but fail in CI, which has to install it."""
+    from playwright.sync_api import sync_playwright
+
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("there is no Chromium: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield browser
+        browser.close()
 
 
 # ---------------------------------------------------------------------------- runs without training

@@ -1,21 +1,18 @@
 """The page of explore.py in a real browser, opened as a file: what it shows is what the model computed."""
 
-import os
 import re
-import shutil
 
 import matplotlib
 import numpy as np
 import pytest
 from explored import traced, traced_scores, train_runs
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 from interpretability.common.trained import TrainedRun
 from interpretability.explore import make_page
 
 IMAGES = (4, 9, 20, 31)
 SIDE = 4  # patches along an image
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # one colour of each element with text of its own, and of what is behind it
 COLORS = """() => [...document.querySelectorAll("body *")].filter((element) => element.checkVisibility()
     && [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim()))
@@ -27,18 +24,6 @@ COLORS = """() => [...document.querySelectorAll("body *")].filter((element) => e
     })"""
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium without a window. Where it is missing, tests are skipped, but fail in CI, which has to install it."""
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("there is no Chromium: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -92,9 +92,7 @@ def test_prefixes_of_wrappers_are_stripped(prefix, runs, camvid, tmp_path):
 
 def test_exported_weights_start_a_training(runs, camvid, tmp_path, call_script):
     run, exported = checkpoint(runs, "v2").parent, tmp_path / "v2" / "seed0"
-    exported.mkdir(parents=True)
-    shutil.copy(run / "config.json", exported)
-    assert call_script("tools/export_weights.py", run, "--to", exported) == 0
+    assert call_script("tools/export.py", run, "--output", exported) == 0
     rounded = {name: value.bfloat16().float() for name, value in weights_in(run / "best.pt").items()}
     path = exported / EXPORTED
     options = ["--data-dir", "nowhere", "--patch-size", "8", "--n-layer", "1", "--n-embd", "16", "--n-head", "2"]

@@ -327,7 +327,7 @@ def load_model(run: Path) -> tuple[nn.Module, dict[str, Any]]:
 
     run: its folder, or a checkpoint in it; a folder may have exported safetensors instead. Raises UserError.
     """
-    remedy = "give a folder with config.json and best.pt, such as runs/v2_cifar10/seed0"
+    remedy = f"give a folder with config.json and best.pt or {stored.EXPORTED}, such as runs/v2_cifar10/seed0"
     folder, checkpoint = (run.parent, run) if run.suffix in (".pt", ".safetensors") else (run, run / "best.pt")
     if not checkpoint.exists() and checkpoint.name == "best.pt":
         checkpoint = folder / stored.EXPORTED
@@ -348,8 +348,9 @@ def load_model(run: Path) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), config
 
 
-def _shapes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in weights.items()}
+def _shapes(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Shapes by name; of rotary frequencies the number of neurons only, as those of a pruned model differ by head."""
+    return {name: value.shape[-1:] if name.endswith("attn.freqs") else value.shape for name, value in weights.items()}
 
 
 def _save(path: Path, state: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from training.command_line import flags_of
 from training.config import Experiment, UserError, name_of_file
 from training.stored import first_line, load_weights, read_config
 
+FREQUENCIES = "attn.freqs"
 CORE = ("encoder", "decoder", "level_", "update_gain", "mixing")  # prefixes of the core's weights
 NO_DIFFERENCE = {"encoder", "encoder_weights", "dropout"}  # fields that do not change the weights' shapes or meaning
 
@@ -53,9 +54,9 @@ def take_all(model: nn.Module, config: Any, path: Path) -> dict[str, Any]:
             f"{path} holds weights of another architecture ({'; '.join(problems[:3])}): give the model the "
             f"flags of the run they come from ({flags}), or name another file{encoder}"
         )
-    # rotary frequencies belong to the configuration, not to the weights
-    own = {name: value for name, value in model.state_dict().items() if name.endswith("attn.freqs")}
-    model.load_state_dict(weights | own)
+    # rotary frequencies belong to the configuration, not to the weights, except those that pruning has kept
+    own = {name: value for name, value in model.state_dict().items() if name.endswith(FREQUENCIES)}
+    model.load_state_dict(weights | {name: value for name, value in own.items() if not of_each_head(weights[name])})
     print(f"starting from {path}: all of its {n_tensors} tensors taken")
     _say_differences(flags)
     return {"file": name_of_file(path)}
@@ -130,8 +131,15 @@ def _misfits(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
     return sorted(problems) + [
         f"{name} is {_by(theirs[name].shape)}, not {_by(mine[name].shape)}"
         for name in mine
-        if name in theirs and mine[name].shape != theirs[name].shape
+        if name in theirs
+        and mine[name].shape != theirs[name].shape
+        and not (name.endswith(FREQUENCIES) and of_each_head(theirs[name]))
     ]
+
+
+def of_each_head(frequencies: Tensor) -> bool:
+    """Whether these are the rotary frequencies of a pruned model, which has its own for each head."""
+    return frequencies.dim() == 4 and frequencies.shape[1] > 1
 
 
 def _flags_of(source: Any, config: Any, names: set[str]) -> str:

@@ -25,7 +25,7 @@ from training.data.batches import Split
 if TYPE_CHECKING:
     import pandas as pd
 
-EXPORTED = "best_bf16.safetensors"  # written by tools/export_weights.py from best.pt
+EXPORTED = "best_bf16.safetensors"  # written by tools/export.py from best.pt
 TRAIN_CLASSES = {  # of runs stored before config.json named the class, by model; all others are classification
     "BDHConfig": "TextConfig",
     "BDHUNetConfig": "SegmentationConfig",

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from interpretability.common.adapters import Adapter, adapter_of
 from models import build_config
+from models.pretrained import pretrained_folders
 from models.vision_bdh import Grid, height_and_width
 from training.augment import normalise
 from training.config import ROOT, UserError, changed_fields
-from training.data import DataSet, Split, data_folder, load_dataset
+from training.data import DataSet, Split, data_folder, draw_split, load_dataset
 from training.data.image_files import read_images
 from training.data.masks import CLASSES, BadFile, MaskFiles, find_masks
 from training.data.segmentation import read_pair, scale_image, scale_mask
@@ -163,10 +164,11 @@ class TrainedRun:
 
     @cached_property
     def _split(self) -> Split:
-        """Which images the run was trained on and validated with. Raises UserError if the run has lost it."""
+        """Which images the run was trained on and validated with; drawn again, by its seed, if split.npz is missing."""
         split = Run(self.folder).read_split()
         if split is None:
-            raise UserError(f"{self.folder} has no split.npz, which lists the images that it was trained on")
+            train = self.train
+            split = draw_split(self._data, train["val_fraction"], train["train_limit"], train["seed"])
         return split
 
     @cached_property
@@ -240,7 +242,7 @@ class TrainedRun:
     def choose_training_images(self, n: int) -> np.ndarray:
         """Numbers of n images that the run was trained on, every class in proportion; all if there are fewer.
 
-        Raises UserError if n is below 1 or the run has no split.npz.
+        Raises UserError if n is below 1.
         """
         by_class = np.argsort(self._data.train_labels[self._split.train], kind="stable")
         return by_class[_evenly_spaced(n, len(by_class))]
@@ -248,6 +250,11 @@ class TrainedRun:
     def training_batches(self, numbers: np.ndarray, size: int = 128, text: str | None = None) -> Batches:
         """The model's input and the labels for these training images, not augmented."""
         return self._batches(partial(self._read, "train"), numbers, size, text)
+
+    def training_pairs(self, first: int, end: int) -> Tensor:
+        """The model's input for training images of a segmentation run by number, (B, C, height, width)."""
+        images = [self._read_pair(pair)[0] for pair in self._data.pairs["train"][first:end]]
+        return self.pixels(torch.from_numpy(np.stack(images))) if images else torch.empty(0)
 
     def _batches(self, read: Callable[[Any], Samples], numbers: Any, size: int, text: str | None) -> Batches:
         with tqdm(total=len(numbers), desc=text, unit="img", leave=False, disable=None if text else True) as bar:
@@ -289,5 +296,7 @@ def latest_run(runs_dir: Path) -> Path:
     """Folder of the last finished run anywhere in runs_dir. Raises UserError if there is none."""
     finished = [path for path in runs_dir.rglob("summary.json") if (path.parent / "best.pt").is_file()]
     if not finished:
-        raise UserError(f"no finished run in {runs_dir}: train one (python train_quickstart.py), or give --run")
+        names = ", ".join(str(folder) for folder in pretrained_folders().values())
+        there = f" (with weights in this repository: {names})" if names else ""
+        raise UserError(f"no finished run in {runs_dir}: train one (python train_quickstart.py), or give --run{there}")
     return max(finished, key=lambda path: path.stat().st_mtime).parent

@@ -59,18 +59,27 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
-def open_image(path: str | Path | BinaryIO, mode: str) -> Image.Image:
+def open_image(path: str | Path | BinaryIO, mode: str, deep: bool = False) -> Image.Image:
     """The picture as a viewer shows it, in mode L or RGB: upright, transparent pixels on white.
 
-    Colours hidden under full transparency are not read. Raises errors of many kinds for a damaged file, ValueError for
-    more than 8 bits a channel.
+    Colours hidden under full transparency are not read. deep: scale 16 bits a channel to 8. Raises errors of many kinds
+    for a damaged file, ValueError for more bits a channel.
     """
     image = open_upright(path)
+    if deep:
+        image = scale_16_bits(image)
     require_8_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
     return image.convert(mode)
+
+
+def scale_16_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits as one of 8; others unchanged."""
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray(np.round(np.asarray(image).astype(np.float32) / 257).astype(np.uint8))
 
 
 def require_8_bits(image: Image.Image) -> None:
@@ -100,13 +109,15 @@ def unreadable(path: str | Path, kind: str, error: Exception, remedy: str) -> st
 class ImageFiles:
     """Indexes like an array (N, C, S, S) uint8, but reads images from their files when asked.
 
-    Each image is scaled until its shorter side is S / share, then center-cropped.
+    Each image is scaled until its shorter side is S / share, then center-cropped. deep: read images of 16
+    bits a channel, too.
     """
 
-    def __init__(self, paths: Sequence[str], img_size: int, in_channels: int, share: float = 1.0):
+    def __init__(self, paths: Sequence[str], img_size: int, in_channels: int, share: float = 1.0, deep: bool = False):
         """share: of the shorter side that is kept."""
         # an array of bytes, not of strings, whose reference counts would copy memory into each worker process
         self._paths = np.array([path.encode("utf-8", "surrogateescape") for path in paths], dtype=np.bytes_)
+        self.deep = deep
         self.shape = (len(paths), in_channels, img_size, img_size)
         self.share = share
 
@@ -119,7 +130,7 @@ class ImageFiles:
         return self._paths[index].decode("utf-8", "surrogateescape")
 
     def _open(self, index: int, mode: str) -> Image.Image:
-        return open_image(self._path(index), mode)
+        return open_image(self._path(index), mode, self.deep)
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -26,7 +26,8 @@ function text(value) {
 const signed = (value) => (value > 0 && !state.shares ? "+" : "") + text(value);
 const percent = (value) => (value > 0 && value < 0.01 ? "<\u00a01\u00a0%" : `${Math.round(100 * value)}\u00a0%`);
 const count = (value) => value.toLocaleString("en");
-const nameOfImage = (image) => `${data.part} image ${image.number}`;
+const nameOfImage = (image) => image.name ?? `${data.part} image ${image.number}`;
+const isOwn = (image) => image.label === null; // added by live.js: its class is not known
 const nameOfHead = (column) => (column ? `head ${column}` : "mean of heads");
 
 function nameOfToken(token) {
@@ -164,14 +165,10 @@ function drawImage() {
   const right = said.class === image.label;
   find("stage-title").textContent = nameOfImage(image);
   find("photo").src = image.png;
-  find("verdict").replaceChildren(
-    "True class ",
-    element("strong", "", data.classes[image.label]),
-    ", predicted ",
-    element("strong", "", data.classes[said.class]),
-    ` (${percent(said.probability)}) `,
-    element("span", right ? "mark right" : "mark wrong", right ? "\u2713 right" : "\u2717 wrong"),
-  );
+  const predicted = [element("strong", "", data.classes[said.class]), ` (${percent(said.probability)}) `];
+  const mark = element("span", right ? "mark right" : "mark wrong", right ? "\u2713 right" : "\u2717 wrong");
+  const truth = ["True class ", element("strong", "", data.classes[image.label] ?? ""), ", predicted "];
+  find("verdict").replaceChildren(...(isOwn(image) ? ["Predicted ", ...predicted] : [...truth, ...predicted, mark]));
   image.levels.forEach(({ top: [best] }, level) => {
     const cell = find("rows").rows[level].cells[0].querySelector(".said");
     cell.textContent = `${data.classes[best.class]} ${percent(best.probability)}`;
@@ -183,7 +180,7 @@ function drawLevel() {
   const image = data.images[state.image];
   const { top, truth } = image.levels[state.level];
   const list = [...top];
-  if (!top.some((each) => each.class === image.label)) list.push({ class: image.label, probability: truth });
+  if (!isOwn(image) && !top.some((each) => each.class === image.label)) list.push({ class: image.label, probability: truth });
   find("says-title").textContent = `Prediction after level ${state.level + 1}`;
   find("says").replaceChildren(
     ...list.map((each) => {
@@ -279,18 +276,21 @@ function radio(name, label, shown, chosen, choose) {
   return made;
 }
 
+function addThumb(image, place) {
+  const said = image.levels.at(-1).top[0].class;
+  const wrong = !isOwn(image) && said !== image.label;
+  const verdict = wrong ? `, predicted ${data.classes[said]}` : "";
+  const label = `${nameOfImage(image)}: ${data.classes[image.label ?? said]}${verdict}`;
+  const picture = element("img");
+  Object.assign(picture, { src: image.png, alt: "" });
+  const thumb = radio("image", label, picture, place === 0, () => showImage(place));
+  if (wrong) thumb.append(element("span", "badge", "\u2717"));
+  find("thumbs").append(thumb);
+  return thumb;
+}
+
 function makeGallery() {
-  data.images.forEach((image, place) => {
-    const said = image.levels.at(-1).top[0].class;
-    const wrong = said !== image.label;
-    const verdict = wrong ? `, predicted ${data.classes[said]}` : "";
-    const label = `${nameOfImage(image)}: ${data.classes[image.label]}${verdict}`;
-    const picture = element("img");
-    Object.assign(picture, { src: image.png, alt: "" });
-    const thumb = radio("image", label, picture, place === 0, () => showImage(place));
-    if (wrong) thumb.append(element("span", "badge", "\u2717"));
-    find("thumbs").append(thumb);
-  });
+  data.images.forEach(addThumb);
   moveByRows(find("thumbs"));
 }
 

@@ -1,0 +1,29 @@
+"""Which image files a command line names, and what the pictures made of them are called."""
+
+from collections import Counter
+from pathlib import Path
+
+from training.config import UserError
+from training.data.finding import is_image
+
+
+def image_files(paths: tuple[Path, ...]) -> list[Path]:
+    """The files, and those in the folders, each once. Raises UserError if one does not exist or there are none."""
+    files = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} does not exist: name an image or a folder of images")
+        files += sorted(filter(is_image, path.iterdir())) if path.is_dir() else [path]
+    if not files:
+        raise UserError("no images: name image files, or folders that contain some")
+    return list({path.resolve(): path for path in files}.values())
+
+
+def picture_names(files: list[Path]) -> list[str]:
+    """FOLDER_NAME.png for each file, numbered where that is not unique."""
+    names, taken = [], Counter()
+    for path in files:
+        name = f"{path.resolve().parent.name}_{path.stem}"
+        taken[name] += 1
+        names.append(f"{name}.png" if taken[name] == 1 else f"{name}-{taken[name]}.png")
+    return names

@@ -1,0 +1,129 @@
+"""classify.py: the model's answers for files of any format, the preprocessing of training, bad files."""
+
+import csv
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from tests.inspecting import check_error, train_unet
+from training.augment import normalise
+from training.data import load_dataset
+from training.loop import fit
+from training.runs import load_model
+
+SCRIPT = "interpretability/classify.py"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def run(experiment_in, tmp_path_factory):
+    trial = experiment_in(tmp_path_factory.mktemp("runs"), epochs=1)
+    fit(trial)
+    return trial.folder
+
+
+def answers(folder):
+    (table,) = folder.rglob("classes.csv")
+    with table.open(newline="") as file:
+        return {row["file"].rpartition("/")[2]: row for row in csv.DictReader(file)}
+
+
+def check_row(row, expected):
+    """expected: probabilities (10,) of the classes."""
+    for rank in (1, 2, 3):
+        label = int(row[f"class_{rank}"].removeprefix("class "))
+        assert float(row[f"probability_{rank}"]) == pytest.approx(expected[label].item(), abs=2e-5)
+    assert int(row["class_1"].removeprefix("class ")) == expected.argmax()
+
+
+def test_test_images_get_the_answers_of_training(run, data_dir, call_script, tmp_path):
+    """A folder of the data set's own images, in batches that do not divide their number."""
+    data = load_dataset("cifar10", data_dir)
+    (tmp_path / "photos").mkdir()
+    for index in range(7):
+        Image.fromarray(data.test_images[index].transpose(1, 2, 0)).save(tmp_path / "photos" / f"{index}.png")
+    options = ("--run", run, "--top", 3, "--batch-size", 4, "--output-dir", tmp_path / "out")
+    assert call_script(SCRIPT, tmp_path / "photos", *options) == 0
+    with torch.no_grad():
+        expected = load_model(run)[0](normalise(torch.from_numpy(data.test_images[:7]))).softmax(-1)
+    rows = answers(tmp_path / "out")
+    assert len(rows) == 7 and "class_4" not in rows["0.png"] and not list((tmp_path / "out").rglob("*.png"))
+    for index in range(7):
+        check_row(rows[f"{index}.png"], expected[index])
+
+
+def colours(size=(48, 40)):
+    rows, columns = np.mgrid[: size[1], : size[0]]
+    return np.stack((4 * columns, 5 * rows, 255 - 2 * rows - 2 * columns), -1).astype(np.uint8)
+
+
+def turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored a quarter turn away
+    file = io.BytesIO()
+    Image.fromarray(colours()).transpose(Image.Transpose.ROTATE_90).save(file, "png", exif=exif)
+    return file.getvalue()
+
+
+def saved(image, ending):
+    file = io.BytesIO()
+    image.save(file, ending)
+    return file.getvalue()
+
+
+def deep(ending):
+    return saved(Image.fromarray(colours()[..., 0].astype(np.uint16) * 257), ending)
+
+
+GREY = Image.fromarray(colours()[..., 0])
+HALF = Image.fromarray(np.dstack((colours(), np.full((40, 48), 51, np.uint8))))  # a fifth of the colour, on white
+FORMATS = {  # bytes of a file, and the picture it shows
+    "turned by EXIF.png": (turned, Image.fromarray(colours())),
+    "alpha.png": (lambda: saved(HALF, "png"), Image.fromarray((colours() / 5 + 204).round().astype(np.uint8))),
+    "palette.gif": (lambda: saved(GREY.quantize(256), "gif"), GREY),
+    "grey of 16 bits.png": (lambda: deep("png"), GREY),
+    "grey of 16 bits.tif": (lambda: deep("tiff"), GREY),
+    "cmyk.tif": (lambda: saved(Image.fromarray(colours()).convert("CMYK"), "tiff"), Image.fromarray(colours())),
+    "large.bmp": (lambda: saved(Image.fromarray(colours((500, 300))), "bmp"), Image.fromarray(colours((500, 300)))),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_read_as_a_viewer_shows_them(name, run, call_script, tmp_path):
+    make, shown = FORMATS[name]
+    (tmp_path / name).write_bytes(make())
+    assert call_script(SCRIPT, tmp_path / name, "--run", run, "--output-dir", tmp_path / "out") == 0
+    fitted = np.array(ImageOps.fit(shown.convert("RGB"), (32, 32), Image.Resampling.BICUBIC))
+    with torch.no_grad():
+        expected = load_model(run)[0](normalise(torch.from_numpy(fitted).permute(2, 0, 1)[None])).softmax(-1)[0]
+    (row,) = answers(tmp_path / "out").values()
+    assert float(row["probability_1"]) == pytest.approx(expected.max().item(), abs=3e-3)  # alpha is rounded
+    (picture,) = (tmp_path / "out").rglob("*.png")
+    assert picture.stat().st_size > 5000
+
+
+def test_bad_files_do_not_keep_the_others_from_being_classified(run, call_script, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.png").write_bytes(saved(GREY, "png"))
+    (photos / "b.png").write_bytes(saved(GREY, "png")[:60])
+    (photos / "c.jpg").write_bytes(b"<html>")
+    assert call_script(SCRIPT, photos, "--run", run, "--output-dir", tmp_path / "out") == 1
+    check_error(capsys, r"b\.png cannot be read as an image .*1 more like this.* 1 were classified")
+    assert list(answers(tmp_path / "out")) == ["a.png"]
+
+
+def test_mistakes_get_one_message(run, call_script, tmp_path, capsys):
+    assert call_script(SCRIPT, tmp_path / "nothing.png", "--run", run) == 1
+    check_error(capsys, "nothing.png does not exist")
+    (tmp_path / "empty").mkdir()
+    assert call_script(SCRIPT, tmp_path / "empty", "--run", run) == 1
+    check_error(capsys, "no images")
+    (tmp_path / "a.png").write_bytes(saved(GREY, "png"))
+    assert call_script(SCRIPT, tmp_path / "a.png", "--run", train_unet(tmp_path / "unet")) == 1
+    check_error(capsys, "does not classify images")
+    assert call_script(SCRIPT, tmp_path / "a.png", "--run", run, "--top", 0) == 2
+    assert "top = 0 must be at least 1" in capsys.readouterr().err

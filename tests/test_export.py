@@ -1,0 +1,159 @@
+"""Programs and ONNX files hold what the model computes, for any number and, for a BDH-UNet, any size of images."""
+
+import functools
+import json
+import math
+import sys
+
+import onnx as library
+import pytest
+import torch
+
+from training import UserError
+from models.baselines import ViTConfig
+from models.bdh import BDHConfig
+from models.bdh_unet import bdh_unet_config
+from models.export_form import export_form
+from models.vision_bdh import v1_config, v2_config, v3_config
+from tests.inspecting import check_error, train_unet, with_large_weights
+from tools.exporting import programs
+from tools.exporting.programs import difference, onnx_answer, onnx_session, write_int8, write_onnx, write_torch
+from training.loop import fit
+
+SIZES = dict(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FORMS = {
+    "v1": v1_config(**SIZES, rotary="axial", pool="cls"),
+    "v3, own weights for each level": v3_config(**SIZES, shared=False),
+    "everything else": v2_config(**SIZES, qk="separate", gate="sigmoid", activation="gelu", attention="softmax"),
+    "BDH-UNet": bdh_unet_config(**SIZES, img_size=(32, 40), skips=True, skip_levels=(2, 1)),
+    "ViT": ViTConfig(n_layer=1, n_embd=16, n_head=2, mlp_dim=16),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_export_form_computes_the_model(name):
+    model = with_large_weights(FORMS[name].build()).double()
+    form = export_form(model)
+    images = torch.rand(3, 3, 32, 40 if name == "BDH-UNet" else 32, dtype=torch.float64) * 2 - 1
+    torch.testing.assert_close(form(images), model(images), atol=1e-11, rtol=1e-9)
+    if name != "ViT":  # every weight of a product is a matrix
+        assert not {key for key, value in form.named_parameters() if value.dim() == 3} - {
+            "pos_embed",
+            "cls_token",
+            "encoder.pos_embed",
+        }
+        assert hasattr(model, "encoder")  # the model itself is unchanged
+
+
+def test_the_export_form_of_the_language_model():
+    model = with_large_weights(BDHConfig(**SIZES).build()).double()
+    idx = torch.arange(12).view(2, 6)
+    torch.testing.assert_close(export_form(model)(idx)[0], model(idx)[0], atol=1e-11, rtol=1e-9)
+
+
+PROGRAMS = {"v2": v2_config(**SIZES, patch_size=8), "BDH-UNet": bdh_unet_config(**SIZES, img_size=32)}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Each model with its config, its program and its ONNX file."""
+    folder = tmp_path_factory.mktemp("exported")
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "open_program", functools.cache(programs.open_program))  # for both files
+        for name, config in PROGRAMS.items():
+            model = with_large_weights(config.build())
+            program, onnx = folder / f"{name}.pt2", folder / f"{name}.onnx"
+            assert "largest difference" in write_torch(model, config, program)
+            write_onnx(model, config, onnx, {"class_names": ["cat", "dog"]})
+            made[name] = (model, config, program, onnx)
+    assert sorted(path.suffix for path in folder.iterdir()) == [".onnx", ".onnx", ".pt2", ".pt2"]
+    return made
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+def test_files_compute_the_model_for_any_batch_and_size(name, form, files):
+    model, _, program, onnx = files[name]
+    answer = torch.export.load(program).module() if form == "torch" else onnx_answer(onnx)
+    sizes = [(1, 32, 32), (2, 32, 32), (7, 32, 32)]
+    sizes += [(1, 8, 8), (3, 16, 48), (1, 56, 40)] if name == "BDH-UNet" else []
+    for n, height, width in sizes:
+        if form == "torch" and (height, width) == (8, 8):
+            continue  # a grid of one patch is not in the program's range
+        images = torch.rand(n, 3, height, width) * 2 - 1
+        expected = model(images)
+        assert (answer(images) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_onnx_says_how_to_use_it(files):
+    session = onnx_session(files["v2"][3])
+    assert [each.name for each in session.get_inputs()] == ["images"]
+    assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_int8_is_small_and_close(name, files, tmp_path):
+    model, config, _, onnx = files[name]
+    path = tmp_path / "int8.onnx"
+    write_int8(onnx, path, (torch.rand(4, 3, 32, 32) * 2 - 1 for _ in range(4)))
+    assert [each.name for each in tmp_path.iterdir()] == ["int8.onnx"]
+    off = difference(model, config, onnx_answer(path))
+    assert 1e-5 < off < 0.3  # quantised, and not nonsense
+    matrices = [each for each in library.load(path).graph.initializer if len(each.dims) == 2]
+    n_int8 = sum(math.prod(each.dims) for each in matrices if each.data_type == library.TensorProto.INT8)
+    D, HN = 16, config.n_head * config.n_neurons
+    assert n_int8 == 3 * D * HN + (10 * D if name == "v2" else 0)  # the step's three weights and the head, once each
+
+
+def test_a_file_that_computes_something_else_is_not_left(tmp_path, monkeypatch):
+    config = PROGRAMS["v2"]
+    model = with_large_weights(config.build())
+    other = with_large_weights(config.build(), std=0.2)
+    monkeypatch.setattr(programs, "export_form", lambda model: export_form(other))
+    with pytest.raises(UserError, match=r"model\.pt2 was not written: its answers differ"):
+        write_torch(model, config, tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------- the script
+
+
+def test_the_script_tests_what_it_writes(experiment, call_script, capsys):
+    trial = experiment(epochs=1)
+    fit(trial)
+    options = ("--data-dir", trial.options.data_dir, "--to", "int8", "--calibration-images", 20)
+    assert call_script("tools/export.py", trial.folder, *options) == 0
+    said = capsys.readouterr().out
+    accuracy = json.loads((trial.folder / "summary.json").read_text())["test"]["accuracy"]
+    assert f"float32: test accuracy (%) {100 * accuracy:.2f} (" in said and "-> int8: test accuracy (%)" in said
+    assert {"model.onnx", "model_int8.onnx"} <= {path.name for path in trial.folder.iterdir()}
+
+
+def test_a_segmentation_run(call_script, tmp_path, capsys):
+    folder = train_unet(tmp_path)
+    options = ("--data-dir", tmp_path, "--to", "pruned", "--output", tmp_path / "out")
+    assert call_script("tools/export.py", folder, *options) == 0
+    said = capsys.readouterr().out
+    assert "32 neurons per head: validation mIoU (%)" in said and "-> 16: validation mIoU (%)" in said
+    assert (tmp_path / "out" / "pruned_16" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(("form", "package"), [("onnx", "onnxscript"), ("int8", "onnxruntime")])
+def test_a_missing_package_is_named_with_the_pip_line(form, package, experiment, call_script, capsys, monkeypatch):
+    trial = experiment(epochs=1)
+    fit(trial)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert call_script("tools/export.py", trial.folder, "--to", form) == 1
+    check_error(capsys, f"{package}, which is not installed: pip install -r requirements-export.txt")
+
+
+def test_bad_files_and_flags_get_one_message(call_script, tmp_path, capsys):
+    (tmp_path / "bad.onnx").write_bytes(b"<html>")
+    for path in (tmp_path / "bad.onnx", tmp_path / "missing.onnx"):
+        with pytest.raises(UserError, match=f"{path.name} cannot be read as ONNX"):
+            onnx_answer(path)
+    assert call_script("tools/export.py", tmp_path, "--keep", 0) == 2
+    assert "keep = 0.0 must be above 0" in capsys.readouterr().err

@@ -1,0 +1,103 @@
+"""The best weights of a run as a small file with a model card, opened like a run and by name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from training import UserError
+from models.pretrained import load_pretrained, pretrained_folder, pretrained_names
+from tests.inspecting import check_error, train_unet
+from tools.exporting.model_card import accuracy_interval
+from training.loop import fit
+from training.runs import load_model
+from training.stored import EXPORTED
+
+SCRIPT = "tools/export.py"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def run(experiment_in, tmp_path_factory):
+    """Folder of a trained run, for reading only."""
+    trial = experiment_in(tmp_path_factory.mktemp("runs"), epochs=1)
+    fit(trial)
+    return trial.folder
+
+
+@pytest.fixture
+def results(run, call_script, tmp_path):
+    """A results folder with the run's weights under two names."""
+    for seed in (0, 1):
+        assert call_script(SCRIPT, run, "--output", tmp_path / "results" / "trial" / f"seed{seed}") == 0
+    return tmp_path / "results"
+
+
+def test_a_folder_with_exported_weights_opens_as_the_run_does(run, results):
+    copy = results / "trial" / "seed0"
+    assert sorted(path.name for path in copy.iterdir()) == ["README.md", EXPORTED, "config.json", "summary.json"]
+    before, config = load_model(run)
+    after, same = load_model(copy)
+    assert same == config and not after.training
+    parameters = dict(before.named_parameters())
+    for name, tensor in after.state_dict().items():
+        expected = parameters[name].detach().bfloat16().float() if name in parameters else before.state_dict()[name]
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, expected)
+    assert (copy / EXPORTED).stat().st_size < 2.5 * sum(p.numel() for p in parameters.values()) + 4096
+    images = torch.rand(4, 3, 32, 32)
+    torch.testing.assert_close(after(images), before(images), atol=0.05, rtol=0.05)
+
+
+def test_the_card_states_the_measured_result_with_its_interval(run, results):
+    card = (results / "trial" / "seed0" / "README.md").read_text()
+    accuracy = json.loads((run / "summary.json").read_text())["test"]["accuracy"]
+    low, high = accuracy_interval(round(40 * accuracy), 40)
+    assert low < accuracy < high
+    assert f"| {100 * accuracy:.2f} (95 % interval over test images: {100 * low:.2f} to {100 * high:.2f}) |" in card
+    assert "192 to train, 48 to validate, 40 to test" in card and "class 9" in card and "CIFAR-10" in card
+    assert accuracy_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I, method 3
+
+
+def test_models_are_found_by_name(run, results, tmp_path):
+    assert pretrained_names(results) == ["trial", "trial/seed1"]
+    assert pretrained_folder("trial", results) == results / "trial" / "seed0"
+    assert torch.equal(load_pretrained("trial", results).encoder, load_model(results / "trial" / "seed1")[0].encoder)
+    with pytest.raises(UserError, match=r"no pretrained model v9: choose one of trial, trial/seed1$"):
+        load_pretrained("v9", results)
+    with pytest.raises(UserError, match=r"holds no weights .* yet: train a model"):
+        load_pretrained("trial", tmp_path / "empty")
+
+
+def test_a_checkpoint_is_preferred_to_what_was_exported_from_it(run, results):
+    copy = results / "trial" / "seed0"
+    shutil.copy(run / "best.pt", copy)
+    (copy / EXPORTED).write_bytes(b"damaged")
+    assert torch.equal(load_model(copy)[0].encoder, load_model(run)[0].encoder)
+
+
+def test_a_card_of_a_segmentation_run(call_script, tmp_path):
+    folder = train_unet(tmp_path)
+    assert call_script(SCRIPT, folder) == 0
+    card = (folder / "README.md").read_text()
+    assert "| best validation mIoU (%) |" in card and "BDHUNet" in card and "pipeline_tag: image-segmentation" in card
+
+
+@pytest.mark.parametrize("script", ["visualize_attention", "explore", "probe"])
+def test_scripts_open_a_folder_that_has_only_what_was_exported(script, results, data_dir, call_script, tmp_path):
+    options = ("--run", results / "trial" / "seed1", "--data-dir", data_dir, "--output-dir", tmp_path / "looks")
+    fewer = {"explore": ("--images", 2)}.get(script, ())
+    assert call_script(f"interpretability/{script}.py", *options, *fewer) == 0
+    assert any((tmp_path / "looks").rglob("*.*"))
+
+
+def test_what_cannot_be_exported_or_opened_is_refused_with_one_message(results, call_script, tmp_path, capsys):
+    assert call_script(SCRIPT, tmp_path) == 1
+    check_error(capsys, f"config.json and best.pt or {EXPORTED}")
+    copy = results / "trial" / "seed0"
+    (copy / EXPORTED).write_bytes(b"damaged")
+    assert call_script("interpretability/visualize_attention.py", "--run", copy) == 1
+    check_error(capsys, f"{EXPORTED} cannot be read as safetensors")
+    (copy / "config.json").unlink()
+    assert call_script(SCRIPT, copy) == 1
+    check_error(capsys, "config.json")

@@ -1,0 +1,59 @@
+"""The score of any form of a model on the images that its run was tested on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from interpretability.common.trained import TrainedRun
+from tools.exporting.model_card import accuracy_interval
+from training.metrics import METRICS, confusion_matrices, confusion_ratios
+
+Predict = Callable[[Tensor], Tensor]  # images (B, C, height, width) in [-1, 1] -> logits
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy over images, or mIoU over the pixels of all images."""
+
+    key: str
+    """accuracy or miou, as in training.metrics"""
+    value: float
+    """a fraction"""
+    n_images: int
+    part: str
+    """test, or validation for data without a test part"""
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval over the choice of images; None for mIoU."""
+        if self.key != "accuracy":
+            return None
+        return accuracy_interval(round(self.value * self.n_images), self.n_images)
+
+    def __str__(self) -> str:
+        metric = METRICS[self.key]
+        ends = "" if self.interval is None else " ({} to {})".format(*map(metric.number, self.interval))
+        return f"{self.part} {metric.title} {metric.number(self.value)}{ends} on {self.n_images:,} images"
+
+
+def score(run: TrainedRun, predict: Predict, n_images: int | None = None, batch_size: int = 128) -> Score:
+    """Scores predict on images of the run's test part, at the model's size. n_images: evenly spaced; None for all.
+
+    Raises UserError if the data are not there.
+    """
+    indices = run.choose_images(n_images)
+    total = None
+    with torch.inference_mode():
+        for images, labels in run.batches(indices, batch_size, "testing"):
+            predicted = predict(images).argmax(1)
+            if run.labels_pixels:
+                counts = confusion_matrices(predicted, labels, len(run.class_names)).sum(0)
+            else:
+                counts = (predicted == labels).sum()
+            total = counts if total is None else total + counts
+    if run.labels_pixels:
+        miou = confusion_ratios(total.tolist(), run.class_names)["miou"]
+        return Score("miou", miou, len(indices), run.part)
+    return Score("accuracy", total.item() / len(indices), len(indices), run.part)

@@ -1,0 +1,131 @@
+"""The model card of a run: what it was trained on and how, how good it is, what it is for.
+
+Everything in it is read from config.json and summary.json.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import binomtest
+
+from training.metrics import METRICS
+from training.stored import EXPORTED, configuration_of, read_config, read_summary
+
+DATA = {  # name, where it is described, what its publishers say about its use
+    "digits": (
+        "Optical Recognition of Handwritten Digits, scikit-learn's copy",
+        "https://archive.ics.uci.edu/dataset/80",
+        "CC BY 4.0",
+    ),
+    "cifar10": (
+        "CIFAR-10",
+        "https://www.cs.toronto.edu/~kriz/cifar.html",
+        "no licence stated; its page asks to cite Krizhevsky 2009",
+    ),
+    "cifar100": (
+        "CIFAR-100",
+        "https://www.cs.toronto.edu/~kriz/cifar.html",
+        "no licence stated; its page asks to cite Krizhevsky 2009",
+    ),
+    "camvid": (
+        "CamVid",
+        "http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid/",
+        "no licence stated; its page asks to cite Brostow et al. 2008 and 2009",
+    ),
+    "voc": (
+        "Pascal VOC 2012",
+        "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/",
+        "images from Flickr, under its terms of use",
+    ),
+    "cityscapes": ("Cityscapes", "https://www.cityscapes-dataset.com/license/", "non-commercial use only"),
+}
+USES = {
+    "ClassificationConfig": ("image-classification", "classifying small images into the classes above"),
+    "SegmentationConfig": ("image-segmentation", "naming the class of every pixel of street or everyday scenes"),
+    "PretrainingConfig": ("image-feature-extraction", "starting another training from it"),
+    "TextConfig": ("text-generation", "continuing English text, byte by byte"),
+}
+RECIPE = ("epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "precision", "train_limit", "seed")
+
+
+def accuracy_interval(hits: int, n: int) -> tuple[float, float]:
+    """95 % interval of an accuracy measured on n images (Wilson 1927); it covers the choice of test images only."""
+    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def model_card(folder: Path) -> str:
+    """Markdown with the metadata that the Hugging Face Hub reads. folder: of a finished run. Raises Damaged."""
+    config, summary = read_config(folder), read_summary(folder)
+    configuration = configuration_of(config)
+    task, use = USES[configuration.train_class]
+    name, url, licence = DATA.get(config["data"]["name"], (config["data"]["name"], None, "as its owner says"))
+    train = configuration.train
+    classes = config["data"].get("class_names")
+    model = configuration.model_class.removesuffix("Config")
+    lines = [
+        *_metadata(task, config["data"]["name"]),
+        "",
+        f"# {config['experiment'].replace('+', ', ')}, seed {train['seed']}",
+        "",
+        f"{model}, {summary['parameters']:,} parameters: the Baby Dragon Hatchling (arXiv 2509.26507) on images."
+        if "BDH" in model
+        else f"{model}, {summary['parameters']:,} parameters: a baseline of Vision-BDH.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| data | {f'[{name}]({url})' if url else name} |",
+        f"| licence of the data | {licence} |",
+        f"| images | {_counts(summary, config)} |",
+        *_results(summary),
+        f"| weights of | epoch {summary['best']['epoch']} of {summary['epochs']}, the best on the validation part |",
+        f"| training | {', '.join(f'{key} {train[key]}' for key in RECIPE if train.get(key) is not None)} |",
+        f"| started from | {train['start_from'] or 'random weights'} |",
+        f"| hardware | {config['hardware']['name']} |",
+        f"| commit | {config.get('commit') or 'unknown'} |",
+        *([f"| classes | {', '.join(classes)} |"] if classes else []),
+        "",
+        f"**Intended use:** research, and {use}. Images unlike those of {name} get",
+        "an answer, too, and it means nothing.",
+        "No part of the training looks at bias; do not use the answers to decide about people.",
+        "",
+        f"`{EXPORTED}` holds the parameters in bf16 (the results above were measured with float32 weights, before",
+        "rounding), `config.json` every field of the model and of its training.",
+        "",
+        "```python",
+        "from pathlib import Path",
+        "",
+        "from training.runs import load_model",
+        "",
+        'model, config = load_model(Path("FOLDER OF THIS FILE"))  # reads images (B, C, height, width) in [-1, 1]',
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _metadata(task: str, data: str) -> list[str]:
+    known = [f"datasets: [{json.dumps(data)}]"] if data in DATA else []
+    return ["---", "license: mit", f"pipeline_tag: {task}", "tags: [vision-bdh]", *known, "---"]
+
+
+def _counts(summary: dict[str, Any], config: dict[str, Any]) -> str:
+    counts = summary.get("images") or config["data"].get("images") or {}
+    words = {"train": "to train", "val": "to validate", "test": "to test"}
+    return ", ".join(f"{n:,} {words.get(part, part)}" for part, n in counts.items()) or "unknown"
+
+
+def _results(summary: dict[str, Any]) -> list[str]:
+    """Rows with the test result, or the best validation result where the data have no test part."""
+    part, prefix = ("test", "") if summary["test"] else ("val", "val_")
+    values = summary["test"] or summary["best"]
+    metric = next((METRICS[key] for key in METRICS if key != "loss" and f"{prefix}{key}" in values), None)
+    if metric is None:
+        return []
+    value, n = values[f"{prefix}{metric.key}"], summary.get("images", {}).get(part)
+    interval = ""
+    if metric.key == "accuracy" and n:
+        low, high = accuracy_interval(round(value * n), n)
+        interval = f" (95 % interval over test images: {metric.number(low)} to {metric.number(high)})"
+    where = "test" if part == "test" else "best validation"
+    return [f"| {where} {metric.title} | {metric.number(value)}{interval} |"]

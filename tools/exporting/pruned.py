@@ -1,0 +1,66 @@
+"""A pruned copy of a run: a folder that scripts open like a run, and from which a training can start."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.pruning import core_of, importance, kept_neurons, neuron_counts, pruned
+from tools.exporting.weights import export_weights, write_whole
+from training.command_line import experiment_of, flags_of
+from training.config import ROOT, UserError
+from training.start import NO_DIFFERENCE
+
+
+def prune(model: nn.Module, batches: Iterable[Tensor], keep: float) -> nn.Module:
+    """The model with the share `keep` of the neurons of every head: those that are needed most on these images.
+
+    Raises UserError for a model that cannot be pruned.
+    """
+    try:
+        core = core_of(model)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    counts = neuron_counts(core.config)
+    n_neurons = min(counts, key=lambda n: abs(n - keep * core.config.n_neurons))
+    needed = importance(model, batches)
+    return pruned(model, kept_neurons(needed, n_neurons, core.config.rotary == "axial"))
+
+
+def write_pruned(model: nn.Module, config: dict[str, Any], target: Path) -> Path:
+    """Writes the pruned model's weights and config.json into target; returns the file of the weights.
+
+    config: of the run that the model comes from.
+    """
+    multiplier = model.config.mlp_internal_dim_multiplier
+    content = json.loads(json.dumps(config))
+    content["config"]["model"]["mlp_internal_dim_multiplier"] = multiplier
+    content["experiment"] += f"+pruned={multiplier}"
+    content["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    content["origin"] = {"pruned_from": config["experiment"], "run_id": config.get("run_id")}
+    target.mkdir(parents=True, exist_ok=True)
+    write_whole(target / "config.json", (json.dumps(content, indent=2) + "\n").encode())
+    return export_weights(model, target, target)
+
+
+def fine_tuning_command(model: nn.Module, config: dict[str, Any], weights: Path) -> str | None:
+    """The command that continues training with the pruned weights; None if no script has the run's experiment."""
+    script = f"train_{config['experiment'].partition('+')[0]}.py"
+    if not (ROOT / script).is_file():
+        return None
+    known = experiment_of(script)
+    fields = {}
+    for ours, theirs in ((known.model, vars(model.config)), (known.train, config["config"]["train"])):
+        fields |= {
+            key: theirs[key] for key, value in vars(ours).items() if key in theirs and not _same(theirs[key], value)
+        }
+    for key in (*NO_DIFFERENCE, "start_from", "seed"):
+        fields.pop(key, None)
+    flags = " ".join(flags_of({key: value for key, value in fields.items() if value is not None}))
+    return f"python {script} {flags} --start-from {weights}"
+
+
+def _same(one: Any, other: Any) -> bool:
+    return (list(one) if isinstance(one, tuple) else one) == (list(other) if isinstance(other, tuple) else other)
