@@ -27,6 +27,8 @@ def core_of(model: nn.Module) -> BDHCore:
         raise ValueError(f"a {type(model).__name__} has no neurons to prune: give a BDH")
     if core.config.attention == "softmax":
         raise ValueError("attention = softmax divides scores by sqrt(N), which pruning would change: not supported")
+    if core.config.qk_norm:
+        raise ValueError("qk_norm takes the mean over all N neurons, which pruning would change: not supported")
     return core
 
 

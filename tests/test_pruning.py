@@ -84,9 +84,9 @@ def test_the_most_needed_pairs_are_kept():
 def test_models_and_numbers_that_cannot_be_pruned():
     assert neuron_counts(v2_config()) == list(range(32, 1025, 32))
     assert neuron_counts(v2_config(n_embd=9, n_head=3, mlp_internal_dim_multiplier=4)) == [6, 12]
-    softmax = v2_config(**SIZES, attention="softmax").build()
-    with pytest.raises(ValueError, match="attention = softmax"):
-        pruned(softmax, torch.arange(8).expand(2, -1))
+    for fields, word in ((dict(attention="softmax"), "attention = softmax"), (dict(qk_norm=True), "qk_norm")):
+        with pytest.raises(ValueError, match=word):
+            pruned(v2_config(**SIZES, **fields).build(), torch.arange(8).expand(2, -1))
     with pytest.raises(ValueError, match="6 neurons per head: choose one of 4, 8, 12, 16"):
         pruned(MODELS["v1"].build(), torch.arange(6).expand(2, -1))
     with pytest.raises(ValueError, match="a Linear has no neurons"):
