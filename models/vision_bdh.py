@@ -131,7 +131,9 @@ class VisionEncoder(BDHCore):
 
     def mixed(self, x: Tensor, level: int, grid: Grid) -> Tensor:
         """x: (B, T, D), the residual stream before a level -> the same with neighbouring tokens mixed."""
-        return x if self.config.mixing == "none" else self.mixing[level % len(self.mixing)](x, grid)
+        if self.config.mixing == "none":
+            return x
+        return self.mixing[level if self.config.mixing == "conv_per_level" else 0](x, grid)
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Tokens with learned positions. images: (B, C, height, width) -> (B, T, D) and the grid, T = rows * columns.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from reference import SMALL, assert_close, assert_equals_reference, randomised, small_images
 
+from interpretability.common.depth import run_with_levels, why_not_deeper
 from interpretability.common.recorder import record
 from models import CONFIG_CLASSES, kernels
 from models.bdh import BDHConfig, BDHCore, CoreConfig
@@ -319,6 +320,22 @@ def test_the_recorder_sees_what_the_model_does(choices):
         scores = trace.scores(level)
         assert_close(scores @ trace.inputs[level][:, None], outputs[level], 1e-9)
         assert trace.scores(level, patches_only=True).shape[-1] == 9 and scores.shape[-1] == 9 + cls
+
+
+@pytest.mark.parametrize("choices", [{}, dict(residual="scaled_pre"), *ALONE], ids=short)
+def test_a_model_runs_deeper_if_its_weights_fit_a_deeper_model(choices):
+    model, images = randomised(VisionBDHConfig(**(SMALL | choices)).build()), small_images()
+    deeper = VisionBDHConfig(**(SMALL | choices | dict(n_layer=5))).build().double().eval()
+    try:
+        deeper.load_state_dict(model.state_dict())
+    except RuntimeError:  # weights of each level
+        assert why_not_deeper(model)
+        with pytest.raises(ValueError, match="n_layer = 5 is above 3: "), run_with_levels(model, 5):
+            pass
+    else:
+        assert why_not_deeper(model) is None
+        with run_with_levels(model, 5):
+            assert_close(model(images), deeper(images), 1e-9)
 
 
 def test_text_has_no_axial_positions():
