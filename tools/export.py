@@ -1,12 +1,14 @@
 """Takes a trained model away: writes a run's best weights in the forms that other tools read.
 
-weights  best_bf16.safetensors and a model card, beside config.json: a folder that scripts open like a run
-torch    model.pt2, a torch.export program
-onnx     model.onnx
-int8     model_int8.onnx, calibrated on training images, and the accuracy of both
-pruned   pruned_N/, a run with N neurons per head, those that are needed most, and the accuracy of both
+* weights: best_bf16.safetensors and a model card, beside config.json: a folder that scripts open like a run.
+* torch: model.pt2, a torch.export program.
+* onnx: model.onnx.
+* int8: model_int8.onnx, calibrated on training images; prints the accuracy of both.
+* pruned: pruned_N/, a run with the N neurons per head that are needed most; prints the accuracy of both.
 
-    python tools/export.py runs/v2_cifar10/seed0                                   # weights, into the run's own folder
+Without --output, the files go into the run's own folder.
+
+    python tools/export.py runs/v2_cifar10/seed0
     python tools/export.py runs/v2_cifar10/seed0 --output results/v2_cifar10/seed0
     python tools/export.py runs/v2_cifar10/seed0 --to torch onnx int8
     python tools/export.py runs/v2_cifar10/seed0 --to pruned --keep 0.5
