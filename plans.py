@@ -202,7 +202,32 @@ RECIPE_SMALL_CPU = Plan(
         ),
     ],
 )
+
+# v4 beside v2 and ViT-Tiny with the same recipe, at the size of SMALL_CPU: a ViT with as many parameters as v4 (0.2 M),
+# and one with as many training operations (1.6 M parameters). Rates first, as many for each, by validation accuracy.
+V4_PROTOCOL = (
+    "--train-limit 12500 --epochs 12 --precision bf16 --batch-size 64 --optimizer muon --dropout 0 "
+    "--weight-decay 0.05 --crop-scale-min 1 --crop-padding 4 --n-head 4"
+)
+V4_SIZE = "--n-layer 6 --n-embd 64 --mlp-internal-dim-multiplier 16"
+V4_RIVALS = (
+    f"train_speedrun_cifar10.py {V4_PROTOCOL} {V4_SIZE}",
+    f"train_v2_cifar10.py {V4_PROTOCOL} {V4_SIZE}",
+    f"train_vit_tiny_cifar10.py {V4_PROTOCOL} --n-layer 6 --n-embd 64 --mlp-dim 128",
+    f"train_vit_tiny_cifar10.py {V4_PROTOCOL} --n-layer 6 --n-embd 160 --mlp-dim 512",
+)
+V4_RATES = ("2e-3", "5e-3", "1e-2")
+V4_SMALL_CPU = Plan(
+    "v4_small_cpu",
+    [
+        Part(
+            "Which learning rate suits each model, by validation accuracy?",
+            _entries([f"{rival} --learning-rate {rate}" for rate in V4_RATES for rival in V4_RIVALS], (0,)),
+        ),
+    ],
+)
 PLANS = {"published": PUBLISHED, "full_cpu": FULL_CPU, SMALL: SMALL_CPU, "recipe_small_cpu": RECIPE_SMALL_CPU}
+PLANS |= {"v4_small_cpu": V4_SMALL_CPU}
 
 
 # ---------------------------------------------------------------------------- cost

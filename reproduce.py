@@ -49,9 +49,9 @@ KEPT = ("config.json", "metrics.csv", "summary.json")  # summary.json last: it m
 class Options:
     """What to run, and how."""
 
-    plan: Literal["published", "full_cpu", "small_cpu", "recipe_small_cpu"] = "published"
+    plan: Literal["published", "full_cpu", "small_cpu", "recipe_small_cpu", "v4_small_cpu"] = "published"
     """published: all published experiments; full_cpu: those a CPU can do at full size; small_cpu: reduced size;
-    recipe_small_cpu: what each field of the recipe brings, at reduced size"""
+    recipe_small_cpu: what each field of the recipe brings; v4_small_cpu: v4 beside v2 and ViT-Tiny; reduced size"""
     list: bool = False
     """show the runs, their cost and state, and exit"""
     only: str | None = None
