@@ -37,7 +37,7 @@ class TrainConfig:
     weight_decay: float
     """weight decay (decoupled; SGD: L2)"""
     optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
-    """muon: Muon for hidden matrices, AdamW for embeddings, norms, biases and the output layer"""
+    """muon: Muon for hidden matrices, AdamW for embeddings, norms, biases, depthwise convolutions, output layer"""
     adamw_learning_rate: float | None = None
     """peak rate of what muon leaves to AdamW; default: learning_rate"""
     momentum: float = 0.95
