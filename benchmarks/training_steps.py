@@ -1,7 +1,9 @@
 """Whole training steps of any model, as fit() makes them, and the reference implementation of the BDH step."""
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from models.vision_bdh import ImageSize, VisionBDH, VisionBDHConfig, height_and_
 from training.config import ClassificationConfig
 from training.data import DataSet, ImageBatches, Split
 from training.device import set_precision
-from training.optimiser import make_average
+from training.optimiser import WeightAverage
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, height, width) in [-1, 1] and labels (B,)
 
@@ -71,7 +73,7 @@ def training_step(
     model = model.to(device)
     forward = torch.compile(model) if compiled else model
     optimizer = train.make_optimizer(model)
-    average = make_average(model, train.ema) if train.ema else None
+    average = WeightAverage(model, train.ema) if train.ema else None
 
     def step() -> Tensor:
         images, labels = next(batches)
@@ -99,6 +101,14 @@ def flop_per_image(model: nn.Module, img_size: ImageSize) -> float:
     with FlopCounterMode(display=False) as counter:
         model(images).sum().backward()
     return counter.get_total_flops() / len(images)
+
+
+@cache
+def flop_of(config: Any) -> float:
+    """`flop_per_image` of a config's model on the device "meta": counted once, nothing is computed."""
+    with torch.device("meta"):
+        model = config.build()
+    return flop_per_image(model, config.img_size)
 
 
 def endless_batches(data: DataSet, split: Split, train: ClassificationConfig, device: torch.device) -> Iterator[Batch]:

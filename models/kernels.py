@@ -172,7 +172,7 @@ class _FastUpdate(torch.autograd.Function):
         ys, saved = [], []
         for x_slice in x.to(weights[0].dtype).split(per_slice):
             if recompute:
-                ctx.random_states.append(_random_state(x.device))
+                ctx.random_states.append(random_state(x.device))
             y, ctx.scale, kept = _forward_slice(x_slice, *ctx.settings)
             ys.append(y)
             saved += [x_slice, kept[-1]] if recompute else [x_slice, *kept]
@@ -204,18 +204,23 @@ class _FastUpdate(torch.autograd.Function):
         return torch.cat(dxs).to(dy.dtype), d_encoder, d_encoder_v, d_decoder.flatten(0, 1), *[None] * 7
 
 
-def _random_state(device: torch.device) -> list[Tensor]:
+def random_state(device: torch.device) -> list[Tensor]:
     """States of the generators that dropout draws from."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def set_random_state(states: list[Tensor], device: torch.device) -> None:
+    """Sets the generators to what `random_state` returned, maybe on another device: then the CPU's alone."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
 
 
 @contextlib.contextmanager
 def _random_as(states: list[Tensor], device: torch.device):
     """Inside, the generators have these states; afterwards they continue from where they were before."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.set_rng_state(states[0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(states[1], device)
+        set_random_state(states, device)
         yield
 
 

@@ -46,7 +46,6 @@ class RotaryAttention(nn.Module):
     rotary: selects the angles, see `CoreConfig`; the caller rotates q and k with `tables`. attend_self: raw scores of a
     token with itself count.
 
-
     The buffer `freqs` is (1, 1, 1, N), the same for all heads. Loading weights of a pruned model makes it (1, H, 1, N).
     """
 

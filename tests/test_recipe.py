@@ -29,7 +29,7 @@ from models.vision_bdh import v2_config, v3_config
 from training.augment import JointTransform, PadAndCrop, RandomErasing
 from training.mixing import Mix, SmoothLabels
 from training.muon import MuonWithAdamW, orthogonalise
-from training.optimiser import hidden_matrices, make_average, make_optimizer, rate_factor
+from training.optimiser import WeightAverage, hidden_matrices, make_optimizer, rate_factor
 from training.stored import load_checkpoint
 from training.tasks import median_frequencies, pixel_cross_entropy
 
@@ -187,7 +187,7 @@ def test_drop_path_skips_levels_in_proportion_to_their_depth_and_only_in_trainin
 
 def test_the_average_is_that_of_its_formula():
     model = nn.Linear(3, 2)
-    average, expected = make_average(model, 0.7), None
+    average, expected = WeightAverage(model, 0.7), None
     for t in range(8):
         with torch.no_grad():
             model.weight.normal_()

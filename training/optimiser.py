@@ -150,8 +150,3 @@ class WeightAverage(AveragedModel):
         for own, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
             own.copy_(theirs)
         self.n_averaged += 1
-
-
-def make_average(model: nn.Module, decay: float) -> WeightAverage:
-    """The average of the model's weights, before its first update."""
-    return WeightAverage(model, decay)

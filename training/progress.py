@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training import processes, seeds
+from training import processes
+from models.kernels import random_state
 from training.metrics import Items, Sums
 from training.tasks import Task
 
@@ -32,7 +33,7 @@ class Progress:
 
     def state(self, device: torch.device) -> dict[str, Any]:
         """For a checkpoint; all processes call it."""
-        mine = {"random": _random_state(device), **self.sums.state()}
+        mine = {"random": random_state(device), **self.sums.state()}
         return {
             "steps": self.steps,
             "seen": self.seen,
@@ -56,14 +57,6 @@ class Progress:
             if not processes.is_main():
                 progress.sums.clear()
         return progress
-
-    def restore_random(self, device: torch.device, seed: int, epoch: int) -> None:
-        """Dropout continues as in the checkpoint; a process that was not there then seeds its own."""
-        torch.manual_seed(seeds.derive("model", seed, epoch, processes.rank()))
-        if self.random is not None:
-            torch.set_rng_state(self.random[0])
-            if device.type == "cuda" and len(self.random) > 1:
-                torch.cuda.set_rng_state(self.random[1], device)
 
     def note(self, step: int, finite: Tensor) -> None:
         """finite: whether loss and gradient of that step were."""
@@ -107,7 +100,3 @@ def ratios_of(task: Task, sums: Sums, seen: int) -> dict[str, Any]:
     """Mean loss per sample and the task's ratios, over all processes; waits for the device."""
     read = sums.read() | {"samples": seen}
     return {"loss": read["loss"] / seen, **task.ratios(read)}
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel
 
 from training import batchnorm, processes, seeds
 from models.bdh import BDHCore
+from models.kernels import set_random_state
 from training.config import Experiment, UserError
 from training.device import effective_precision, pick_device, set_precision, tune_cpu_allocator
-from training.optimiser import make_average, make_schedule, set_step
+from training.optimiser import WeightAverage, make_schedule, set_step
 from training.progress import Progress
 from training.runs import Run
 from training.tasks import Batches, Task
@@ -38,7 +38,7 @@ class Session:
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     autocast: contextlib.AbstractContextManager
-    average: AveragedModel | None = None  # of the weights, if train.ema: what is validated and tested
+    average: WeightAverage | None = None  # of the weights, if train.ema: what is validated and tested
     epoch: int = 0  # epochs done
     step: int = 0  # optimizer steps done
     best: dict[str, Any] | None = None  # epoch and metrics of the best validation so far
@@ -52,12 +52,12 @@ class Session:
         return self.model if self.average is None else self.average.module
 
     def begin_epoch(self) -> Progress:
-        """Progress of the epoch to train: none yet, or as the checkpoint has it. Seeds dropout."""
+        """Progress of the epoch to train: none yet, or as the checkpoint has it, where dropout continues as it was."""
+        torch.manual_seed(seeds.derive("model", self.experiment.train.seed, self.epoch, processes.rank()))
         if self.progress is None:
-            torch.manual_seed(seeds.derive("model", self.experiment.train.seed, self.epoch, processes.rank()))
             self.progress = Progress.start(self.device)
-        else:
-            self.progress.restore_random(self.device, self.experiment.train.seed, self.epoch)
+        elif self.progress.random is not None:
+            set_random_state(self.progress.random, self.device)
         return self.progress
 
     def not_synced(self, last: bool) -> contextlib.AbstractContextManager:
@@ -134,7 +134,7 @@ def make_session(
     trained = forward if processes.count() == 1 else _distribute(forward, device)
     schedule = make_schedule(optimizer, total_steps, train)
     autocast = set_precision(train.precision, device)
-    average = make_average(model, train.ema) if train.ema else None
+    average = WeightAverage(model, train.ema) if train.ema else None
     parts = (device, data, task, model, forward, trained, optimizer, schedule, autocast, average)
     return Session(experiment, run, run_id, *parts)
 
