@@ -11,7 +11,7 @@ import torch
 from analysis.published import read_published
 from analysis.reading import SMALL
 from benchmarks.measure import seconds_of
-from benchmarks.training_steps import flop_per_image, made_up_batches, training_step
+from benchmarks.training_steps import flop_of, made_up_batches, training_step
 from training.config import Experiment
 
 
@@ -250,10 +250,7 @@ def training_images(experiment: Experiment) -> int:
 
 def training_flop(experiment: Experiment) -> float:
     """Operations of all matrix products and convolutions in training, forward and backward, without validation."""
-    with torch.device("meta"):
-        model = experiment.model.build()
-    images = experiment.train.epochs * training_images(experiment)
-    return images * flop_per_image(model, experiment.model.img_size)
+    return experiment.train.epochs * training_images(experiment) * flop_of(experiment.model)
 
 
 def measure_step(experiment: Experiment, seconds: float = 4.0) -> float:

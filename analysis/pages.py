@@ -13,6 +13,7 @@ from analysis.tables import markdown_table, mean_and_spread
 from training.config import UserError
 from training.device import effective_precision
 from training.metrics import Metric
+from training.session import count_parameters
 
 HEADLINE = (  # experiments in README's table
     "v2_cifar10",
@@ -123,7 +124,7 @@ def parameters_of(claim: Claim) -> int:
     if claim.row:
         return claim.row.runs[0].config["parameters"]
     with torch.device("meta"):
-        return sum(weight.numel() for weight in claim.asked.model.build().parameters())
+        return count_parameters(claim.asked.model.build())
 
 
 def protocol_cells(row: Row) -> list[str]:

@@ -1,8 +1,9 @@
-"""Markdown tables of runs."""
+"""Markdown tables of runs, and the numbers in them."""
 
 from collections.abc import Iterable, Sequence
 
 import pandas as pd
+from scipy.stats import binomtest
 
 from analysis.reading import Row
 from training.metrics import Metric
@@ -54,6 +55,12 @@ def _test_cell(row: Row) -> str:
     if not len(row.test):
         return "no test part" if row.finished else "not finished"
     return mean_and_spread(row.metric, row.test)
+
+
+def accuracy_interval(hits: int, n: int) -> tuple[float, float]:
+    """95 % interval of an accuracy measured on n images (Wilson 1927); it covers the choice of test images only."""
+    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def mean_and_spread(metric: Metric, values: pd.Series) -> str:

@@ -17,14 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
 from analysis.plotting import style
 from analysis.plotting.curves import labels_of
 from analysis.reading import Row, RunFiles, find_runs, make_rows, read_runs
 from analysis.tables import markdown_table
-from benchmarks.training_steps import flop_per_image
+from benchmarks.training_steps import flop_of
 from models import build_config
 from training.command_line import run_script
 from training.config import ROOT, UserError
@@ -51,10 +50,8 @@ def training_seconds(run: RunFiles) -> pd.Series:
 
 def training_pflop(run: RunFiles) -> pd.Series:
     """(epochs,) 1e15 operations of training up to the end of each epoch."""
-    with torch.device("meta"):
-        model = build_config(run.config["model_class"], run.config["config"]["model"]).build()
-    images = run.summary["images"]["train"] * run.epochs.index.to_series()
-    return images * flop_per_image(model, run.config["config"]["model"]["img_size"]) / 1e15
+    model = build_config(run.config["model_class"], run.config["config"]["model"])
+    return run.summary["images"]["train"] * run.epochs.index.to_series() * flop_of(model) / 1e15
 
 
 def measure(row: Row, target: float) -> dict:

@@ -19,11 +19,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import BenchmarkOptions, Precision, kept_memory_mb, machine_of, prepare_device
-from benchmarks.training_steps import flop_per_image
+from benchmarks.training_steps import flop_of
 from models.baselines import ViTConfig
 from models.bdh import BDHCore
 from training.command_line import experiment_of, run_script
 from training.device import set_precision
+from training.session import count_parameters
 
 SCRIPT, BASE = "train_v2_imagenet.py", "--n-embd 768 --n-head 8"
 VIT = dict(img_size=224, patch_size=16, num_classes=1000)
@@ -53,9 +54,9 @@ def cost(config: Any) -> dict[str, float]:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(images)
     return {
-        "parameters": sum(each.numel() for each in model.parameters()),
+        "parameters": count_parameters(model),
         "forward_gmac": counter.get_total_flops() / 2e9,
-        "training_gflop": flop_per_image(model, config.img_size) / 1e9,
+        "training_gflop": flop_of(config) / 1e9,
     }
 
 

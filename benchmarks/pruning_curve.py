@@ -22,8 +22,9 @@ from torch import Tensor
 from analysis.plotting.style import COLORS, MARKERS, PAGE, save_figure, style_axes
 from interpretability.common.figures import titled_figure
 from interpretability.common.trained import TrainedRun, progress
-from models.pruning import core_of, importance, kept_neurons, neuron_counts, pruned
+from models.pruning import core_of, kept_neurons, neuron_counts, pruned
 from tools.exporting.evaluation import score
+from tools.exporting.pruned import importance
 from training.command_line import run_script
 from training.config import ROOT, UserError
 

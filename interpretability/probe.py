@@ -34,7 +34,6 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy.stats import binomtest
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -42,6 +41,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from analysis.plotting.style import COLORS, PAGE, save_figure, style_axes
+from analysis.tables import accuracy_interval
 from interpretability.common.depth import run_with_levels, why_not_deeper
 from interpretability.common.features import images_per_pass, stream_features
 from interpretability.common.figures import titled_figure
@@ -166,8 +166,8 @@ def accuracies(train: Pass, test: Pass, neighbours: int = 20, penalty: float = 1
     rows, n = [], len(test.labels)
     for method, level, predicted in predictions:
         right = int((predicted == test.labels).sum())
-        interval = binomtest(right, n).proportion_ci(method="wilson")
-        row = dict(method=method, level=level, accuracy=right / n, low=interval.low, high=interval.high)
+        low, high = accuracy_interval(right, n)
+        row = dict(method=method, level=level, accuracy=right / n, low=low, high=high)
         rows.append(row | dict(images=n, train_images=len(train.labels)))
     return pd.DataFrame(rows)
 

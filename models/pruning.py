@@ -8,7 +8,6 @@ A pruned model computes what the whole one computes with the dropped neurons sil
 """
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,8 +15,6 @@ from torch import Tensor, nn
 
 from models.bdh import BDHCore, StepWeights
 from models.bdh_unet import BDHUNet
-
-Criterion = str  # "use" or "activity"
 
 
 def core_of(model: nn.Module) -> BDHCore:
@@ -37,40 +34,6 @@ def neuron_counts(config: Any) -> list[int]:
     multiple = 4 if config.rotary == "axial" else 2
     every = (m * config.n_embd / config.n_head for m in range(1, config.mlp_internal_dim_multiplier + 1))
     return [int(n) for n in every if n == int(n) and int(n) % multiple == 0]
-
-
-@torch.no_grad()
-def importance(model: nn.Module, batches: Iterable[Tensor], criterion: Criterion = "use") -> Tensor:
-    """How much each neuron is needed, (H, N), summed over levels, tokens and images (B, C, height, width).
-
-    activity: the sum of its gated activity. use: that sum times the length of its row of the decoder, a bound on what
-    the updates lose with it.
-    """
-    core = core_of(model)
-    total = torch.zeros(core.encoder.shape[-3], core.encoder.shape[-1], dtype=torch.float64)
-    level, grid = 0, None
-
-    def enter(module: nn.Module, args: tuple[Tensor]) -> None:
-        nonlocal level
-        gated = core.level_activity(args[0], level % core.config.n_layer, grid).gated.abs().sum((0, 2))  # (H, N)
-        if criterion == "use":
-            decoder = core.step_weights()[level % core.config.n_layer].decoder
-            gated = gated * decoder.view(*gated.shape, -1).norm(dim=-1)
-        total.add_(gated.double().cpu())
-        level += 1
-
-    def see_grid(module: nn.Module, args: tuple, patches: Tensor) -> None:
-        nonlocal grid
-        grid = tuple(patches.shape[2:])
-
-    handles = [core.level_input.register_forward_pre_hook(enter), core.patch_embed.register_forward_hook(see_grid)]
-    try:
-        for images in batches:
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return total
 
 
 def kept_neurons(needed: Tensor, n_neurons: int, axial: bool) -> Tensor:

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from training import UserError
+from analysis.tables import accuracy_interval
 from models.pretrained import load_pretrained, pretrained_folder, pretrained_names
 from tests.inspecting import check_error, train_unet
-from tools.exporting.model_card import accuracy_interval
-from training.loop import fit
 from training.runs import load_model
 from training.stored import EXPORTED
 
@@ -18,26 +17,18 @@ SCRIPT = "tools/export.py"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def run(experiment_in, tmp_path_factory):
-    """Folder of a trained run, for reading only."""
-    trial = experiment_in(tmp_path_factory.mktemp("runs"), epochs=1)
-    fit(trial)
-    return trial.folder
-
-
 @pytest.fixture
-def results(run, call_script, tmp_path):
+def results(trained_run, call_script, tmp_path):
     """A results folder with the run's weights under two names."""
     for seed in (0, 1):
-        assert call_script(SCRIPT, run, "--output", tmp_path / "results" / "trial" / f"seed{seed}") == 0
+        assert call_script(SCRIPT, trained_run, "--output", tmp_path / "results" / "trial" / f"seed{seed}") == 0
     return tmp_path / "results"
 
 
-def test_a_folder_with_exported_weights_opens_as_the_run_does(run, results):
+def test_a_folder_with_exported_weights_opens_as_the_run_does(trained_run, results):
     copy = results / "trial" / "seed0"
     assert sorted(path.name for path in copy.iterdir()) == ["README.md", EXPORTED, "config.json", "summary.json"]
-    before, config = load_model(run)
+    before, config = load_model(trained_run)
     after, same = load_model(copy)
     assert same == config and not after.training
     parameters = dict(before.named_parameters())
@@ -49,9 +40,9 @@ def test_a_folder_with_exported_weights_opens_as_the_run_does(run, results):
     torch.testing.assert_close(after(images), before(images), atol=0.05, rtol=0.05)
 
 
-def test_the_card_states_the_measured_result_with_its_interval(run, results):
+def test_the_card_states_the_measured_result_with_its_interval(trained_run, results):
     card = (results / "trial" / "seed0" / "README.md").read_text()
-    accuracy = json.loads((run / "summary.json").read_text())["test"]["accuracy"]
+    accuracy = json.loads((trained_run / "summary.json").read_text())["test"]["accuracy"]
     low, high = accuracy_interval(round(40 * accuracy), 40)
     assert low < accuracy < high
     assert f"| {100 * accuracy:.2f} (95 % interval over test images: {100 * low:.2f} to {100 * high:.2f}) |" in card
@@ -59,7 +50,7 @@ def test_the_card_states_the_measured_result_with_its_interval(run, results):
     assert accuracy_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I, method 3
 
 
-def test_models_are_found_by_name(run, results, tmp_path):
+def test_models_are_found_by_name(trained_run, results, tmp_path):
     assert pretrained_names(results) == ["trial", "trial/seed1"]
     assert pretrained_folder("trial", results) == results / "trial" / "seed0"
     assert torch.equal(load_pretrained("trial", results).encoder, load_model(results / "trial" / "seed1")[0].encoder)
@@ -69,11 +60,11 @@ def test_models_are_found_by_name(run, results, tmp_path):
         load_pretrained("trial", tmp_path / "empty")
 
 
-def test_a_checkpoint_is_preferred_to_what_was_exported_from_it(run, results):
+def test_a_checkpoint_is_preferred_to_what_was_exported_from_it(trained_run, results):
     copy = results / "trial" / "seed0"
-    shutil.copy(run / "best.pt", copy)
+    shutil.copy(trained_run / "best.pt", copy)
     (copy / EXPORTED).write_bytes(b"damaged")
-    assert torch.equal(load_model(copy)[0].encoder, load_model(run)[0].encoder)
+    assert torch.equal(load_model(copy)[0].encoder, load_model(trained_run)[0].encoder)
 
 
 def test_a_card_of_a_segmentation_run(call_script, tmp_path):

@@ -10,10 +10,11 @@ import torch
 
 from training import UserError
 from models.bdh_unet import bdh_unet_config
-from models.pruning import core_of, importance, kept_neurons, neuron_counts, pruned
+from models.pruning import core_of, kept_neurons, neuron_counts, pruned
 from models.vision_bdh import v1_config, v2_config, v3_config
 from tests.inspecting import with_large_weights
 from tests.trials import resumed, same_weights, weights
+from tools.exporting.pruned import importance
 from training.command_line import experiment_of
 from training.config import RunOptions
 from training.loop import fit

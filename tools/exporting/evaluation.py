@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from analysis.tables import accuracy_interval
 from interpretability.common.trained import TrainedRun
-from tools.exporting.model_card import accuracy_interval
 from training.metrics import METRICS, confusion_matrices, confusion_ratios
 
 Predict = Callable[[Tensor], Tensor]  # images (B, C, height, width) in [-1, 1] -> logits

@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import binomtest
-
+from analysis.tables import accuracy_interval
 from training.metrics import METRICS
 from training.stored import EXPORTED, configuration_of, read_config, read_summary
 
@@ -47,12 +46,6 @@ USES = {
     "TextConfig": ("text-generation", "continuing English text, byte by byte"),
 }
 RECIPE = ("epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "precision", "train_limit", "seed")
-
-
-def accuracy_interval(hits: int, n: int) -> tuple[float, float]:
-    """95 % interval of an accuracy measured on n images (Wilson 1927); it covers the choice of test images only."""
-    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def model_card(folder: Path) -> str:

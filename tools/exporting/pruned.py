@@ -5,13 +5,36 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from models.pruning import core_of, importance, kept_neurons, neuron_counts, pruned
+from interpretability.common.recorder import record
+from models.pruning import core_of, kept_neurons, neuron_counts, pruned
 from tools.exporting.weights import export_weights, write_whole
 from training.command_line import experiment_of, flags_of
 from training.config import ROOT, UserError
+from training.session import count_parameters
 from training.start import NO_DIFFERENCE
+
+
+@torch.no_grad()
+def importance(model: nn.Module, batches: Iterable[Tensor], criterion: str = "use") -> Tensor:
+    """How much each neuron is needed, (H, N), summed over levels, tokens and images (B, C, height, width).
+
+    criterion: "activity" is the sum of its gated activity; "use" is that sum times the length of its row of the
+    decoder, a bound on what the updates lose with it. Raises ValueError for a model that cannot be pruned.
+    """
+    core = core_of(model)
+    total = torch.zeros(core.encoder.shape[-3], core.encoder.shape[-1], dtype=torch.float64)
+    with record(model, "gated") as trace:
+        for images in batches:
+            model(images)
+            for level, weights in enumerate(core.step_weights()):
+                gated = trace.gated(level).abs().sum((0, 2))  # (H, N)
+                if criterion == "use":
+                    gated = gated * weights.decoder.view(*gated.shape, -1).norm(dim=-1)
+                total.add_(gated.double().cpu())
+    return total
 
 
 def prune(model: nn.Module, batches: Iterable[Tensor], keep: float) -> nn.Module:
@@ -38,7 +61,7 @@ def write_pruned(model: nn.Module, config: dict[str, Any], target: Path) -> Path
     content = json.loads(json.dumps(config))
     content["config"]["model"]["mlp_internal_dim_multiplier"] = multiplier
     content["experiment"] += f"+pruned={multiplier}"
-    content["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    content["parameters"] = count_parameters(model)
     content["origin"] = {"pruned_from": config["experiment"], "run_id": config.get("run_id")}
     target.mkdir(parents=True, exist_ok=True)
     write_whole(target / "config.json", (json.dumps(content, indent=2) + "\n").encode())
