@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from training import ClassificationConfig, Experiment, RunOptions
+from training import ClassificationConfig, Experiment, RunOptions, fit
 from models.vision_bdh import v2_config
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -103,6 +103,14 @@ def experiment_in(data_dir):
 def experiment(experiment_in, tmp_path):
     """experiment_in with the test's own folder of runs."""
     return functools.partial(experiment_in, tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def trained_run(experiment_in, tmp_path_factory):
+    """Folder of a tiny finished run, for reading only."""
+    trial = experiment_in(tmp_path_factory.mktemp("runs"), epochs=1)
+    fit(trial)
+    return trial.folder
 
 
 @pytest.fixture

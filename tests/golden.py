@@ -24,17 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from camvid_data import write_camvid
 from conftest import made_up_cifar
 from photos import write_photos
+from tiny_scripts import SCRIPTS
 
 from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, TextConfig, fit
 from models.bdh import BDHConfig
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v2_config
 from training.command_line import experiment_of, flags_of
-from training.config import ROOT
 
 RECORD = Path(__file__).with_suffix(".json")
 COLUMNS = ("train_loss", "val_loss", "learning_rate")  # and the metric, whose column depends on the task
-SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "\nEXPERIMENT = " in path.read_text(encoding="utf-8"))
 STEPS = 20
 SIZE = dict(n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
 

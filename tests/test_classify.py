@@ -11,18 +11,10 @@ from PIL import Image, ImageOps
 from tests.inspecting import check_error, train_unet
 from training.augment import normalise
 from training.data import load_dataset
-from training.loop import fit
 from training.runs import load_model
 
 SCRIPT = "interpretability/classify.py"
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def run(experiment_in, tmp_path_factory):
-    trial = experiment_in(tmp_path_factory.mktemp("runs"), epochs=1)
-    fit(trial)
-    return trial.folder
 
 
 def answers(folder):
@@ -39,16 +31,16 @@ def check_row(row, expected):
     assert int(row["class_1"].removeprefix("class ")) == expected.argmax()
 
 
-def test_test_images_get_the_answers_of_training(run, data_dir, call_script, tmp_path):
+def test_test_images_get_the_answers_of_training(trained_run, data_dir, call_script, tmp_path):
     """A folder of the data set's own images, in batches that do not divide their number."""
     data = load_dataset("cifar10", data_dir)
     (tmp_path / "photos").mkdir()
     for index in range(7):
         Image.fromarray(data.test_images[index].transpose(1, 2, 0)).save(tmp_path / "photos" / f"{index}.png")
-    options = ("--run", run, "--top", 3, "--batch-size", 4, "--output-dir", tmp_path / "out")
+    options = ("--run", trained_run, "--top", 3, "--batch-size", 4, "--output-dir", tmp_path / "out")
     assert call_script(SCRIPT, tmp_path / "photos", *options) == 0
     with torch.no_grad():
-        expected = load_model(run)[0](normalise(torch.from_numpy(data.test_images[:7]))).softmax(-1)
+        expected = load_model(trained_run)[0](normalise(torch.from_numpy(data.test_images[:7]))).softmax(-1)
     rows = answers(tmp_path / "out")
     assert len(rows) == 7 and "class_4" not in rows["0.png"] and not list((tmp_path / "out").rglob("*.png"))
     for index in range(7):
@@ -92,38 +84,38 @@ FORMATS = {  # bytes of a file, and the picture it shows
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_formats_are_read_as_a_viewer_shows_them(name, run, call_script, tmp_path):
+def test_formats_are_read_as_a_viewer_shows_them(name, trained_run, call_script, tmp_path):
     make, shown = FORMATS[name]
     (tmp_path / name).write_bytes(make())
-    assert call_script(SCRIPT, tmp_path / name, "--run", run, "--output-dir", tmp_path / "out") == 0
+    assert call_script(SCRIPT, tmp_path / name, "--run", trained_run, "--output-dir", tmp_path / "out") == 0
     fitted = np.array(ImageOps.fit(shown.convert("RGB"), (32, 32), Image.Resampling.BICUBIC))
     with torch.no_grad():
-        expected = load_model(run)[0](normalise(torch.from_numpy(fitted).permute(2, 0, 1)[None])).softmax(-1)[0]
+        expected = load_model(trained_run)[0](normalise(torch.from_numpy(fitted).permute(2, 0, 1)[None])).softmax(-1)[0]
     (row,) = answers(tmp_path / "out").values()
     assert float(row["probability_1"]) == pytest.approx(expected.max().item(), abs=3e-3)  # alpha is rounded
     (picture,) = (tmp_path / "out").rglob("*.png")
     assert picture.stat().st_size > 5000
 
 
-def test_bad_files_do_not_keep_the_others_from_being_classified(run, call_script, tmp_path, capsys):
+def test_bad_files_do_not_keep_the_others_from_being_classified(trained_run, call_script, tmp_path, capsys):
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "a.png").write_bytes(saved(GREY, "png"))
     (photos / "b.png").write_bytes(saved(GREY, "png")[:60])
     (photos / "c.jpg").write_bytes(b"<html>")
-    assert call_script(SCRIPT, photos, "--run", run, "--output-dir", tmp_path / "out") == 1
+    assert call_script(SCRIPT, photos, "--run", trained_run, "--output-dir", tmp_path / "out") == 1
     check_error(capsys, r"b\.png cannot be read as an image .*1 more like this.* 1 were classified")
     assert list(answers(tmp_path / "out")) == ["a.png"]
 
 
-def test_mistakes_get_one_message(run, call_script, tmp_path, capsys):
-    assert call_script(SCRIPT, tmp_path / "nothing.png", "--run", run) == 1
+def test_mistakes_get_one_message(trained_run, call_script, tmp_path, capsys):
+    assert call_script(SCRIPT, tmp_path / "nothing.png", "--run", trained_run) == 1
     check_error(capsys, "nothing.png does not exist")
     (tmp_path / "empty").mkdir()
-    assert call_script(SCRIPT, tmp_path / "empty", "--run", run) == 1
+    assert call_script(SCRIPT, tmp_path / "empty", "--run", trained_run) == 1
     check_error(capsys, "no images")
     (tmp_path / "a.png").write_bytes(saved(GREY, "png"))
     assert call_script(SCRIPT, tmp_path / "a.png", "--run", train_unet(tmp_path / "unet")) == 1
     check_error(capsys, "does not classify images")
-    assert call_script(SCRIPT, tmp_path / "a.png", "--run", run, "--top", 0) == 2
+    assert call_script(SCRIPT, tmp_path / "a.png", "--run", trained_run, "--top", 0) == 2
     assert "top = 0 must be at least 1" in capsys.readouterr().err

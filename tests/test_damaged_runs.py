@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from training import UserError, fit
+from training import UserError
 from analysis.reading import find_runs, read_runs
 from training.runs import Run, load_model
 
@@ -93,13 +93,6 @@ def test_a_training_class_that_is_no_config_is_no_traceback(make_run):
 # ---------------------------------------------------------------------------- weights
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, experiment_in):
-    trial = experiment_in(tmp_path_factory.mktemp("runs"), epochs=1)
-    fit(trial)
-    return trial.folder
-
-
 def changed_weights(change):
     def damage(folder):
         state = torch.load(folder / "best.pt", weights_only=True)
@@ -120,16 +113,16 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("damage", WEIGHTS.values(), ids=WEIGHTS)
-def test_weights_that_are_not_the_runs_are_refused(trained, tmp_path, damage):
+def test_weights_that_are_not_the_runs_are_refused(trained_run, tmp_path, damage):
     """With shared weights, another depth or gate would load, and show another model."""
-    folder = shutil.copytree(trained, tmp_path / "copy" / "seed0")
+    folder = shutil.copytree(trained_run, tmp_path / "copy" / "seed0")
     damage(folder)
     with pytest.raises(UserError, match=r"best\.pt"):
         load_model(folder)
 
 
-def test_an_index_beyond_the_images_is_refused(trained, tmp_path):
-    folder = shutil.copytree(trained, tmp_path / "copy" / "seed0")
+def test_an_index_beyond_the_images_is_refused(trained_run, tmp_path):
+    folder = shutil.copytree(trained_run, tmp_path / "copy" / "seed0")
     with np.load(folder / "split.npz") as arrays:
         split = dict(arrays)
     split["train"][0] = 10**6
@@ -139,8 +132,8 @@ def test_an_index_beyond_the_images_is_refused(trained, tmp_path):
 
 
 @pytest.mark.parametrize(("keys", "to"), CONFIG.values(), ids=CONFIG)
-def test_a_config_that_cannot_be_is_refused(trained, tmp_path, keys, to):
-    folder = shutil.copytree(trained, tmp_path / "copy" / "seed0")
+def test_a_config_that_cannot_be_is_refused(trained_run, tmp_path, keys, to):
+    folder = shutil.copytree(trained_run, tmp_path / "copy" / "seed0")
     change(folder / "config.json", *keys, to=to)
     with pytest.raises(UserError, match=r"config\.json"):
         load_model(folder)

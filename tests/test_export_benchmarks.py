@@ -7,27 +7,19 @@ import pytest
 from interpretability.common.trained import TrainedRun
 from tests.inspecting import check_error, train_unet
 from tools.exporting.evaluation import score
-from training.loop import fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def run(experiment_in, tmp_path_factory):
-    trial = experiment_in(tmp_path_factory.mktemp("runs"), epochs=1)
-    fit(trial)
-    return trial.folder
-
-
-def test_the_table_of_forms(run, data_dir, call_script, tmp_path):
+def test_the_table_of_forms(trained_run, data_dir, call_script, tmp_path):
     options = ("--data-dir", data_dir, "--output-dir", tmp_path, "--repeats", 1, "--batch-size", 2, "--threads", 1)
-    assert call_script("benchmarks/export_table.py", run, *options) == 0
+    assert call_script("benchmarks/export_table.py", trained_run, *options) == 0
     (path,) = tmp_path.glob("*.csv")
     table = pd.read_csv(path).set_index(["engine", "form"])
     assert len(table) == 6 and (table.test_images == 40).all() and table.hardware.str.contains("1 thread").all()
     whole = table.loc["onnxruntime", "float32"]
     assert (whole.filter(like="ratio_") == 1).all()
-    expected = score(TrainedRun(run, data_dir, "cpu"), TrainedRun(run, data_dir, "cpu").model)
+    expected = score(TrainedRun(trained_run, data_dir, "cpu"), TrainedRun(trained_run, data_dir, "cpu").model)
     assert whole.accuracy == table.loc["PyTorch", "float32"].accuracy == pytest.approx(expected.value)
     assert whole.low == pytest.approx(expected.interval[0], abs=1e-6)
     pruned = table.loc["onnxruntime", "pruned to 8 neurons a head, float32"]
@@ -40,14 +32,14 @@ def test_the_table_of_forms(run, data_dir, call_script, tmp_path):
     )
 
 
-def test_the_curve_of_pruning(run, data_dir, call_script, tmp_path):
-    options = ("--run", run, "--data-dir", data_dir, "--output-dir", tmp_path, "--points", 3)
+def test_the_curve_of_pruning(trained_run, data_dir, call_script, tmp_path):
+    options = ("--run", trained_run, "--data-dir", data_dir, "--output-dir", tmp_path, "--points", 3)
     assert call_script("benchmarks/pruning_curve.py", *options) == 0
     assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png", ".svg"}
     (path,) = tmp_path.glob("*.csv")
     table = pd.read_csv(path)
     assert sorted(set(table.neurons_per_head)) == [4, 12, 16] and len(table) == 9
-    opened = TrainedRun(run, data_dir, "cpu")
+    opened = TrainedRun(trained_run, data_dir, "cpu")
     whole = table[table.neurons_per_head == 16].accuracy
     assert (whole == score(opened, opened.model).value).all()  # nothing pruned, in any order
 
