@@ -9,7 +9,8 @@ pass. Why it is faster:
 * Only two (H, B T, N) tensors per level are saved for the backward pass: x_sparse, and y_sparse with dropped entries
   set to zero. The dropout mask, the rotated queries and the gated product are derived from them. `recompute` saves
   neither, only x and the scores, and computes both again: two more products, a fraction of the memory.
-* On a CPU the batch is processed in slices, so that element-wise passes find most of their operands in cache.
+* On a CPU the batch is processed in slices, so that element-wise passes find most of their operands in cache, and no
+  factor of a product is copied for each head.
 * Weight gradients of all slices and levels are accumulated in the precision of the master weights.
 """
 
@@ -26,6 +27,8 @@ from torch.autograd.function import once_differentiable
 # Size of one (H, images T, N) tensor of a slice: fits into a last-level cache, and is large enough for products at full
 # speed. On 2 cores with 32 MB of cache, step times are flat from 6 to 50 MB and rise below 3 MB.
 CPU_SLICE_BYTES = 12 * 2**20
+# Size of the buffer in which slices of a lower precision are rotated in float32: fits into the cache of two cores.
+CPU_BUFFER_BYTES = 2 * 2**20
 
 ANY = object()
 # The config fields that the fast path honours, with the values it serves. Any other field that may affect the step must
@@ -79,14 +82,34 @@ def rotate(v: Tensor, phases: Tensor, out: Tensor | None = None) -> Tensor:
     sets the precision of the rotation; their conjugate rotates back. Returns v's shape and dtype, written to out if
     given (out may be v).
     """
-    wide = v.to(phases.real.dtype)
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     if out is None:
         out = torch.empty_like(v)
-    if wide is v:
-        torch.mul(pairs, phases, out=torch.view_as_complex(out.unflatten(-1, (-1, 2))))
-        return out
-    return out.copy_(torch.view_as_real(pairs.mul_(phases)).flatten(-2))
+    if v.dtype == phases.real.dtype:
+        torch.mul(_pairs(v), phases, out=_pairs(out))
+    elif v.device.type != "cpu":
+        out.copy_(torch.view_as_real(_pairs(v.to(phases.real.dtype)).mul_(phases)).flatten(-2))
+    elif phases.dim() > 2:
+        for each in zip(v, phases, out, strict=True):
+            _rotate_in_parts(*each)
+    else:
+        _rotate_in_parts(v, phases, out)
+    return out
+
+
+def _rotate_in_parts(v: Tensor, phases: Tensor, out: Tensor) -> None:
+    """`rotate` in a precision above v's, through a buffer that stays in cache. v, out: (..., T, N)."""
+    v, out = v.flatten(0, -3), out.flatten(0, -3)
+    per_part = max(1, CPU_BUFFER_BYTES // (v[0].numel() * phases.real.element_size()))
+    buffer = torch.empty_like(v[:per_part], dtype=phases.real.dtype)
+    for part, part_out in zip(v.split(per_part), out.split(per_part), strict=True):
+        wide = buffer[: len(part)].copy_(part)
+        _pairs(wide).mul_(phases)
+        part_out.copy_(wide)
+
+
+def _pairs(v: Tensor) -> Tensor:
+    """Each pair of neighbours as one complex number; shares memory. (..., N) -> (..., N / 2)."""
+    return torch.view_as_complex(v.unflatten(-1, (-1, 2)))
 
 
 def drop_(v: Tensor, p: float) -> float:
@@ -229,7 +252,7 @@ def _forward_slice(x, weights, phases, attn_eps, dropout, softmax):
     spare, scale, kept = _excite(x, weights, phases, attn_eps, dropout, softmax)
     x_sparse, y_sparse, *_ = kept
     gated = torch.mul(x_sparse, y_sparse, out=spare)
-    y = torch.bmm(gated, weights[2]).sum(0, dtype=phases.real.dtype).mul_(scale)
+    y = torch.bmm(gated, weights[2]).sum(0).mul_(scale)
     return y.view(x.shape), scale, kept
 
 
@@ -241,7 +264,7 @@ def _excite(x, weights, phases, attn_eps, dropout, softmax, inner=None):
     """
     encoder, encoder_v, _ = weights  # (H, D, N) each
     (g, T, D), H = x.shape, len(encoder)
-    x_sparse = torch.bmm(x.reshape(1, g * T, D).expand(H, -1, -1), encoder).relu_()  # (H, R, N)
+    x_sparse = _product(x.reshape(g * T, D), encoder).relu_()  # (H, R, N)
     by_scores, q = softmax or scores_are_cheaper(T, x_sparse.shape[-1], D), None
     if inner is None or not by_scores:
         q = rotate(x_sparse.unflatten(1, (g, T)), phases)
@@ -249,7 +272,7 @@ def _excite(x, weights, phases, attn_eps, dropout, softmax, inner=None):
         if inner is None:
             inner = q @ q.mT  # (H, g, T, T)
             inner = inner.div_(math.sqrt(q.shape[-1])).softmax(-1) if softmax else inner
-        a = inner @ x  # (H, g, T, D)
+        a = _product(inner, x)  # (H, g, T, D)
     else:
         inner = q.mT @ x if inner is None else inner  # (H, g, N, D)
         a = q @ inner
@@ -267,13 +290,12 @@ def _backward_slice(dy, kept, weights, phases, softmax, totals, scratch):
     encoder, encoder_v, decoder = weights
     d_encoder, d_encoder_v, d_decoder = totals
     (g, T, D), H = x.shape, len(encoder)
-    x_rows = x.reshape(1, g * T, D).expand(H, -1, -1)
-    dy_rows = dy.reshape(1, g * T, D).expand(H, -1, -1)
+    x_rows, dy_rows = x.reshape(g * T, D), dy.reshape(g * T, D)
     one, two = (buffer.view(-1)[: x_sparse.numel()].view_as(x_sparse) for buffer in scratch)
     # gate and decoder
     gated = torch.mul(x_sparse, y_sparse, out=one)  # (H, R, N)
     _add_product(d_decoder, gated.mT, dy_rows)
-    d_gated = torch.bmm(dy_rows, decoder.mT, out=one)
+    d_gated = _product(dy_rows, decoder.mT, out=one)
     dy_sparse = _relu_backward_(torch.mul(d_gated, x_sparse, out=two), y_sparse)
     # encoder_v and the LN around the attention output
     _add_product(d_encoder_v, a.view(H, g * T, D).mT, dy_sparse)
@@ -283,30 +305,47 @@ def _backward_slice(dy, kept, weights, phases, softmax, totals, scratch):
     # attention: a = (q q^T) x, softmax(q q^T / sqrt(N)) x or q (q^T x)
     q = rotate(x_sparse.unflatten(1, (g, T)), phases, out=two.unflatten(1, (g, T)))
     if softmax or scores_are_cheaper(T, q.shape[-1], D):
-        d_scores = da @ x.mT
+        d_scores = _product(da, x.mT)
         if softmax:
             d_scores = torch.ops.aten._softmax_backward_data(d_scores, inner, -1, inner.dtype).div_(
                 math.sqrt(q.shape[-1])
             )
         dq = (d_scores + d_scores.mT) @ q
-        dx = ((inner.mT if softmax else inner) @ da).sum(0, dtype=phases.real.dtype)  # raw scores are symmetric
+        dx = ((inner.mT if softmax else inner) @ da).sum(0)  # raw scores are symmetric
     else:
         d_inner = q.mT @ da  # (H, g, N, D)
         dq = da @ inner.mT + x @ d_inner.mT
-        dx = (q @ d_inner).sum(0, dtype=phases.real.dtype)
+        dx = (q @ d_inner).sum(0)
     dx_sparse = rotate(dq, phases.conj(), out=dq).view_as(x_sparse).addcmul_(d_gated, y_sparse)
     dx_sparse = _relu_backward_(dx_sparse, x_sparse)
     # encoder
     _add_product(d_encoder, x_rows.mT, dx_sparse)
-    return dx + torch.bmm(dx_sparse, encoder.mT).sum(0, dtype=dx.dtype).view_as(dx)
+    return dx + torch.bmm(dx_sparse, encoder.mT).sum(0).view_as(dx)
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left @ right, batched over heads, the first axis. A factor without that axis serves all heads.
+
+    On a CPU such a product runs head by head, because a batched one copies the factor for each head.
+    """
+    n_dim, n_head = max((factor.dim(), len(factor)) for factor in (left, right))
+    alone = [factor.dim() < n_dim for factor in (left, right)]
+    if left.device.type != "cpu" or not any(alone):
+        factors = (factor.expand(n_head, *factor.shape[1 - n_dim :]) for factor in (left, right))
+        return torch.matmul(*factors, out=out)
+    if out is None:
+        out = left.new_empty(n_head, *left.shape[1 - n_dim : -1], right.shape[-1])
+    for head, one in enumerate(out):
+        torch.matmul(left if alone[0] else left[head], right if alone[1] else right[head], out=one)
+    return out
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, batched over heads; total may have a higher precision than the factors."""
-    if total.dtype == left.dtype:
+    """total += left @ right, see `_product`; total may have a higher precision than the factors."""
+    if total.dtype == left.dtype and left.dim() == right.dim():
         total.baddbmm_(left, right)
     else:
-        total += torch.bmm(left, right)
+        total += _product(left, right)
 
 
 def _relu_backward_(grad: Tensor, output: Tensor) -> Tensor:
@@ -316,6 +355,9 @@ def _relu_backward_(grad: Tensor, output: Tensor) -> Tensor:
 
 def _norm_backward(da: Tensor, a: Tensor, rstd: Tensor) -> Tensor:
     """Gradient of LN's input from da, that of its output a: rstd (da - mean(da) - a mean(da a)), over the last axis."""
+    if rstd.dtype == torch.bfloat16:  # on a CPU under autocast; PyTorch's backward sums in float32, in one pass
+        unscaled = (torch.zeros_like(rstd), torch.ones_like(rstd), None, None, [True, False, False])
+        return torch.ops.aten.native_layer_norm_backward(da, a, a.shape[-1:], *unscaled)[0].mul_(rstd)
     wide, a = da.to(rstd.dtype), a.to(rstd.dtype)
     centred = wide - wide.mean(-1, keepdim=True) - a * (wide * a).mean(-1, keepdim=True)
     return centred.mul_(rstd).to(da.dtype)
