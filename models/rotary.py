@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import kernels
 
@@ -128,6 +129,10 @@ class RotaryAttention(nn.Module):
         if self.causal:
             return self.weights(q, k) @ values
         if self.softmax:  # scales by 1 / sqrt(N); a CPU stores T x T scores unless N = D
-            return F.scaled_dot_product_attention(q, k, values.expand(-1, q.shape[1], -1, -1))
+            values = values.expand(-1, q.shape[1], -1, -1)
+            if q.device.type != "cpu" or torch.compiler.is_compiling():
+                return F.scaled_dot_product_attention(q, k, values)
+            with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+                return F.scaled_dot_product_attention(q, k, values)
         a = kernels.raw_attention(q, k, values)
         return a if self.attend_self else a - (q * k).sum(-1, keepdim=True) * values
