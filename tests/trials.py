@@ -12,6 +12,11 @@ from training.stored import load_checkpoint
 
 MEASURED = {"epoch_time_sec", "images_per_sec", "peak_memory_mb"}  # columns that differ between equal runs
 
+# of metrics.csv when images are classified
+COLUMNS = (
+    "epoch train_loss val_loss val_accuracy learning_rate epoch_time_sec images_per_sec peak_memory_mb train_accuracy"
+).split()
+
 
 def with_options(trial, **options):
     return dataclasses.replace(trial, options=dataclasses.replace(trial.options, **options))
