@@ -61,6 +61,17 @@ def test_names_of_checkpoints(run, opened, data_dir):
     assert first.stem == opened.stem and first.experiment_title == opened.title
 
 
+def test_long_names_are_cut_and_stay_apart(opened):
+    stems = []
+    for ending in ("a", "b", "ä" * 9):
+        opened.config["experiment"] = "v2_cifar10+" + "learning_rate=0.001+" * 11 + "ä" * 9 + ending
+        stems.append(opened.stem)
+    assert len(set(stems)) == 3
+    for stem in stems:  # with what visualize_attention.py adds, a file system takes it
+        assert len(f"attention_rollout_per_head_patch127-127_versus_epoch_0100_{stem}.png".encode()) <= 255
+        assert stem.startswith("v2_cifar10+learning_rate=0.001+") and stem.endswith("_seed0")
+
+
 def test_images_spread_over_the_part(opened):
     assert opened.choose_images(4) == [0, 10, 20, 30] and opened.choose_images(3) == [0, 13, 26]
     assert opened.choose_images(None) == opened.choose_images(99) == list(range(40))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -28,7 +29,7 @@ from training.runs import Run, load_model
 from training.stored import configuration_of
 
 Batches = Iterator[tuple[Tensor, Tensor]]
-LONGEST_STEM = 200  # characters; file systems allow names of 255 bytes
+LONGEST_STEM = 150  # bytes; file systems allow names of 255, and scripts add their own words
 progress = partial(tqdm, leave=False, disable=None)  # a bar if stderr is a terminal
 
 
@@ -126,8 +127,15 @@ class TrainedRun:
 
     @property
     def stem(self) -> str:
-        """The run's name in file and folder names; the same for all checkpoints."""
-        return f"{self.config['experiment'][:LONGEST_STEM]}_seed{self.train['seed']}"
+        """The run's name in file and folder names; the same for all checkpoints.
+
+        A long name is cut, and a checksum of the whole keeps it apart from others with the same beginning.
+        """
+        name = self.config["experiment"]
+        if len(name.encode()) > LONGEST_STEM:
+            start = name.encode()[: LONGEST_STEM - 9].decode(errors="ignore")
+            name = f"{start}-{zlib.crc32(name.encode()):08x}"
+        return f"{name}_seed{self.train['seed']}"
 
     @property
     def checkpoint_name(self) -> str:
