@@ -162,7 +162,7 @@ SMALL_CPU = Plan(
 )
 
 # What each field of the recipe brings to both models: first the rates of each optimizer, by validation accuracy and
-# equally many for both, then one change at a time from AdamW at its chosen rate.
+# equally many for both, then one change at a time from AdamW at the rate of SMALL_CPU.
 RECIPE_MODELS = {
     "v2": f"train_v2_cifar10.py {SMALL_BDH}",
     "vit_tiny": f"train_vit_tiny_cifar10.py {SMALL_PROTOCOL} --n-layer 6 --mlp-dim 128",
@@ -200,6 +200,15 @@ RECIPE_SMALL_CPU = Plan(
                 [_at_rate(m, o, rate) for o, rates in RATES.items() for rate in rates for m in RECIPE_MODELS], (0,)
             ),
         ),
+        Part(
+            "What does one change of the recipe bring to v2 and to ViT-Tiny?",
+            [
+                entry
+                for seed in THREE
+                for change in ("", *(f" {change}" for change in RECIPE_CHANGES))
+                for entry in _entries([line + change for line in RECIPE_MODELS.values()], (seed,))
+            ],
+        ),
     ],
 )
 
@@ -217,12 +226,29 @@ V4_RIVALS = (
     f"train_vit_tiny_cifar10.py {V4_PROTOCOL} --n-layer 6 --n-embd 160 --mlp-dim 512",
 )
 V4_RATES = ("2e-3", "5e-3", "1e-2")
+V4_CHANGES = (  # from the script's own rate, 5e-3; more matrices have fewer neurons
+    "",
+    " --stem patch",
+    " --mixing none",
+    " --mixing conv",
+    " --no-level-gain",
+    " --residual pre --update-norm",
+    " --rotary raster",
+    " --gate none",
+    " --attention softmax",
+    " --qk separate --mlp-internal-dim-multiplier 12",
+    " --no-shared --mlp-internal-dim-multiplier 3",
+)
 V4_SMALL_CPU = Plan(
     "v4_small_cpu",
     [
         Part(
             "Which learning rate suits each model, by validation accuracy?",
             _entries([f"{rival} --learning-rate {rate}" for rate in V4_RATES for rival in V4_RIVALS], (0,)),
+        ),
+        Part(
+            "What is each part of v4 worth, and what of BDH matters, at equal parameters?",
+            [entry for seed in THREE for entry in _entries([V4_RIVALS[0] + change for change in V4_CHANGES], (seed,))],
         ),
     ],
 )

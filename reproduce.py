@@ -51,7 +51,8 @@ class Options:
 
     plan: Literal["published", "full_cpu", "small_cpu", "recipe_small_cpu", "v4_small_cpu"] = "published"
     """published: all published experiments; full_cpu: those a CPU can do at full size; small_cpu: reduced size;
-    recipe_small_cpu: what each field of the recipe brings; v4_small_cpu: v4 beside v2 and ViT-Tiny; reduced size"""
+    recipe_small_cpu: what each field of the recipe brings; v4_small_cpu: v4 beside v2 and two ViTs, and what each of
+    its parts is worth; both at reduced size"""
     list: bool = False
     """show the runs, their cost and state, and exit"""
     only: str | None = None

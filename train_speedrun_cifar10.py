@@ -1,12 +1,12 @@
 """Speedrun: a small Vision-BDH v4 that reaches the documented accuracy of v2, 81.73 %, in minutes on two CPU cores.
 
 v2 took 50 epochs for it; about 11 hours on the same two cores. Rules: 40,000 of CIFAR-10's training images train, the
-other 10,000 validate, every choice was made on these 10,000, the test images are read once, after the last epoch, and
-the time is that of all training steps, without start-up, validation and test. analysis/time_to_accuracy.py makes the
-table and the figure.
+other 10,000 validate, every choice was made on validation images (results/v4_search), the test images are read once,
+after the last epoch, and the time is that of all training steps, without start-up, validation and test.
+analysis/time_to_accuracy.py makes the table and the figure.
 
     python train_speedrun_cifar10.py --precision bf16
-    python analysis/time_to_accuracy.py --runs-dir runs/speedrun_cifar10
+    python analysis/time_to_accuracy.py --runs-dir runs/speedrun_cifar10+precision=bf16
 """
 
 from training import ClassificationConfig, Experiment, launch
