@@ -101,7 +101,7 @@ class Planned:
 
     def is_kept(self) -> bool:
         """Whether its files are under results/. Raises UserError if a damaged or different run is there."""
-        return Run(self.kept).is_complete(self.job.experiment)
+        return Run(self.kept).is_complete(self.job.experiment) and all((self.kept / name).is_file() for name in KEPT)
 
     def run(self) -> RunFiles | None:
         """The run so far; None if it has not started or cannot be read."""
@@ -230,7 +230,7 @@ def state_of(planned: Planned) -> tuple[str, str]:
         kept = planned.is_kept()
     except UserError:
         return "other or damaged run", ""
-    run = read_runs([planned.kept])[0] if kept else planned.run()
+    run = next(iter(read_runs([planned.kept])), None) if kept else planned.run()
     if run is None:
         return "", ""
     if run.summary is None:

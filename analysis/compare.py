@@ -21,7 +21,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis.reading import Row, find_runs, make_rows, read_runs, result_title, row_called
-from analysis.tables import markdown_table
+from analysis.tables import check_output, markdown_table
 from training.command_line import run_script
 from training.config import ROOT
 
@@ -44,8 +44,9 @@ def compare(runs: Sequence[Path], default: str, output: Path) -> pd.DataFrame:
     """Compares the finished runs in these folders; prints, writes and returns the table, with metrics as stored.
 
     default: experiment to compare with. output: path of the files without .md and .csv. Raises UserError if the default
-    has no finished run.
+    has no finished run, or the output no name.
     """
+    check_output(output)
     rows = [row for row in make_rows(read_runs(runs)) if row.finished]
     chosen = row_called(default, rows, "--default", "finished run")
     table = pd.DataFrame([_line(row, chosen) for row in rows if row.task == chosen.task])

@@ -20,6 +20,7 @@ import tyro
 from analysis.analyze import by_task, draw_final, write_tables
 from analysis.plotting.style import save_figure
 from analysis.reading import Row, find_runs, make_rows, read_runs
+from analysis.tables import check_output
 from training.command_line import run_script
 from training.config import ROOT, UserError
 
@@ -40,8 +41,7 @@ def compare_results(paths: Sequence[Path], output: Path) -> tuple[Path, ...]:
     Runs that cannot be read are named and left out. Raises UserError for a path that holds no run, or if none can be
     read.
     """
-    if not output.name:
-        raise UserError(f"--output {output} is a folder: add a file name without suffix")
+    check_output(output)
     tasks = by_task(read_rows(paths))
     tables = write_tables(tasks, output, "Results side by side")
     return (*tables, *save_figure(draw_final(tasks), output.with_name(f"{output.name}.png")))

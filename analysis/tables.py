@@ -1,14 +1,22 @@
 """Markdown tables of runs, and the numbers in them."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import pandas as pd
 from scipy.stats import binomtest
 
 from analysis.reading import Row
+from training.config import UserError
 from training.metrics import Metric
 
 NOTE = "Mean over seeds ± standard deviation (n - 1); median best epoch and seconds. Test: weights of the best epoch."
+
+
+def check_output(output: Path) -> None:
+    """Raises UserError if the path has no name, such as a dot."""
+    if not output.name:
+        raise UserError(f"--output {output} is a folder: add a file name without suffix")
 
 
 def markdown_table(titles: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence[str] = ()) -> list[str]:

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from analysis.plotting import style
 from analysis.plotting.curves import labels_of
 from analysis.reading import Row, RunFiles, find_runs, make_rows, read_runs
-from analysis.tables import markdown_table
+from analysis.tables import check_output, markdown_table
 from benchmarks.training_steps import flop_of
 from models import build_config
 from training.command_line import run_script
@@ -102,13 +102,14 @@ def draw(rows: Sequence[Row], target: float) -> Figure:
 
 
 def main(options: Options) -> None:
+    output = options.output or options.runs_dir / "time_to_accuracy"
+    check_output(output)
     rows = [row for row in make_rows(read_runs(find_runs(options.runs_dir))) if row.finished]
     if len({row.task for row in rows}) != 1 or rows[0].metric.key != "accuracy":
         raise UserError(
             f"{options.runs_dir} must hold finished runs of classification on one data set: name another --runs-dir"
         )
     table = pd.DataFrame([measure(row, options.target) for row in rows])
-    output = options.output or options.runs_dir / "time_to_accuracy"
     output.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(output.with_name(f"{output.name}.csv"), index=False)
     percent = f"{100 * options.target:.2f} %"

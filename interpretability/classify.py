@@ -28,6 +28,7 @@ from interpretability.common.image_choice import image_files, picture_names
 from interpretability.common.trained import Places, TrainedRun, progress
 from training.command_line import run_script
 from training.config import ROOT, UserError
+from training.data.finding import printable
 from training.data.image_files import MODES, ImageFiles, UnreadableImage
 from training.stored import configuration_of
 
@@ -69,7 +70,8 @@ class Answer:
 
 def classify(run: TrainedRun, files: Sequence[Path], top: int, batch_size: int, bad: list[str]) -> Iterator[Answer]:
     """Answers for the files, in order. bad: receives one message for each file that cannot be read."""
-    images = ImageFiles([str(path) for path in files], run.sizes.img_size, run.sizes.in_channels, deep=True)
+    share = run.train.get("eval_crop", 1.0)
+    images = ImageFiles([str(path) for path in files], run.sizes.img_size, run.sizes.in_channels, share, deep=True)
     names = run.config["data"].get("class_names") or run.class_names
     for first in progress(range(0, len(files), batch_size)):
         read = {}
@@ -89,7 +91,7 @@ def classify(run: TrainedRun, files: Sequence[Path], top: int, batch_size: int, 
 
 def draw(answer: Answer, title: str) -> Figure:
     """The image as the model sees it, and a bar for each class."""
-    figure = titled_figure(PAGE, 2.6, f"{answer.path.name}: {title}")
+    figure = titled_figure(PAGE, 2.6, f"{printable(answer.path.name)}: {title}")
     left, right = figure.subplots(1, 2, width_ratios=(1, 2))
     left.imshow(answer.pixels.transpose(1, 2, 0).squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     left.set_axis_off()

@@ -154,6 +154,7 @@ def describe(run: TrainedRun) -> dict[str, Any]:
         "part": run.part.capitalize(),
         "grid": [rows, columns],
         "input": [run.sizes.in_channels, *height_and_width(run.sizes.img_size)],
+        "share": run.train.get("eval_crop", 1.0),
         "levels": adapter.n_levels,
         "heads": adapter.n_heads,
         "class_tokens": adapter.class_tokens,

@@ -44,12 +44,13 @@ from interpretability.common.selectivity import Measures, Responses, collect, me
 from interpretability.common.trained import RunChoice, TrainedRun, open_run, progress
 from training.command_line import run_script
 from training.config import UserError
+from training.data.finding import cut_name
 
 SHEET_NOTE = (  # explains the contact sheets
     "above each outlined patch: its class and the neuron's activity\n"
     "for each neuron: best class, how many top patches belong to it, share of patches it is active on"
 )
-LONGEST_NAME = 100  # characters, of the neurons in a file name
+LONGEST_NAME = 150  # bytes, of the class or the neurons in a file name
 Neuron = tuple[int, int, int]  # level and head, from 1, and number in the head, from 0
 MEASURES = {
     "index": "class selectivity index",
@@ -265,7 +266,7 @@ def chosen(table: pd.DataFrame, class_names: Sequence[str], options: Options) ->
     if options.neuron:
         name = "_".join("-".join(map(str, neuron)) for neuron in options.neuron)
         by_place = table.set_index(["level", "head", "neuron"], drop=False)
-        sheets[name[:LONGEST_NAME]] = by_place.loc[list(options.neuron)]
+        sheets[name] = by_place.loc[list(options.neuron)]
     return sheets
 
 
@@ -289,7 +290,7 @@ def main(options: Options) -> None:
             continue
         shown = [(describe(row), top_patches(run, indices, found.responses, row)) for _, row in neurons.iterrows()]
         sheet = draw_sheet(shown, f"{title}\n{SHEET_NOTE}", run.grid, options.around)
-        save_figure(sheet, output / f"{name}_{ending}.png")
+        save_figure(sheet, output / f"{name}_{cut_name(ending, LONGEST_NAME)}.png")
 
     both = {run.checkpoint_name or "as trained": found}
     if run.checkpoint_name != "epoch_000" and (untrained := kept_model(run, 0)):

@@ -32,6 +32,7 @@ from training.augment import normalise
 from training.command_line import run_script
 from training.config import ROOT, UserError
 from training.data import data_folder
+from training.data.finding import printable
 from training.data.masks import CLASSES, BadFile, Classes, MaskFiles, Pair, find_masks, read_image
 from training.data.segmentation import read_pair, scale_image
 from training.metrics import confusion_matrices, confusion_ratios
@@ -121,7 +122,7 @@ def main(options: Options) -> None:
         except BadFile as error:
             raise UserError(str(error)) from None
         predicted = predict(run.model, image, run.sizes.img_size, run.device)
-        figure = draw(image, predicted, truth, CLASSES[name], f"{path.name}: {run.title}")
+        figure = draw(image, predicted, truth, CLASSES[name], f"{printable(path.name)}: {run.title}")
         output.mkdir(parents=True, exist_ok=True)
         figure.savefig(output / picture, dpi=DPI)
         with_truth += truth is not None

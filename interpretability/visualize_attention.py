@@ -27,9 +27,10 @@ from interpretability.common.trained import PairChoice, TrainedRun, open_runs
 from models.vision_bdh import Grid
 from training.command_line import run_script
 from training.config import ROOT, UserError
+from training.data.finding import cut_name
 
 N_IMAGES = 4
-LONGEST_NAME = 240  # characters; file systems allow names of 255 bytes
+LONGEST_NAME = 240  # bytes; file systems allow names of 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +88,13 @@ def write_pictures(runs: Sequence[TrainedRun], options: Options, folder: Path) -
         for run, name, levels in zip(runs, short_names(runs), computed, strict=True)
     ]
     name = runs[0].file_name(f"attention_{options.show}{'_per_head' * options.per_head}_patch{patch[0]}-{patch[1]}")
-    for run in runs[1:]:  # the checkpoint before the stem, whose end may be cut off
+    for run in runs[1:]:
         name = f"{run.file_name(f'{name}_versus')}_{run.stem}"
-    path = folder / f"{name[:LONGEST_NAME]}.png"
+    name = cut_name(name, LONGEST_NAME)
+    path = folder / f"{name}.png"
     paths = [*save_figure(draw([view.of(levels) for view, levels in zip(views, still, strict=True)]), path)]
     if options.animate:
-        paths.append(folder / f"{name[:LONGEST_NAME]}.{options.animate}")
+        paths.append(folder / f"{name}.{options.animate}")
         animate(views, paths[-1])
     return paths
 

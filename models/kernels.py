@@ -99,7 +99,7 @@ def rotate(v: Tensor, phases: Tensor, out: Tensor | None = None) -> Tensor:
 def _rotate_in_parts(v: Tensor, phases: Tensor, out: Tensor) -> None:
     """`rotate` in a precision above v's, through a buffer that stays in cache. v, out: (..., T, N)."""
     v, out = v.flatten(0, -3), out.flatten(0, -3)
-    per_part = max(1, CPU_BUFFER_BYTES // (v[0].numel() * phases.real.element_size()))
+    per_part = max(1, CPU_BUFFER_BYTES // (v.shape[-2] * v.shape[-1] * phases.real.element_size()))
     buffer = torch.empty_like(v[:per_part], dtype=phases.real.dtype)
     for part, part_out in zip(v.split(per_part), out.split(per_part), strict=True):
         wide = buffer[: len(part)].copy_(part)
@@ -191,6 +191,7 @@ class _FastUpdate(torch.autograd.Function):
         per_slice = max(1, slice_bytes // bytes_per_image) if x.device.type == "cpu" else len(x)
         weights = (*weights[:2], weights[2].view(n_head, n_neurons, -1))
         ctx.settings = (weights, phases, attn_eps, dropout, softmax)
+        ctx.master_dtype = encoder.dtype
         ctx.random_states = []
         ys, saved = [], []
         for x_slice in x.to(weights[0].dtype).split(per_slice):
@@ -208,7 +209,7 @@ class _FastUpdate(torch.autograd.Function):
     def backward(ctx, dy):
         weights, phases, *_, softmax = ctx.settings
         saved, n = ctx.saved_tensors, ctx.n_saved
-        totals = tuple(torch.zeros_like(w, dtype=dy.dtype) for w in weights)
+        totals = tuple(torch.zeros_like(w, dtype=ctx.master_dtype) for w in weights)
         dy = (dy * ctx.scale).to(weights[0].dtype)
         slices = [saved[k : k + n] for k in range(0, len(saved), n)]
         (g, T, _), (n_head, _, n_neurons) = slices[0][0].shape, weights[0].shape

@@ -73,13 +73,20 @@ class MaskedBDH(VisionEncoder):
     def forward(self, images: Tensor) -> Reconstruction:
         """images: (B, C, img_size, img_size). Masks are random in training; evaluation uses one fixed mask."""
         masked = self.draw_masked(len(images), images.device)  # (B, n_masked) indices of patches
-        x, grid = self.embed(images)
-        hidden = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, masked, True)
+        hidden = torch.zeros(len(images), self.config.n_patches, dtype=torch.bool, device=images.device)
+        hidden.scatter_(1, masked, True)
+        x, grid = self.embed(self.without(images, hidden) if self.config.stem == "conv" else images)
         positions = 0.0 if self.pos_embed is None else self.pos_embed
         x = torch.where(hidden.unsqueeze(-1), (self.mask_token + positions).to(x.dtype), x)
         states = self.normalised(self.levels(x, grid))
         pixels = F.unfold(images, self.config.patch_size, stride=self.config.patch_size).mT  # (B, T, P)
         return Reconstruction(self.head(_rows(states, masked)), _rows(pixels, masked))
+
+    def without(self, images: Tensor, hidden: Tensor) -> Tensor:
+        """Images with hidden (B, T) patches set to 0: filters of a convolutional stem reach over their borders."""
+        planes = hidden.unflatten(1, self.config.grid).unsqueeze(1)  # (B, 1, rows, columns)
+        size = self.config.patch_size
+        return images.masked_fill(planes.repeat_interleave(size, 2).repeat_interleave(size, 3), 0.0)
 
     def draw_masked(self, n_images: int, device: torch.device) -> Tensor:
         """(B, n_masked) indices of the masked patches."""

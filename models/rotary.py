@@ -4,12 +4,12 @@ Letters in shapes: B sequences or images, T tokens, H heads, N neurons per head,
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import kernels
 
@@ -70,6 +70,14 @@ class RotaryAttention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._tables = {}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryAttention":
+        """Moves and converts the module. Frequencies keep at least float32: positions times them need it."""
+        before = self.freqs
+        super()._apply(fn, recurse)
+        if self.freqs.dtype.itemsize < 4:
+            self.freqs = before.to(self.freqs.device)
+        return self
+
     def angles(self, n_tokens: int, grid: tuple[int, int] | None = None) -> Tensor:
         """Rotation angles (T, N), or (H, T, N), in radians: 2 pi frac(position * frequency). grid: see `tables`."""
         freqs = self.freqs[0, 0] if self.freqs.shape[1] == 1 else self.freqs[0]  # (1, N) or (H, 1, N)
@@ -129,10 +137,6 @@ class RotaryAttention(nn.Module):
         if self.causal:
             return self.weights(q, k) @ values
         if self.softmax:  # scales by 1 / sqrt(N); a CPU stores T x T scores unless N = D
-            values = values.expand(-1, q.shape[1], -1, -1)
-            if q.device.type != "cpu" or torch.compiler.is_compiling():
-                return F.scaled_dot_product_attention(q, k, values)
-            with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-                return F.scaled_dot_product_attention(q, k, values)
+            return F.scaled_dot_product_attention(q, k, values.expand(-1, q.shape[1], -1, -1))
         a = kernels.raw_attention(q, k, values)
         return a if self.attend_self else a - (q * k).sum(-1, keepdim=True) * values

@@ -142,7 +142,9 @@ class TimmVisionBDH(VisionBDH):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """For layer-wise rates: all levels share their weights, so they are one layer."""
-        return dict(stem=r"^cls_token|pos_embed|patch_embed", blocks=[(r"^(?:encoder|decoder|level_norms)", None)])
+        return dict(
+            stem=r"^cls_token|pos_embed|patch_embed", blocks=[(r"^(?:encoder|decoder|level_|update_gain|mixing)", None)]
+        )
 
 
 def _filter(weights: dict[str, Tensor], model: TimmVisionBDH) -> dict[str, Tensor]:
@@ -180,7 +182,7 @@ def _register(name: str, config: VisionBDHConfig, weights: Path | None = None) -
         interpolation="bicubic",
         mean=(0.5,) * config.in_channels,
         std=(0.5,) * config.in_channels,
-        first_conv="patch_embed",
+        first_conv="patch_embed.first" if config.stem == "conv" else "patch_embed",
         classifier="head",
         license="mit",
     )

@@ -2,15 +2,22 @@
 
 import csv
 import io
+import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
+from interpretability.classify import classify
+from interpretability.common.image_choice import picture_names
+from interpretability.common.trained import TrainedRun
 from tests.inspecting import check_error, train_unet
 from training.augment import normalise
 from training.data import load_dataset
+from training.data.image_files import ImageFiles
 from training.runs import load_model
 
 SCRIPT = "interpretability/classify.py"
@@ -106,6 +113,31 @@ def test_bad_files_do_not_keep_the_others_from_being_classified(trained_run, cal
     assert call_script(SCRIPT, photos, "--run", trained_run, "--output-dir", tmp_path / "out") == 1
     check_error(capsys, r"b\.png cannot be read as an image .*1 more like this.* 1 were classified")
     assert list(answers(tmp_path / "out")) == ["a.png"]
+
+
+def test_images_are_cropped_as_for_the_runs_own_validation(trained_run, data_dir, tmp_path):
+    run = TrainedRun(trained_run, data_dir, "cpu")
+    (tmp_path / "a.png").write_bytes(turned())
+    for share in (1.0, 0.5):
+        run.train["eval_crop"] = share
+        (answer,) = classify(run, [tmp_path / "a.png"], 1, 1, [])
+        assert np.array_equal(answer.pixels, ImageFiles([str(tmp_path / "a.png")], 32, 3, share)[0])
+
+
+def test_pictures_of_all_files_have_names_of_their_own():
+    files = [Path(name) for name in ("x/cat.jpg", "x/cat.png", "x/cat-2.jpg", "x/cat-2.png")]
+    assert picture_names(files) == ["x_cat.png", "x_cat-2.png", "x_cat-2-2.png", "x_cat-2-3.png"]
+    long = [Path("x") / f"{'é' * 120}{ending}.jpg" for ending in "abb"]
+    names = picture_names(long)
+    assert len(set(names)) == 3 and all(len(name.encode()) <= 255 for name in names)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux only")
+def test_a_file_name_that_is_not_utf_8(trained_run, call_script, tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")
+    path.write_bytes(saved(GREY, "png"))
+    assert call_script(SCRIPT, path, "--run", trained_run, "--output-dir", tmp_path / "out") == 0
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 1
 
 
 def test_mistakes_get_one_message(trained_run, call_script, tmp_path, capsys):

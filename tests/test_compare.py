@@ -96,5 +96,7 @@ def test_the_script(make_run, tmp_path, call_script, capsys):
     assert call_script("analysis/compare.py", "--default", "ablation", *where) == 0
     assert "| +5.00 |" in capsys.readouterr().out
     assert (tmp_path / "out" / "t.md").exists() and (tmp_path / "out" / "t.csv").exists()
+    assert call_script("analysis/compare.py", "--default", "ablation", *where[:2], "--output", ".") == 1
+    assert "--output . is a folder: add a file name" in capsys.readouterr().err
     assert call_script("analysis/compare.py", "--default", "v9", *where) == 1
     assert "ablation, ablation+n_layer=12" in capsys.readouterr().err

@@ -342,16 +342,17 @@ def test_bfloat16_autocast_is_near_float32(monkeypatch, grid, attention):
 
 @pytest.mark.parametrize("tokens", [4, 9])
 @pytest.mark.parametrize("images_per_slice", [1, 5])
-def test_bfloat16_weight_gradients_are_summed_in_float32(tokens, images_per_slice):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16_weight_gradients_are_summed_in_float32(dtype, tokens, images_per_slice):
     # 320 equal images, one or five per slice: a sum kept in bfloat16 stops growing at 256 units of its last place
     core, x = draw(1, tokens, 6, 3, 5, torch.float32)
-    masters = core.encoder, core.encoder_v, core.decoder
+    masters, x = (core.encoder, core.encoder_v, core.decoder), x.to(dtype)
     cotangent = torch.randn_like(x)
 
     def weight_gradients(copies, per_slice):
         weights = tuple(master.detach().bfloat16() for master in masters)
         y = fast_update(core, x.detach().expand(copies, -1, -1), weights=weights, images_per_slice=per_slice)
-        assert y.dtype == torch.float32
+        assert y.dtype == dtype
         return torch.autograd.grad(y, masters, cotangent.expand(copies, -1, -1))
 
     for one, many in zip(weight_gradients(1, 1), weight_gradients(320, images_per_slice), strict=True):

@@ -30,7 +30,9 @@ def patch(images, index, columns=3, size=8):
     return images[..., size * row : size * (row + 1), size * column : size * (column + 1)]
 
 
-@pytest.mark.parametrize("fields", [{}, dict(pos_embed=False), dict(residual="scaled_pre"), dict(patch_size=4)])
+@pytest.mark.parametrize(
+    "fields", [{}, dict(pos_embed=False), dict(residual="scaled_pre"), dict(patch_size=4), dict(stem="conv")]
+)
 def test_only_visible_patches_matter_and_the_truth_is_the_masked_pixels(fields):
     model, images = make_model(**fields), torch.randn(2, 3, 24, 24)
     size = model.config.patch_size

@@ -27,7 +27,9 @@ def results(trained_run, call_script, tmp_path):
 
 def test_a_folder_with_exported_weights_opens_as_the_run_does(trained_run, results):
     copy = results / "trial" / "seed0"
-    assert sorted(path.name for path in copy.iterdir()) == ["README.md", EXPORTED, "config.json", "summary.json"]
+    copied = ["config.json", "metrics.csv", "summary.json"]
+    assert sorted(path.name for path in copy.iterdir()) == ["README.md", EXPORTED, *copied]
+    assert all((copy / name).read_bytes() == (trained_run / name).read_bytes() for name in copied)
     before, config = load_model(trained_run)
     after, same = load_model(copy)
     assert same == config and not after.training

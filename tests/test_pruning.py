@@ -19,6 +19,8 @@ from training.command_line import experiment_of
 from training.config import RunOptions
 from training.loop import fit
 from training.runs import load_model
+from training.start import take_encoder
+from training.stored import EXPORTED
 
 SIZES = dict(n_layer=3, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4)  # N = 16
 IMAGES = torch.rand(3, 3, 32, 32, dtype=torch.float64) * 2 - 1
@@ -96,7 +98,7 @@ def test_models_and_numbers_that_cannot_be_pruned():
 
 def test_a_pruned_run_opens_trains_on_and_resumes(experiment, call_script, capsys):
     """From the command that export.py prints."""
-    trial = experiment("v2_cifar10", epochs=1)
+    trial = experiment("v2_cifar10", epochs=1, model=dict(dropout=0.25))
     fit(trial)
     options = ("--data-dir", trial.options.data_dir, "--to", "pruned", "--calibration-images", 20)
     assert call_script("tools/export.py", trial.folder, *options) == 0
@@ -110,12 +112,17 @@ def test_a_pruned_run_opens_trains_on_and_resumes(experiment, call_script, capsy
     (command,) = [line for line in said.splitlines() if line.startswith("python train_")]
     _, script, *flags = shlex.split(command)
     again = experiment_of(script, " ".join([*flags, "--device", "cpu"]))
+    assert again.model.dropout == 0.25
     again = dataclasses.replace(
         again, options=RunOptions(**(vars(trial.options) | dict(name=None, eval_batch_size=20))), name="more"
     )
     again = dataclasses.replace(again, train=dataclasses.replace(again.train, epochs=2))
     fit(again)
     assert weights(again.folder)["attn.freqs"].equal(model.attn.freqs)
+    encoder, tokens = model.config.build().eval(), torch.randn(2, 16, 8)
+    take_encoder(encoder, folder / EXPORTED)
+    with torch.no_grad():
+        assert encoder.levels(tokens).equal(model.levels(tokens))  # with the rotary frequencies that pruning kept
     whole = weights(again.folder)
     (again.folder / "summary.json").unlink()
     (again.folder / "previous.pt").replace(again.folder / "last.pt")

@@ -23,7 +23,7 @@ from training import (
     loop,
     randaugment,
 )
-from models.baselines import ResNet20Config, ViTConfig
+from models.baselines import DeiTTinyConfig, ResNet20Config, ViTConfig
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v2_config, v3_config
 from training.augment import JointTransform, PadAndCrop, RandomErasing
@@ -99,6 +99,8 @@ def test_muon_leaves_embeddings_norms_and_the_head_to_adamw():
         "mlp.0.weight",
         "mlp.3.weight",
     }
+    deit = hidden_matrices(DeiTTinyConfig().build())
+    assert deit["blocks.0.attn.qkv.weight"] == (3, -1, 192) and len(deit) == 4 * 12
     convolutions = hidden_matrices(ResNet20Config().build())
     assert len(convolutions) == 19 and set(map(len, convolutions.values())) == {2}
     model = v2_config(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4).build()

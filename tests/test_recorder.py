@@ -116,7 +116,7 @@ def test_what_a_model_does_not_have():
     for level in (-1, 3):
         with pytest.raises(ValueError, match="between 0 and 2"), record(build("v2"), levels=[level]):
             pass
-    with pytest.raises(ValueError, match="VisionTransformer has no x_sparse, only x, state, scores, logits"):
+    with pytest.raises(ValueError, match="ViT has no x_sparse, only x, state, scores, logits"):
         record(build("vit"), "x_sparse").__enter__()
     for name in ("text", "bdh_unet"):
         with pytest.raises(ValueError, match="has no logits"):

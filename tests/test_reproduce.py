@@ -282,6 +282,15 @@ def test_kept_files_that_are_not_this_run_are_named_and_the_rest_goes_on(damage,
     assert "other or" in capsys.readouterr().out
 
 
+def test_an_exported_folder_without_metrics_does_not_stand_for_the_run(small_plan, tmp_path, capsys):
+    options = options_in(tmp_path, list=True)
+    planned = planned_runs(small_plan, options)[0]
+    write_run(planned.kept, "train_v2_cifar10.py", TINY)
+    assert planned.is_kept()
+    (planned.kept / "metrics.csv").unlink()
+    assert not planned.is_kept() and reproduce.state_of(planned) == ("", "")
+
+
 def test_a_run_that_cannot_be_read_is_listed_as_not_started(small_plan, tmp_path, capsys):
     options = options_in(tmp_path, plan="small_cpu", only="v2", list=True)
     folder = planned_runs(small_plan, options)[0].job.experiment.folder

@@ -320,3 +320,6 @@ def test_the_script_prints_bits_per_byte_and_a_sample(call_script, song, tmp_pat
     said = capsys.readouterr().out
     assert "test bits per byte" in said and f"{test['bits_per_byte']:.4f}" in said
     assert said.rpartition("Samples")[2].count("> The ") == 3
+    assert call_script("tools/export.py", folder) == 0
+    card = (folder / "README.md").read_text()
+    assert "reads bytes as integers (B, T)" in card and "image" not in card

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from torchvision.transforms.functional import to_pil_image
 
@@ -49,6 +50,22 @@ def test_a_new_head_other_channels_and_another_size(trained):
     assert model(torch.randn(2, 1, 48, 48)).shape == (2, 3) and model.pos_embed.shape == (1, 36, 8)
     assert torch.equal(model.encoder, ours.encoder)
     torch.testing.assert_close(model.patch_embed.weight, ours.patch_embed.weight.sum(1, keepdim=True))
+
+
+def test_a_convolutional_stem_takes_other_channels_and_levels_are_one_layer(experiment_in, tmp_path):
+    fields = dict(stem="conv", mixing="conv_per_level", level_gain=True, update_gain=0.5, pool="seq")
+    trial = experiment_in(tmp_path, epochs=1, model=fields)
+    fit(trial)
+    export_weights(load_model(trial.folder)[0], trial.folder, tmp_path / "results" / "stem" / "seed0")
+    timm_models.register_pretrained(tmp_path / "results")
+    model = timm.create_model("vision_bdh_stem", pretrained=True, in_chans=1).eval()
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 10)
+    first = load_model(trial.folder)[0].patch_embed.first.weight.bfloat16().float()
+    torch.testing.assert_close(model.patch_embed.first.weight, first.sum(1, keepdim=True))
+    groups = group_parameters(model, model.group_matcher())
+    stem, levels, head = ({name.partition(".")[0] for name in groups[key]} for key in sorted(groups))
+    assert stem == {"patch_embed", "pos_embed"} and head == {"head", "pool_query"}
+    assert levels == {"encoder", "encoder_v", "decoder", "mixing", "level_gain", "level_bias", "update_gain"}
 
 
 def test_head_and_features(trained):

@@ -75,14 +75,14 @@ def hidden_matrices(model: nn.Module) -> dict[str, tuple[int, ...]]:
             takes_input = any(part in name for part in INPUTS_AND_TOKENS) and "hidden" not in parts
             if parameter.ndim < 2 or depthwise or takes_input or HEADS & set(parts):
                 continue
-            shapes[name] = _as_matrices(module, parts[-1], parameter)
+            shapes[name] = _as_matrices(module, name, parameter)
     return shapes
 
 
 def _as_matrices(module: nn.Module, name: str, parameter: Tensor) -> tuple[int, ...]:
-    if isinstance(module, BDHCore) and name == "decoder":  # (..., H N, D)
+    if isinstance(module, BDHCore) and name.endswith("decoder"):  # (..., H N, D)
         return (-1, module.config.n_neurons, parameter.shape[-1])
-    if name == "in_proj_weight":
+    if name.endswith(("in_proj_weight", "qkv.weight")):  # of torchvision, of timm
         return (3, -1, parameter.shape[-1])
     if isinstance(module, nn.modules.conv._ConvNd):
         return (parameter.shape[0], -1)

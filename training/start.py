@@ -87,7 +87,8 @@ def take_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Any]:
             f"{path} does not fit the encoder (its {', '.join(misfits)}): give the encoder the flags of the run it "
             f"comes from ({flags})"
         )
-    encoder.load_state_dict(taken, strict=False)
+    pruned = {name: value for name, value in theirs.items() if name == FREQUENCIES and of_each_head(value)}
+    encoder.load_state_dict(taken | pruned, strict=False)
     left = sorted(mine.keys() - taken)
     other_grid = "pos_embed" in taken and source.grid != encoder.config.grid
     grids = f" (positions interpolated from {_by(source.grid)} patches)" if other_grid else ""

@@ -1,10 +1,12 @@
 """Which image files a command line names, and what the pictures made of them are called."""
 
-from collections import Counter
+from itertools import chain, count
 from pathlib import Path
 
 from training.config import UserError
-from training.data.finding import is_image
+from training.data.finding import cut_name, is_image
+
+LONGEST_NAME = 240  # bytes; file systems allow names of 255
 
 
 def image_files(paths: tuple[Path, ...]) -> list[Path]:
@@ -21,9 +23,9 @@ def image_files(paths: tuple[Path, ...]) -> list[Path]:
 
 def picture_names(files: list[Path]) -> list[str]:
     """FOLDER_NAME.png for each file, numbered where that is not unique."""
-    names, taken = [], Counter()
+    names: dict[str, None] = {}  # in order
     for path in files:
-        name = f"{path.resolve().parent.name}_{path.stem}"
-        taken[name] += 1
-        names.append(f"{name}.png" if taken[name] == 1 else f"{name}-{taken[name]}.png")
-    return names
+        start = cut_name(f"{path.resolve().parent.name}_{path.stem}", LONGEST_NAME)
+        numbered = chain([start], (f"{start}-{number}" for number in count(2)))
+        names[next(name for name in numbered if name not in names)] = None
+    return [f"{name}.png" for name in names]

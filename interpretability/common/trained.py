@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,6 +20,7 @@ from models.vision_bdh import Grid, height_and_width
 from training.augment import normalise
 from training.config import ROOT, UserError, changed_fields
 from training.data import DataSet, Split, data_folder, draw_split, load_dataset
+from training.data.finding import cut_name
 from training.data.image_files import read_images
 from training.data.masks import CLASSES, BadFile, MaskFiles, find_masks
 from training.data.segmentation import read_pair, scale_image, scale_mask
@@ -127,15 +127,8 @@ class TrainedRun:
 
     @property
     def stem(self) -> str:
-        """The run's name in file and folder names; the same for all checkpoints.
-
-        A long name is cut, and a checksum of the whole keeps it apart from others with the same beginning.
-        """
-        name = self.config["experiment"]
-        if len(name.encode()) > LONGEST_STEM:
-            start = name.encode()[: LONGEST_STEM - 9].decode(errors="ignore")
-            name = f"{start}-{zlib.crc32(name.encode()):08x}"
-        return f"{name}_seed{self.train['seed']}"
+        """The run's name in file and folder names; the same for all checkpoints."""
+        return f"{cut_name(self.config['experiment'], LONGEST_STEM)}_seed{self.train['seed']}"
 
     @property
     def checkpoint_name(self) -> str:

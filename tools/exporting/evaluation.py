@@ -47,7 +47,10 @@ def score(run: TrainedRun, predict: Predict, n_images: int | None = None, batch_
     total = None
     with torch.inference_mode():
         for images, labels in run.batches(indices, batch_size, "testing"):
-            predicted = predict(images).argmax(1)
+            outputs = predict(images)
+            if run.train.get("eval_flip"):  # as in the run's own validation and test
+                outputs = (outputs + predict(images.flip(-1))) / 2
+            predicted = outputs.argmax(1)
             if run.labels_pixels:
                 counts = confusion_matrices(predicted, labels, len(run.class_names)).sum(0)
             else:

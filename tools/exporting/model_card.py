@@ -57,12 +57,15 @@ def model_card(folder: Path) -> str:
     train = configuration.train
     classes = config["data"].get("class_names")
     model = configuration.model_class.removesuffix("Config")
+    samples, reads = "images", "images (B, C, height, width) in [-1, 1]"
+    if configuration.train_class == "TextConfig":
+        samples, reads = "text", "bytes as integers (B, T)"
     lines = [
         *_metadata(task, config["data"]["name"]),
         "",
         f"# {config['experiment'].replace('+', ', ')}, seed {train['seed']}",
         "",
-        f"{model}, {summary['parameters']:,} parameters: the Baby Dragon Hatchling (arXiv 2509.26507) on images."
+        f"{model}, {summary['parameters']:,} parameters: the Baby Dragon Hatchling (arXiv 2509.26507) on {samples}."
         if "BDH" in model
         else f"{model}, {summary['parameters']:,} parameters: a baseline of Vision-BDH.",
         "",
@@ -70,7 +73,7 @@ def model_card(folder: Path) -> str:
         "| --- | --- |",
         f"| data | {f'[{name}]({url})' if url else name} |",
         f"| licence of the data | {licence} |",
-        f"| images | {_counts(summary, config)} |",
+        f"| {samples} | {_counts(summary, config)} |",
         *_results(summary),
         f"| weights of | epoch {summary['best']['epoch']} of {summary['epochs']}, the best on the validation part |",
         f"| training | {', '.join(f'{key} {train[key]}' for key in RECIPE if train.get(key) is not None)} |",
@@ -79,7 +82,7 @@ def model_card(folder: Path) -> str:
         f"| commit | {config.get('commit') or 'unknown'} |",
         *([f"| classes | {', '.join(classes)} |"] if classes else []),
         "",
-        f"**Intended use:** research, and {use}. Images unlike those of {name} get",
+        f"**Intended use:** research, and {use}. Anything unlike the {samples} of {name} gets",
         "an answer, too, and it means nothing.",
         "No part of the training looks at bias; do not use the answers to decide about people.",
         "",
@@ -91,7 +94,7 @@ def model_card(folder: Path) -> str:
         "",
         "from training.runs import load_model",
         "",
-        'model, config = load_model(Path("FOLDER OF THIS FILE"))  # reads images (B, C, height, width) in [-1, 1]',
+        'model, config = load_model(Path("FOLDER OF THIS FILE"))  # reads ' + reads,
         "```",
     ]
     return "\n".join(lines) + "\n"

@@ -1,6 +1,7 @@
 """A pruned copy of a run: a folder that scripts open like a run, and from which a training can start."""
 
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from tools.exporting.weights import export_weights, write_whole
 from training.command_line import experiment_of, flags_of
 from training.config import ROOT, UserError
 from training.session import count_parameters
-from training.start import NO_DIFFERENCE
 
 
 @torch.no_grad()
@@ -79,10 +79,10 @@ def fine_tuning_command(model: nn.Module, config: dict[str, Any], weights: Path)
         fields |= {
             key: theirs[key] for key, value in vars(ours).items() if key in theirs and not _same(theirs[key], value)
         }
-    for key in (*NO_DIFFERENCE, "start_from", "seed"):
+    for key in ("encoder", "encoder_weights", "start_from", "seed"):
         fields.pop(key, None)
     flags = " ".join(flags_of({key: value for key, value in fields.items() if value is not None}))
-    return f"python {script} {flags} --start-from {weights}"
+    return f"python {script} {flags} --start-from {shlex.quote(str(weights))}"
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -27,7 +27,7 @@ def export_weights(model: nn.Module, folder: Path, target: Path) -> Path:
         for name, tensor in model.state_dict().items()
     }
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "summary.json"):
+    for name in ("config.json", "metrics.csv", "summary.json"):
         if (folder / name).is_file() and target.resolve() != folder.resolve():
             write_whole(target / name, (folder / name).read_bytes())
     path = write_whole(target / EXPORTED, save(tensors))

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Iterable
 from functools import cache
@@ -106,6 +107,14 @@ def fingerprint(files: Iterable[tuple[str, int]]) -> str:
 def printable(name: str | Path) -> str:
     """A file name as text that can be printed and stored whatever its bytes are: \\xe9 for those that are not UTF-8."""
     return _bytes(str(name)).decode("utf-8", errors="backslashreplace")
+
+
+def cut_name(name: str, longest: int) -> str:
+    """A file name of at most `longest` bytes; in one that is cut, a checksum keeps it apart from others."""
+    encoded = _bytes(name)
+    if len(encoded) <= longest:
+        return name
+    return f"{encoded[: longest - 9].decode(errors='ignore')}-{zlib.crc32(encoded):08x}"
 
 
 def count(n: int, what: str) -> str:

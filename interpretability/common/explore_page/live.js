@@ -56,11 +56,12 @@ function resizeRows(pixels, width, height, channels, weights) {
   return result;
 }
 
-/** Scaled until it covers width x height, then center-cropped. pixels: bytes, row by row. */
+/** Scaled until data.share of it covers width x height, then center-cropped. pixels: bytes, row by row. */
 function fit({ pixels, width, height }, channels, [toWidth, toHeight]) {
   const ratio = toWidth / toHeight;
   const wide = width / height >= ratio;
-  const [cropWidth, cropHeight] = wide ? [ratio * height, height] : [width, width / ratio];
+  const whole = wide ? [ratio * height, height] : [width, width / ratio];
+  const [cropWidth, cropHeight] = whole.map((side) => side * data.share);
   const [left, top] = [(width - cropWidth) / 2, (height - cropHeight) / 2];
   const across = weightsOf(width, left, left + cropWidth, toWidth);
   const down = weightsOf(height, top, top + cropHeight, toHeight);
