@@ -148,11 +148,12 @@ def run_script():
 @pytest.fixture(scope="module")
 def browser():
     """Chromium without a window. Where it is missing, tests are skipped, but fail in CI, which has to install it."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("there is no Chromium: apt-get install chromium")
+    expect.set_options(timeout=60_000)  # ms; a busy machine is slow, not wrong
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield browser

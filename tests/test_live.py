@@ -82,10 +82,10 @@ def visit(browser, runs):
     assert not said
 
 
-def check(added, run, path):
+def check(added, run, path, share=1.0):
     """What the page found is what the model computes from the file, read as classify.py reads it."""
     size = run.sizes.img_size
-    image = ImageFiles([str(path)], size, 3)[0]
+    image = ImageFiles([str(path)], size, 3, share)[0]
     shown = np.array(Image.open(io.BytesIO(base64.b64decode(added["png"].partition(",")[2]))).convert("RGB"))
     furthest = np.abs(shown.transpose(2, 0, 1).astype(int) - image).max()
     assert furthest <= (3 if path.suffix == ".jpg" else 1)  # decoders of JPEG differ
@@ -122,6 +122,15 @@ def test_the_page_computes_what_the_model_does(visit, runs, photos):
     expect(page.locator("#says li")).to_have_count(5)
     page.locator("#thumbs input").first.check()  # back to an image of the test part
     expect(page.locator("#verdict")).to_contain_text("True class")
+
+
+def test_images_are_cropped_as_for_the_runs_own_validation(visit, runs, photos):
+    page = visit("separate")
+    assert page.evaluate("data.share") == 1
+    page.evaluate("() => { data.share = 0.8; }")  # of a run with --eval-crop 0.8
+    page.set_input_files("#files", photos / "large.png")
+    expect(page.locator("#own-says")).to_have_text("1 added at the end")
+    check(page.evaluate(ADDED), runs["separate"], photos / "large.png", share=0.8)
 
 
 def test_a_file_that_is_no_image_is_named_and_the_others_are_shown(visit, photos):
