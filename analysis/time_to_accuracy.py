@@ -9,6 +9,7 @@ changes. A run reaches the target at the first epoch whose validation accuracy d
 """
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ def measure(row: Row, target: float) -> dict:
 def draw(rows: Sequence[Row], target: float) -> Figure:
     """Validation accuracy of every run over minutes of training, and over its operations."""
     labels, title = labels_of(rows)
+    labels = [textwrap.fill(label, style.LEGEND) for label in labels]
     figure, (block,) = style.new_blocks([title], [2.6 + style.legend_inches(labels)])
     axes = block.subplots(1, 2, sharey=True)
     panels = (training_seconds, 60, "minutes of training"), (training_pflop, 1, "training operations (1e15)")

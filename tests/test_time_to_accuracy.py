@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.time_to_accuracy import Options, main
+from analysis.reading import make_rows, read_runs
+from analysis.time_to_accuracy import Options, draw, main
 from models.vision_bdh import v2_config
 from training.config import UserError
 
@@ -33,6 +34,19 @@ def test_the_table_has_the_time_and_the_operations_of_training_alone(make_run, t
     main(Options(runs_dir=tmp_path / "runs", target=0.75))
     (row,) = pd.read_csv(tmp_path / "runs" / "time_to_accuracy.csv").itertuples()
     assert math.isnan(row.minutes_to_target)  # one seed does not reach it
+
+
+def test_long_names_stay_inside_the_figure(make_run):
+    long = dict(
+        learning_rate=3e-3, n_embd=96, n_head=4, mlp_internal_dim_multiplier=4, warmup_steps=100, weight_decay=0.3
+    )
+    runs = [make_run()[0], make_run(name="v2_cifar10+" + "+".join(f"{k}={v}" for k, v in long.items()), **long)[0]]
+    figure = draw(make_rows(read_runs(runs)), 0.5)
+    figure.canvas.draw()
+    (legend,) = [legend for block in figure.subfigs for legend in block.legends]
+    assert len(legend.get_texts()) == 2
+    box = legend.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0
 
 
 def test_a_folder_without_finished_runs_is_refused(make_run, tmp_path):
