@@ -98,7 +98,7 @@ def rotate(v: Tensor, phases: Tensor, out: Tensor | None = None) -> Tensor:
 
 def _rotate_in_parts(v: Tensor, phases: Tensor, out: Tensor) -> None:
     """`rotate` in a precision above v's, through a buffer that stays in cache. v, out: (..., T, N)."""
-    v, out = v.flatten(0, -3), out.flatten(0, -3)
+    v, out = v.reshape(-1, *v.shape[-2:]), out.view(-1, *out.shape[-2:])
     per_part = max(1, CPU_BUFFER_BYTES // (v.shape[-2] * v.shape[-1] * phases.real.element_size()))
     buffer = torch.empty_like(v[:per_part], dtype=phases.real.dtype)
     for part, part_out in zip(v.split(per_part), out.split(per_part), strict=True):
