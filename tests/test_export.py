@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from training import UserError
+from interpretability.common.trained import TrainedRun
 from models.baselines import ViTConfig
 from models.bdh import BDHConfig
 from models.bdh_unet import bdh_unet_config
@@ -17,6 +18,7 @@ from models.export_form import export_form
 from models.vision_bdh import v1_config, v2_config, v3_config
 from tests.inspecting import check_error, train_unet, with_large_weights
 from tools.exporting import programs
+from tools.exporting.evaluation import score
 from tools.exporting.programs import difference, onnx_answer, onnx_session, write_int8, write_onnx, write_torch
 from training.loop import fit
 
@@ -157,3 +159,20 @@ def test_bad_files_and_flags_get_one_message(call_script, tmp_path, capsys):
             onnx_answer(path)
     assert call_script("tools/export.py", tmp_path, "--keep", 0) == 2
     assert "keep = 0.0 must be above 0" in capsys.readouterr().err
+
+
+def test_a_run_validated_on_mirror_images_too_is_scored_so(trained_run, data_dir):
+    run, seen = TrainedRun(trained_run, data_dir, "cpu"), []
+    run.train["eval_flip"] = True
+
+    def predict(images):
+        """Class 1 for an image, more firmly class 0 for its mirror image."""
+        seen.append(images)
+        logits = torch.zeros(len(images), 10)
+        logits[:, len(seen) % 2] = 1.0 if len(seen) % 2 else 3.0
+        return logits
+
+    result = score(run, predict)
+    assert len(seen) == 2 and seen[1].equal(seen[0].flip(-1))
+    labels = torch.cat([labels for _, labels in run.batches(range(run.n_images), 40)])
+    assert result.value == pytest.approx((labels == 0).float().mean().item())
