@@ -50,6 +50,11 @@ def _entries(lines: Sequence[str], seeds: Sequence[int]) -> list[Entry]:
     return [Entry(*line.partition(" ")[::2], seeds) for line in lines]
 
 
+def _seed_by_seed(lines: Sequence[str]) -> list[Entry]:
+    """Three seeds; all experiments of a seed before the next one."""
+    return [entry for seed in THREE for entry in _entries(lines, (seed,))]
+
+
 THREE = (0, 1, 2)
 MORE = (1, 2)  # the seeds after the first
 AS_RUN = "--residual post --warmup-steps 1000"  # what the published code of v2 computed
@@ -149,12 +154,12 @@ SMALL_CPU = Plan(
     [
         Part(
             "CIFAR-10 at a small size: v1, v2, v3, softmax, ViT-Tiny",
-            [entry for seed in THREE for entry in _entries(SMALL_CIFAR10, (seed,))],
+            _seed_by_seed(SMALL_CIFAR10),
         ),
         Part(
             "CamVid at 96 x 96: BDH-UNet, without and with skips, and a ResNet34-UNet from scratch",
             [
-                *(entry for seed in THREE for entry in _entries(SMALL_CAMVID, (seed,))),
+                *_seed_by_seed(SMALL_CAMVID),
                 Entry("train_bdh_unet.py", f"--skips {SMALL_UNET}"),
             ],
         ),
@@ -202,12 +207,13 @@ RECIPE_SMALL_CPU = Plan(
         ),
         Part(
             "What does one change of the recipe bring to v2 and to ViT-Tiny?",
-            [
-                entry
-                for seed in THREE
-                for change in ("", *(f" {change}" for change in RECIPE_CHANGES))
-                for entry in _entries([line + change for line in RECIPE_MODELS.values()], (seed,))
-            ],
+            _seed_by_seed(
+                [
+                    line + change
+                    for change in ("", *(f" {change}" for change in RECIPE_CHANGES))
+                    for line in RECIPE_MODELS.values()
+                ]
+            ),
         ),
     ],
 )
@@ -248,7 +254,7 @@ V4_SMALL_CPU = Plan(
         ),
         Part(
             "What is each part of v4 worth, and what of BDH matters, at equal parameters?",
-            [entry for seed in THREE for entry in _entries([V4_RIVALS[0] + change for change in V4_CHANGES], (seed,))],
+            _seed_by_seed([V4_RIVALS[0] + change for change in V4_CHANGES]),
         ),
     ],
 )

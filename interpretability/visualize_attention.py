@@ -30,7 +30,6 @@ from training.config import ROOT, UserError
 from training.data.finding import cut_name
 
 N_IMAGES = 4
-LONGEST_NAME = 240  # bytes; file systems allow names of 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,7 @@ def write_pictures(runs: Sequence[TrainedRun], options: Options, folder: Path) -
     name = runs[0].file_name(f"attention_{options.show}{'_per_head' * options.per_head}_patch{patch[0]}-{patch[1]}")
     for run in runs[1:]:
         name = f"{run.file_name(f'{name}_versus')}_{run.stem}"
-    name = cut_name(name, LONGEST_NAME)
+    name = cut_name(name)
     path = folder / f"{name}.png"
     paths = [*save_figure(draw([view.of(levels) for view, levels in zip(views, still, strict=True)]), path)]
     if options.animate:

@@ -5,7 +5,7 @@ A train config makes its task (`make_task`). docs/extending.md describes the con
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -103,6 +103,11 @@ class OneForward:
         return model(inputs)
 
 
+def with_mirror_images(predict: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Mean of the logits of each image and its mirror image. images: (B, C, height, width) -> (B, classes)."""
+    return (predict(images) + predict(images.flip(-1))) / 2
+
+
 class Classification(OneForward):
     """Cross-entropy and accuracy; with soft targets (label smoothing, mixup, cutmix) against the heaviest class."""
 
@@ -128,9 +133,7 @@ class Classification(OneForward):
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Logits; with eval_flip the mean of those of each image and its mirror image."""
-        if not self.train.eval_flip:
-            return model(inputs)
-        return (model(inputs) + model(inputs.flip(-1))) / 2
+        return with_mirror_images(model, inputs) if self.train.eval_flip else model(inputs)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in nats. logits: (B, classes), labels: (B,), or (B, classes) probabilities."""

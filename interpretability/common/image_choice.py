@@ -6,8 +6,6 @@ from pathlib import Path
 from training.config import UserError
 from training.data.finding import cut_name, is_image
 
-LONGEST_NAME = 240  # bytes; file systems allow names of 255
-
 
 def image_files(paths: tuple[Path, ...]) -> list[Path]:
     """The files, and those in the folders, each once. Raises UserError if one does not exist or there are none."""
@@ -25,7 +23,7 @@ def picture_names(files: list[Path]) -> list[str]:
     """FOLDER_NAME.png for each file, numbered where that is not unique."""
     names: dict[str, None] = {}  # in order
     for path in files:
-        start = cut_name(f"{path.resolve().parent.name}_{path.stem}", LONGEST_NAME)
+        start = cut_name(f"{path.resolve().parent.name}_{path.stem}")
         numbered = chain([start], (f"{start}-{number}" for number in count(2)))
         names[next(name for name in numbered if name not in names)] = None
     return [f"{name}.png" for name in names]

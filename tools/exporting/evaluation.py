@@ -9,6 +9,7 @@ from torch import Tensor
 from analysis.tables import accuracy_interval
 from interpretability.common.trained import TrainedRun
 from training.metrics import METRICS, confusion_matrices, confusion_ratios
+from training.tasks import with_mirror_images
 
 Predict = Callable[[Tensor], Tensor]  # images (B, C, height, width) in [-1, 1] -> logits
 
@@ -47,9 +48,7 @@ def score(run: TrainedRun, predict: Predict, n_images: int | None = None, batch_
     total = None
     with torch.inference_mode():
         for images, labels in run.batches(indices, batch_size, "testing"):
-            outputs = predict(images)
-            if run.train.get("eval_flip"):  # as in the run's own validation and test
-                outputs = (outputs + predict(images.flip(-1))) / 2
+            outputs = with_mirror_images(predict, images) if run.train.get("eval_flip") else predict(images)
             predicted = outputs.argmax(1)
             if run.labels_pixels:
                 counts = confusion_matrices(predicted, labels, len(run.class_names)).sum(0)

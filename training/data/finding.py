@@ -109,8 +109,11 @@ def printable(name: str | Path) -> str:
     return _bytes(str(name)).decode("utf-8", errors="backslashreplace")
 
 
-def cut_name(name: str, longest: int) -> str:
-    """A file name of at most `longest` bytes; in one that is cut, a checksum keeps it apart from others."""
+def cut_name(name: str, longest: int = 240) -> str:
+    """A file name of at most `longest` bytes; in one that is cut, a checksum keeps it apart from others.
+
+    longest: default, what leaves room for a suffix in the 255 bytes of common file systems.
+    """
     encoded = _bytes(name)
     if len(encoded) <= longest:
         return name
