@@ -1,8 +1,8 @@
 """Pretrains the encoder of BDH-UNet without labels, by reconstructing masked patches (SimMIM).
 
 The sizes are those of BDH-UNet, so that all weights can be loaded; positions are interpolated. CIFAR-10 downloads
-itself. Larger images that resemble those to be segmented should work better: put your own in DIR/train/ANY/ and
-DIR/test/ANY/, or in DIR/ANY/.
+itself. Larger images that resemble those to be segmented should work better: put your own into DIR/ANY/ and DIR/OTHER/;
+how many such folders and their names do not matter, but there must be at least two.
 
     python pretrain_bdh.py
     python pretrain_bdh.py --dataset folder --data-dir DIR --img-size 128 --epochs 200

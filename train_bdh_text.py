@@ -45,9 +45,8 @@ EXPERIMENT = Experiment(
 
 if __name__ == "__main__":
     run = launch(EXPERIMENT)
-    model, config = load_model(run)
-    device = config["hardware"]["device"]  # where it was trained
+    model, _ = load_model(run)  # on the CPU
     torch.manual_seed(0)
-    prompts = torch.tensor([[*b"The "]] * 3, device=device)  # three, each within the context: beyond it, sense is lost
-    samples = model.to(device).generate(prompts, max_new_tokens=100).tolist()
+    prompts = torch.tensor([[*b"The "]] * 3)  # three, each within the context: beyond it, sense is lost
+    samples = model.generate(prompts, max_new_tokens=100).tolist()
     print("\nSamples from the best epoch:", *(bytes(each).decode(errors="replace") for each in samples), sep="\n\n> ")

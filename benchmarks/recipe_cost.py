@@ -36,7 +36,7 @@ FIELDS = {
     "mixup=0.8": dict(mixup=0.8),
     "cutmix=1": dict(cutmix=1.0),
     "label_smoothing=0.1": dict(label_smoothing=0.1),
-    "repeat_augment=3": dict(repeat_augment=3),
+    "repeat_augment=4": dict(repeat_augment=4),
     "drop_path=0.1": dict(drop_path=0.1),
 }
 EVERYTHING = "all of them"

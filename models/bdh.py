@@ -21,7 +21,7 @@ from models import kernels
 from models.rotary import RotaryAttention, Tables, rope
 
 LN_EPS = 1e-5
-WEIGHT_STD = 0.02  # of all weights with init="normal"; of embeddings, patch projection and head always
+WEIGHT_STD = 0.02  # of all weights with init="normal"; of embeddings and positions always
 ACTIVATIONS = {"relu": F.relu, "relu2": lambda v: F.relu(v).square(), "gelu": F.gelu}
 
 
@@ -64,10 +64,10 @@ class CoreConfig:
     activation: Literal["relu", "relu2", "gelu"] = "relu"
     """activation function of the neurons; relu2 is the square of relu"""
     init: Literal["normal", "xavier", "xavier_per_head"] = "normal"
-    """initial encoders and decoder:
+    """initial weights:
     normal: N(0, 0.02);
-    xavier: uniform, with fan-in and fan-out of the stacked weight tensors;
-    xavier_per_head: uniform, with those of one head"""
+    xavier: uniform; encoders and decoder with fan-in and fan-out of the stacked weight tensors;
+    xavier_per_head: encoders and decoder uniform, with fan-in and fan-out of one head; all others N(0, 0.02)"""
     rotary: Literal["raster", "axial", "none"] = "raster"
     """rotary positions: by token index (raster), by row and column of the patch (axial), or none"""
     shared: bool = True
@@ -129,6 +129,8 @@ class BDHConfig(CoreConfig):
         super().__post_init__()
         if self.rotary == "axial":
             raise ValueError("rotary = axial needs rows and columns, which text does not have: use raster or none")
+        if not self.attend_self:
+            raise ValueError("attend_self = False changes nothing here, since no byte attends to itself: leave it out")
 
     def build(self) -> "BDH":
         return BDH(self)

@@ -28,9 +28,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from models import vision_bdh
-from models.bdh import WEIGHT_STD
 from models.pretrained import RESULTS, pretrained_folders
-from models.vision_bdh import VisionBDH, VisionBDHConfig, interpolate_positions
+from models.vision_bdh import VisionBDH, VisionBDHConfig, init_projection, interpolate_positions
 from training.config import UserError
 from training.stored import EXPORTED, read_config
 
@@ -83,8 +82,7 @@ class TimmVisionBDH(VisionBDH):
         self.head = nn.Identity()
         if num_classes:
             self.head = nn.Linear(self.num_features, num_classes, device=old.device, dtype=old.dtype)
-            nn.init.normal_(self.head.weight, std=WEIGHT_STD)
-            nn.init.zeros_(self.head.bias)
+            init_projection(self.head, self.config.init)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, C, height, width) -> last state (B, T, D), a class token first if there is one."""
@@ -163,11 +161,14 @@ def _register(name: str, config: VisionBDHConfig, weights: Path | None = None) -
     renamed = dict(drop_rate=fields.pop("dropout"), drop_path_rate=fields.pop("drop_path"))
 
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        for own, of_timm in (("dropout", "drop_rate"), ("drop_path", "drop_path_rate"), ("in_channels", "in_chans")):
+            if own in kwargs:
+                raise TypeError(f"{own} has the name {of_timm} in timm: use that")
         return build_model_with_cfg(
             TimmVisionBDH,
             name,
             pretrained,
-            feature_cfg=dict(out_indices=tuple(range(config.n_layer)), feature_cls="getter"),
+            feature_cfg=dict(out_indices=tuple(range(kwargs.get("n_layer", config.n_layer))), feature_cls="getter"),
             pretrained_filter_fn=_filter,
             **(fields | renamed | kwargs),
         )

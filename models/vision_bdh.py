@@ -119,8 +119,7 @@ class VisionEncoder(BDHCore):
             self.patch_embed = ConvStem(config.in_channels, config.n_embd, config.patch_size)
         else:
             self.patch_embed = nn.Conv2d(config.in_channels, config.n_embd, config.patch_size, config.patch_size)
-            nn.init.normal_(self.patch_embed.weight, std=WEIGHT_STD)
-            nn.init.zeros_(self.patch_embed.bias)
+            init_projection(self.patch_embed, config.init)
         self.pos_embed = None
         if config.pos_embed:
             self.pos_embed = nn.Parameter(torch.empty(1, math.prod(config.grid), config.n_embd))
@@ -158,6 +157,15 @@ class VisionEncoder(BDHCore):
         return x if self.config.residual == "scaled_pre" else layer_norm(x)
 
 
+def init_projection(layer: nn.Conv2d | nn.Linear, init: str) -> None:
+    """Initial weights of a patch projection or head by `CoreConfig.init`: with xavier, Xavier's too, as published."""
+    if init == "xavier":
+        nn.init.xavier_uniform_(layer.weight)
+    else:
+        nn.init.normal_(layer.weight, std=WEIGHT_STD)
+    nn.init.zeros_(layer.bias)
+
+
 def interpolate_positions(positions: Tensor, before: Grid, after: Grid) -> Tensor:
     """Bicubic interpolation to another grid. positions: (1, T, D) on the grid `before` -> (1, T', D) on `after`."""
     if all(isinstance(side, int) for side in after) and before == after:  # a size left open in torch.export is no int
@@ -182,8 +190,7 @@ class VisionBDH(VisionEncoder):
         if config.pool == "seq":
             self.pool_query = nn.Parameter(torch.zeros(config.n_embd))  # starts as the mean
         self.head = nn.Linear(config.n_embd, config.num_classes)
-        nn.init.normal_(self.head.weight, std=WEIGHT_STD)
-        nn.init.zeros_(self.head.bias)
+        init_projection(self.head, config.init)
 
     def tokens(self, images: Tensor) -> Tensor:
         """Last state. images: (B, C, height, width) -> (B, T, D), T patches plus 1 for a class token."""

@@ -185,9 +185,10 @@ def test_an_epoch_waits_for_nothing_but_the_progress(script, flags, device, tiny
     assert math.isfinite(trained["loss"]) and math.isfinite(validated["loss"])
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_a_stopped_run_resumes_to_the_same_end(precision, experiment, device, float32_again):
-    fields = dict(epochs=3, ema=0.9, mixup=0.5, randaugment=1, precision=precision, options={"device": device.type})
+@pytest.mark.parametrize("precision, optimizer", [("float32", "adamw"), ("bf16", "adamw"), ("float32", "muon")])
+def test_a_stopped_run_resumes_to_the_same_end(precision, optimizer, experiment, device, float32_again):
+    fields = dict(epochs=3, ema=0.9, mixup=0.5, randaugment=1, optimizer=optimizer, precision=precision)
+    fields |= dict(options={"device": device.type})
     whole, stopped = experiment("whole", **fields), experiment("stopped", **fields)
     fit(whole)
     interrupt(stopped, epoch=2)

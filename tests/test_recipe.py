@@ -117,6 +117,19 @@ def test_muon_leaves_embeddings_norms_and_the_head_to_adamw():
     assert torch.allclose(model.head.weight, twin.param_groups[0]["params"][0], atol=1e-7)
 
 
+def test_a_loaded_state_lies_where_the_weights_are():
+    """Checkpoints are read on the CPU; the device "meta" stands for a GPU."""
+    model, elsewhere = (v2_config(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4).build() for _ in "ab")
+    optimizer = make_optimizer(model, make_train(optimizer="muon"))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    loaded = make_optimizer(elsewhere.to("meta"), make_train(optimizer="muon"))
+    loaded.load_state_dict(optimizer.state_dict())
+    values = {(name, value.device.type) for state in loaded.state.values() for name, value in state.items()}
+    assert values == {(name, "meta") for name in ("momentum_buffer", "exp_avg", "exp_avg_sq", "step")}
+
+
 def test_decay_of_matrices_spares_biases_norms_positions_and_tokens():
     model = ViTConfig(n_layer=1, n_embd=12, mlp_dim=24).build()
     decayed, spared = make_optimizer(model, make_train(decay="matrices")).param_groups
@@ -148,6 +161,8 @@ def test_schedules():
         (dict(crop_padding=4, crop_scale_min=0.8), "crop_padding"),
         (dict(randaugment_magnitude=31), "randaugment_magnitude"),
         (dict(repeat_augment=9), "repeat_augment"),
+        (dict(repeat_augment=3), "repeat_augment"),
+        (dict(randaugment_magnitude=15), "randaugment_magnitude"),
         (dict(label_smoothing=1.0), "label_smoothing"),
     ],
 )

@@ -201,6 +201,7 @@ def test_help_shows_every_field_with_its_default(script, monkeypatch, capsys):
         ("train_bdh_unet.py", "--val-fraction 0.1", "val-fraction"),
         ("train_bdh_unet.py", "--pool cls", "pool"),
         ("train_bdh_unet.py", "--dataset cifar10", "camvid"),
+        ("train_bdh_unet.py", "--class-weighting median_frequency --dice-weight 1", "class_weighting"),
         ("train_bdh_unet.py", "--dice-weight 2", "dice_weight = 2.0 must be between 0 and 1"),
         (RESNET, "--img-size 48", "img_size = 48 is not a multiple of 32"),
         (RESNET, "--encoder-weights imagnet", "imagenet"),

@@ -297,6 +297,7 @@ def test_the_shortest_text(n, enough):
         ("--test-fraction 0.9", "leave no text"),
         ("--dataset cifar10", "dataset"),
         ("--rotary axial", "rotary"),
+        ("--no-attend-self", "attend_self"),
     ],
 )
 def test_a_wrong_flag_is_refused(flags, word, capsys):

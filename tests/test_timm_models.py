@@ -112,6 +112,7 @@ def test_feature_extraction(trained):
     full = timm.create_model(trained[0], pretrained=True).eval()
     assert [output.shape for output in outputs] == [(2, 8, 4, 4)] * 2
     assert all(torch.isfinite(output).all() for output in outputs) and len(full.feature_info) == 3
+    assert len(timm.create_model(trained[0], features_only=True, n_layer=2)(torch.randn(1, 3, 32, 32))) == 2
 
 
 def test_a_step_of_timms_training(trained):
@@ -119,6 +120,9 @@ def test_a_step_of_timms_training(trained):
     torch.manual_seed(0)
     model = timm.create_model(trained[0], drop_path_rate=0.1, drop_rate=0.2)
     assert model.config.drop_path == 0.1 and model.config.dropout == 0.2
+    for name, of_timm in (("dropout", "drop_rate"), ("drop_path", "drop_path_rate"), ("in_channels", "in_chans")):
+        with pytest.raises(TypeError, match=f"{name} .* {of_timm}"):
+            timm.create_model(trained[0], **{name: 1})
     model = timm.create_model(trained[0], drop_rate=0.0)
     model.set_grad_checkpointing()
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-2, weight_decay=0.05, layer_decay=0.5)

@@ -192,13 +192,23 @@ def start(init):
     return VisionBDHConfig(n_embd=120, n_head=3, mlp_internal_dim_multiplier=2, init=init).build()
 
 
-@pytest.mark.parametrize("name", ["encoder", "encoder_v", "decoder"])
-@pytest.mark.parametrize("init", ["xavier", "xavier_per_head"])
-def test_uniform_start(init, name):
+H, D, N = 3, 120, 80
+XAVIER = {  # bounds: of the tensors as shaped, as in the published code
+    "encoder": math.sqrt(6 / (D * N + H * N)),
+    "encoder_v": math.sqrt(6 / (D * N + H * N)),
+    "decoder": math.sqrt(6 / (H * N + D)),
+    "patch_embed.weight": math.sqrt(6 / (3 * 16 + 16 * D)),
+    "head.weight": math.sqrt(6 / (D + 10)),
+}
+PER_HEAD = dict.fromkeys(["encoder", "encoder_v", "decoder"], math.sqrt(6 / (D + N)))
+
+
+@pytest.mark.parametrize(
+    "init, name, bound",
+    [(init, *item) for init, bounds in (("xavier", XAVIER), ("xavier_per_head", PER_HEAD)) for item in bounds.items()],
+)
+def test_uniform_start(init, name, bound):
     weight = start(init).get_parameter(name)
-    H, D, N = 3, 120, 80
-    xavier = math.sqrt(6 / (H * N + D)) if name == "decoder" else math.sqrt(6 / (D * N + H * N))
-    bound = xavier if init == "xavier" else math.sqrt(6 / (D + N))
     n = weight.numel()
     # sample deviation of a uniform distribution (kurtosis 1.8): relative error sqrt((1.8 - 1) / (4 n))
     assert abs(weight.std().item() / (bound / math.sqrt(3)) - 1) < 5 * math.sqrt(0.2 / n)
@@ -208,12 +218,10 @@ def test_uniform_start(init, name):
     assert init != "xavier" or math.sqrt(6 / (fan_in + fan_out)) == pytest.approx(bound)
 
 
-@pytest.mark.parametrize("init", ["normal", "xavier"])
-def test_normal_start(init):
+@pytest.mark.parametrize("init, drawn_otherwise", [("normal", {}), ("xavier", XAVIER), ("xavier_per_head", PER_HEAD)])
+def test_normal_start(init, drawn_otherwise):
     model = start(init)
-    for name in ("pos_embed", "patch_embed.weight", "head.weight"):
-        assert_normal(model.get_parameter(name))
-    for name in ("encoder", "encoder_v", "decoder") if init == "normal" else ():
+    for name in {"pos_embed", *XAVIER} - set(drawn_otherwise):
         assert_normal(model.get_parameter(name))
 
 

@@ -156,6 +156,10 @@ class ClassificationConfig(HeldOutConfig):
         for name in ("random_erasing", "label_smoothing"):
             _require(0 <= getattr(self, name) < 1, self, name, "must be at least 0 and below 1")
         _require(1 <= self.repeat_augment <= self.batch_size, self, "repeat_augment", "must be 1 to batch_size")
+        divides = self.batch_size % self.repeat_augment == 0
+        _require(divides, self, "repeat_augment", f"must divide batch_size = {self.batch_size}")
+        has_randaugment = self.randaugment > 0 or self.randaugment_magnitude == type(self).randaugment_magnitude
+        _require(has_randaugment, self, "randaugment_magnitude", "needs operations: set randaugment, as 2")
         _require(self.crop_padding == 0 or self.crop_scale_min == 1, self, "crop_padding", "replaces crops by scale")
 
     def make_task(self) -> "Task":
@@ -227,6 +231,8 @@ class SegmentationConfig(TrainConfig):
         super().__post_init__()
         for name in ("dice_weight", "horizontal_flip", "brightness_contrast", "shift_scale_rotate"):
             _require(0 <= getattr(self, name) <= 1, self, name, "must be between 0 and 1")
+        weighted = self.class_weighting == "none" or self.dice_weight < 1
+        _require(weighted, self, "class_weighting", "weights the cross-entropy, which dice_weight = 1 turns off")
         _require(0.1 <= self.scale_min <= 1, self, "scale_min", "must be between 0.1 and 1")
         _require(1 <= self.scale_max <= 8, self, "scale_max", "must be between 1 and 8")
         _require(self.train_limit is None or self.train_limit >= 1, self, "train_limit", "must be at least 1")

@@ -54,6 +54,12 @@ class MuonWithAdamW(Optimizer):
     ):
         super().__init__(groups, dict(lr=lr, momentum=momentum, betas=betas, weight_decay=weight_decay, eps=eps))
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            if "step" in state:  # PyTorch moves everything to the parameter's device but this
+                state["step"] = state["step"].to(parameter.device)
+
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
         for group in self.param_groups:

@@ -131,8 +131,8 @@ def rate_factor(step: int, total_steps: int, warmup_steps: int, shape: str = "co
 class WeightAverage(AveragedModel):
     """An exponential moving average of a model's weights; buffers (BatchNorm's statistics) are copied.
 
-    Weights after update t, counted from 1: d_t average + (1 - d_t) weights with d_t = min(decay, (1 + t) / (10 + t)),
-    so that the average follows quickly at first. The number of updates lives on the CPU, where reading it waits for
+    Update 0 copies the weights; update t makes d average + (1 - d) weights with d = min(decay, (1 + t) / (10 + t)), so
+    that the average follows quickly at first. The number of updates lives on the CPU, where reading it waits for
     nothing; PyTorch's own update copies it to the device, and an averaging function has to wait for it there.
     """
 
