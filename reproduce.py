@@ -110,7 +110,9 @@ class Planned:
         return next(iter(read_runs([folder] * started)), None)
 
     def keep(self) -> None:
-        """Copies the files from the run. Raises UserError if that fails."""
+        """Copies the files from the run, unless they are there. Raises UserError if that fails."""
+        if self.is_kept():
+            return
         try:
             self.kept.mkdir(parents=True, exist_ok=True)
             for name in KEPT:
@@ -183,21 +185,21 @@ def estimate(planned: Sequence[Planned], options: Options) -> dict[str, float]:
     return minutes
 
 
-def choose_runs(planned: Sequence[Planned], epoch: dict[str, float], left: float) -> list[Planned]:
+def choose_runs(planned: Sequence[Planned], epoch: dict[str, float], budget: float, jobs: int = 1) -> list[Planned]:
     """The runs to make in this time, in order: those that fit, then longer ones if the rest is enough for an epoch.
 
-    epoch: minutes of an epoch of each run. left: minutes, times the number of runs at once.
+    epoch: minutes of an epoch of each run. budget: minutes. jobs: runs at once.
     """
-    fitting, longer = [], []
+    fitting, longer, left = [], [], budget * jobs
     for each in planned:
         run = each.run()
         minutes = epoch[each.job.label] * (each.job.experiment.train.epochs - (len(run.epochs) if run else 0))
-        if minutes <= left:
+        if minutes <= min(left, budget):
             fitting.append(each)
             left -= minutes
         else:
             longer.append(each)
-    return [*fitting, *(each for each in longer if epoch[each.job.label] <= left)]
+    return [*fitting, *(each for each in longer if epoch[each.job.label] <= min(left, budget))]
 
 
 # ---------------------------------------------------------------------------- output
@@ -255,6 +257,16 @@ def main(options: Options) -> None:
     make(plan, planned, options)
 
 
+def add_sources(todo: dict[str, Planned], planned: Sequence[Planned]) -> dict[str, Planned]:
+    """todo and the runs that it starts from, also those of which only the small files are here; in the plan's order."""
+    needed = {each.job.source for each in todo.values()}
+    return {
+        each.job.label: each
+        for each in planned
+        if each.job.label in todo or each.job.experiment.folder.resolve() in needed
+    }
+
+
 def make(plan: Plan, planned: Sequence[Planned], options: Options) -> None:
     """Makes the runs that are not under results/ yet; exits with code 1 if one fails, 130 after Ctrl-C."""
     failures, todo = {}, {}
@@ -267,12 +279,13 @@ def make(plan: Plan, planned: Sequence[Planned], options: Options) -> None:
     print(
         f"{len(planned)} runs in the plan, {len(planned) - len(todo) - len(failures)} already in {options.results_dir}"
     )
+    todo = add_sources(todo, planned)
     chosen, budget = list(todo.values()), options.budget_minutes
     if plan.on_cpu and budget and chosen:
         started = time.monotonic()
         epoch = estimate(chosen, options)
         budget -= (time.monotonic() - started) / 60
-        chosen = choose_runs(chosen, epoch, budget * options.jobs)
+        chosen = choose_runs(chosen, epoch, budget, options.jobs)
     try:
         jobs = [each.job for each in chosen]
         outcome = run_jobs(

@@ -14,7 +14,8 @@ fractions), and as PNG and SVG:
 Draws every figure it has data for, and names those it skips. Run folders that cannot be read are named and left out.
 
     python analysis/analyze.py
-    python analysis/analyze.py --runs-dir results --output-dir plots --relative-to vit_tiny_cifar10
+    python analysis/analyze.py --runs-dir results --output-dir plots
+    python analysis/analyze.py --relative-to vit_tiny_cifar10
 """
 
 import sys

@@ -6,7 +6,7 @@ data have no test part, best validation results are compared. Writes a table as 
 fractions).
 
     python analysis/compare.py --default v2_cifar10
-    python analysis/compare.py --runs-dir results/ablation_small_cpu --default ablation --output results/ablation
+    python analysis/compare.py --runs-dir runs/sweep --default ablation --output results/ablation
 """
 
 import sys

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import stats
 
 from analysis.reading import SMALL, Row, RunFiles, find_runs, make_rows, read_runs
+from models import build_config
+from training.batchnorm import has_batchnorm
 from training.command_line import experiment_of
 from training.config import ROOT, Configuration, Experiment, UserError
 from training.metrics import METRICS, Metric
@@ -19,7 +22,8 @@ from training.metrics import METRICS, Metric
 PUBLISHED = ROOT / "analysis" / "published_results.csv"
 CONFIDENCE = 0.95
 MIN_SEEDS = 3
-FREE = {"seed", "precision", "compile"}  # fields in which a run may differ from the published configuration
+# fields in which a run may differ from the published configuration
+FREE = {"seed", "precision", "compile", "sync_batchnorm"}
 
 REPRODUCED = "reproduced"
 BELOW, ABOVE = "measured below the published value", "measured above the published value"
@@ -184,9 +188,18 @@ def mismatches(run: RunFiles, published: Published, asked: Experiment) -> list[s
     }
     wrong = [f"{name} is {ours}, not {theirs}" for name, (ours, theirs) in facts.items() if ours != theirs]
     ours, theirs = (_any_start(each) for each in (asked.configuration, run.configuration))
-    lacks = f"val_{published.ours.key}" not in run.epochs
-    differ = ours.differences(theirs, FREE | facts.keys())
-    return [*differ, *wrong, *["metrics.csv has no val_" + published.ours.key] * lacks]
+    wrong += ["metrics.csv has no val_" + published.ours.key] * (f"val_{published.ours.key}" not in run.epochs)
+    wrong += ["BatchNorm saw shares of the batch (several processes)"] * _normalised_shares(run)
+    return [*ours.differences(theirs, FREE | facts.keys()), *wrong]
+
+
+def _normalised_shares(run: RunFiles) -> bool:
+    """Whether BatchNorm normalised each process's share of a batch by itself."""
+    hardware = (run.config["hardware"], *run.config.get("resumed_on", []))
+    if run.train.get("sync_batchnorm") or all(each.get("processes", 1) == 1 for each in hardware):
+        return False
+    with torch.device("meta"):
+        return has_batchnorm(build_config(run.config["model_class"], run.config["config"]["model"]).build())
 
 
 def _any_start(configuration: Configuration) -> Configuration:

@@ -81,10 +81,14 @@ class RunFiles:
 
     @property
     def hardware(self) -> str:
-        about = self.config["hardware"]
-        threads = about.get("threads")
-        several = f", {about['processes']} processes" if about.get("processes", 1) > 1 else ""
-        return about["name"] + (f", {threads} thread{'s' * (threads != 1)}" if threads else "") + several
+        """All that it was trained on, one after the other."""
+        return ", then ".join(map(_described, (self.config["hardware"], *self.config.get("resumed_on", []))))
+
+
+def _described(hardware: dict) -> str:
+    threads = hardware.get("threads")
+    several = f", {hardware['processes']} processes" if hardware.get("processes", 1) > 1 else ""
+    return hardware["name"] + (f", {threads} thread{'s' * (threads != 1)}" if threads else "") + several
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,12 @@ def draw(rows: Sequence[Row], target: float) -> Figure:
 def main(options: Options) -> None:
     output = options.output or options.runs_dir / "time_to_accuracy"
     check_output(output)
-    rows = [row for row in make_rows(read_runs(find_runs(options.runs_dir))) if row.finished]
+    runs = read_runs(find_runs(options.runs_dir))
+    known = [run for run in runs if run.summary is None or "images" in run.summary]
+    for run in runs:
+        if run not in known:
+            print(f"warning: {run.folder} is left out: summary.json has no number of images", file=sys.stderr)
+    rows = [row for row in make_rows(known) if row.finished]
     if len({row.task for row in rows}) != 1 or rows[0].metric.key != "accuracy":
         raise UserError(
             f"{options.runs_dir} must hold finished runs of classification on one data set: name another --runs-dir"

@@ -167,8 +167,7 @@ def _measure_memory(open_form: Callable[[int], Predict], shape: tuple[int, ...],
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     open_form(1)(images)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    kilobytes = (peak - before) / (1024 if sys.platform == "darwin" else 1)
-    connection.send(kilobytes / 1e3)
+    connection.send((peak - before) * (1 if sys.platform == "darwin" else 1024) / 1e6)
 
 
 def measure(options: Options, folder: Path) -> pd.DataFrame:
@@ -188,16 +187,16 @@ def measure(options: Options, folder: Path) -> pd.DataFrame:
         result = score(run, form.open(max(options.threads)), options.test_images)
         low, high = result.interval
         worth = {"accuracy": result.value, "low": low, "high": high, "test_images": result.n_images}
-        about = {"model": form.model, "form": form.form, "engine": form.engine}
+        about = {"run": runs.index(run), "model": form.model, "form": form.form, "engine": form.engine}
         rows.append(about | worth | {"file_mb": form.file.stat().st_size / 1e6, "memory_mb": memory_mb(form, shape)})
     table = pd.DataFrame(rows).rename_axis("place").reset_index()
     table = table.merge(time_forms(found, runs[0], options), on="place").drop(columns="place")
-    return with_ratios(table)
+    return with_ratios(table).drop(columns="run")  # two runs may have the same name
 
 
 def with_ratios(table: pd.DataFrame) -> pd.DataFrame:
     """Adds ratio_<column>: over the first model's float32 in onnxruntime, with as many threads."""
-    first = table[(table.model == table.model[0]) & (table.form == "float32") & (table.engine == "onnxruntime")]
+    first = table[(table.run == 0) & (table.form == "float32") & (table.engine == "onnxruntime")]
     reference = table[["threads"]].merge(first, on="threads")
     for column in MEASURED:
         table[f"ratio_{column}"] = (table[column] / reference[column]).astype(float)

@@ -30,8 +30,8 @@ LEAST_SECONDS = 20  # what a step needs to begin with
 class Options:
     """What to run, and for how long."""
 
-    output_dir: Path = ROOT / "results" / "gpu_day"
-    """folder for everything that the steps write"""
+    output_dir: Path = ROOT / "runs" / "gpu_day"
+    """folder for everything that the steps write; what its results/ holds belongs into the repository's own"""
     minutes: float = 25.0
     """time for all steps"""
     data_dir: Path | None = None

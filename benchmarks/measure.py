@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -61,6 +61,12 @@ def machine_of(device: torch.device) -> tuple[str, str]:
         n = about["threads"]
         return f"{device.type}_{n}threads", f"{n} thread{'s' * (n != 1)} of {words}"
     return "_".join(about["name"].lower().split()), words
+
+
+def changed(options: Any, *names: str) -> str:
+    """For a file name: those of the options that are not the default, as "_batch_size=256"; usually nothing."""
+    values = {name: getattr(options, name) for name in names if getattr(options, name) != getattr(type(options), name)}
+    return "".join(f"_{name}={value}" for name, value in values.items())
 
 
 def write_results(table: pd.DataFrame, figure: Figure, path: Path) -> tuple[Path, Path, Path]:

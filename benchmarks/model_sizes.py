@@ -61,13 +61,13 @@ def cost(config: Any) -> dict[str, float]:
 
 
 def kept_mb(config: Any, options: Options, device: torch.device, recompute: bool) -> float | None:
-    """Memory kept for the backward pass, in MB an image; None for --recompute of a model that is no BDH."""
+    """Memory kept for the backward pass, in MB an image; None for --recompute of a model that is no BDH, and on mps."""
     model = config.build().to(device)
     if recompute and not isinstance(model, BDHCore):
         return None
     model.recompute, autocast = recompute, set_precision(options.precision, device)
 
-    def kept(n_images: int) -> float:
+    def kept(n_images: int) -> float | None:
         images = torch.randn(n_images, 3, config.img_size, config.img_size, device=device)
 
         def forward() -> torch.Tensor:
@@ -76,7 +76,8 @@ def kept_mb(config: Any, options: Options, device: torch.device, recompute: bool
 
         return kept_memory_mb(forward, device)
 
-    return kept(2) - kept(1)
+    two, one = kept(2), kept(1)
+    return None if two is None or one is None else two - one
 
 
 def main(options: Options) -> None:

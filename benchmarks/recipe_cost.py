@@ -18,7 +18,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import BenchmarkOptions, Precision, in_full, in_turns, machine_of, prepare_device, seconds_of
+from benchmarks.measure import (
+    BenchmarkOptions,
+    Precision,
+    changed,
+    in_full,
+    in_turns,
+    machine_of,
+    prepare_device,
+    seconds_of,
+)
 from benchmarks.training_steps import made_up_batches, protocol, training_step
 from models.baselines import ViTConfig
 from models.vision_bdh import v2_config
@@ -88,7 +97,7 @@ def main(options: Options) -> None:
     device = prepare_device(options.device)
     table = measure(options, device)
     name, words = machine_of(device)
-    path = options.output_dir / f"recipe_cost_{name}_{options.precision}.csv"
+    path = options.output_dir / f"recipe_cost_{name}_{options.precision}{changed(options, 'batch_size')}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     table.assign(hardware=words, batch_size=options.batch_size).to_csv(path, index=False)
     shown = Table(title=f"time of a step / {BASE}, {words}")

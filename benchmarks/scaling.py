@@ -31,6 +31,7 @@ from analysis.plotting.style import PAGE, add_legend, look_of, new_figure, style
 from benchmarks.measure import (
     BenchmarkOptions,
     Precision,
+    changed,
     in_full,
     in_turns,
     machine_of,
@@ -174,7 +175,7 @@ def draw(rows: list[dict], title: str) -> Figure:
         column[1].set_xlabel(name)
     axes[0, 0].set_ylabel("median time of a step (ms)")
     axes[1, 0].set_ylabel("peak memory of a step (MB)")
-    add_legend(figure, axes[0, 0])
+    add_legend(figure, next(ax for ax in axes[0] if ax.lines))
     return figure
 
 
@@ -196,7 +197,7 @@ def main(options: Options) -> None:
     place, machine = machine_of(device)
     fits = exponents(rows)
     print(fits.drop(columns="factor").to_string(index=False, float_format="{:.3f}".format))
-    path = options.output_dir / f"scaling_{place}.csv"
+    path = options.output_dir / f"scaling_{place}{changed(options, 'n_embd', 'n_head', 'precision')}.csv"
     table = pd.DataFrame([{"machine": machine} | row for row in rows])
     print(*write_results(table, draw(rows, f"{machine}, {options.precision}"), path), sep="\n")
     fits.to_csv(path.with_name(f"{path.stem}_exponents.csv"), index=False)

@@ -246,6 +246,19 @@ def test_another_model_or_other_data_do_not_count(results, key):
     assert any(reason.startswith(key) for reason in reasons)
 
 
+@pytest.mark.parametrize(
+    "script, sync_batchnorm, counts",
+    [("train_resnet20_cifar100.py", False, False), ("train_resnet20_cifar100.py", True, True), (V2, False, True)],
+)
+def test_several_processes_count_if_batchnorm_sees_the_whole_batch(script, sync_batchnorm, counts, results):
+    run = read_run(write_run(results / "several" / "seed0", script))
+    run.config["hardware"]["processes"] = 4
+    run.train["sync_batchnorm"] = sync_batchnorm
+    name, dataset = ("v2_raw", "cifar10") if script == V2 else ("resnet20", "cifar100")
+    reasons = mismatches(run, published(name, dataset=dataset), experiment_of(script, ""))
+    assert reasons == ([] if counts else ["BatchNorm saw shares of the batch (several processes)"])
+
+
 def test_a_script_that_was_changed_makes_no_reproductions(results):
     """The run agrees with the script of today, and not with what was published."""
     run = read_run(write_run(results / "v2_cifar10" / "seed0", V2, "--epochs 5"))

@@ -223,7 +223,8 @@ def by_one(several, one_thread):
     return several(1), train_all(several(1))
 
 
-NOISE = {"v2": 2e-5, "text": 2e-5, "bdh_unet": 2e-5, "resnet20": 2e-3}  # a ReLU's input near 0 may change its sign
+# a ReLU's input near 0 may change its sign; Muon, which trains v2 here, rounds to bf16 where that is fast
+NOISE = {"v2": 2e-4, "text": 2e-5, "bdh_unet": 2e-5, "resnet20": 2e-3}
 
 
 @pytest.mark.parametrize("n", [2, 3])

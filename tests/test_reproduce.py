@@ -176,17 +176,27 @@ def test_runs_that_fit_come_first_and_longer_ones_if_an_epoch_fits(tmp_path):
     names = [each.job.experiment.name for each in planned]
     epoch = dict(zip((each.job.label for each in planned), (30.0, 2.0, 4.0), strict=True))
 
-    def chosen(left):
-        return [names.index(each.job.experiment.name) for each in reproduce.choose_runs(planned, epoch, left)]
+    def chosen(budget, jobs=1):
+        runs = reproduce.choose_runs(planned, epoch, budget, jobs)
+        return [names.index(each.job.experiment.name) for each in runs]
 
     assert chosen(1000) == [0, 1, 2]
     assert chosen(70) == [1, 2]  # 10 minutes are left over
     assert chosen(90) == [1, 2, 0]
     assert chosen(21) == [1]
+    assert chosen(160, jobs=2) == [1, 2, 0]  # the first takes 300 minutes, however many run beside it
     folder = planned[2].job.experiment.folder
     columns = {"train_loss": [0.5] * 9}
     write_run(folder, "train_v1_cifar10.py", "--epochs 10", finished=False, columns=columns)
     assert chosen(24) == [1, 2]
+
+
+def test_what_a_run_starts_from_is_made_even_if_its_result_is_kept(tmp_path):
+    planned = planned_runs(plans.PUBLISHED, options_in(tmp_path))
+    runs = {each.job.label: each for each in planned}
+    todo = {label: runs[label] for label in ("bdh_unet_finetune, seed 1", "v1_cifar10, seed 0")}
+    expected = ["v1_cifar10, seed 0", "bdh_unet, seed 1", "bdh_unet_finetune, seed 1"]
+    assert list(reproduce.add_sources(todo, planned)) == expected
 
 
 def test_estimates_are_listed_and_decide_within_a_budget(tmp_path, monkeypatch, capsys):

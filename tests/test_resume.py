@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from training import ClassificationConfig, UserError, fit, loop
+from analysis.reading import read_runs
 from tests.children import before, kill, launch_in_child, nth
 from tests.trials import MEASURED, interrupt, read_rows, resumed, snapshot, with_options
 from training.launch import train
 from training.runs import Run, load_model
-from training.stored import load_checkpoint
+from training.stored import EXPORTED, load_checkpoint
 
 TRIAL = dict(epochs=4, crop_scale_min=0.8, horizontal_flip=True)  # 6 steps an epoch; dropout is on
 CHECKPOINTS = ("last.pt", "previous.pt", "best.pt")
@@ -100,8 +101,13 @@ def kill_in_checkpoint(n):
 
 
 def kill_before_checkpoint(n):
-    """The line of metrics.csv is written, best.pt too, last.pt not."""
+    """The line of metrics.csv is written, last.pt not."""
     before(Run, "save_checkpoint", nth(n, lambda run, state: kill()))
+
+
+def kill_before_best(n):
+    """last.pt is written, best.pt not, though the epoch was the best."""
+    before(Run, "save_best", nth(n, lambda run, state: kill()))
 
 
 def kill_in_metrics(epoch):
@@ -168,10 +174,11 @@ def test_resumed_after_interrupts_ends_the_same(stops, experiment, reference, ca
     "sabotage",
     [
         partial(in_step, kill, 16),
-        partial(kill_in_checkpoint, 2),  # best.pt of the first epoch
-        partial(kill_in_checkpoint, 3),  # last.pt of the first epoch
+        partial(kill_in_checkpoint, 2),  # last.pt of the first epoch
+        partial(kill_in_checkpoint, 3),  # best.pt of the first epoch
         partial(between_renames, kill, 2),
         partial(kill_before_checkpoint, 4),
+        partial(kill_before_best, 1),
         partial(kill_in_metrics, 3),
         kill_before_test,
     ],
@@ -197,6 +204,15 @@ def test_ctrl_c_ends_with_130_and_names_resume(sabotage, experiment, reference):
     assert "--resume" in output.splitlines()[-1] and str(trial.folder) in output.splitlines()[-1]
     fit(resumed(trial))
     assert_same_run(trial.folder, reference)
+
+
+def ctrl_c_before_training(n):
+    before(Run, "start", nth(n, lambda *_: ctrl_c()))
+
+
+def test_ctrl_c_before_the_first_checkpoint_does_not_advise_resume(experiment):
+    code, output = launch_in_child(experiment(**TRIAL), partial(ctrl_c_before_training, 1))
+    assert code == 130 and "Repeat the command" in output and "--resume" not in output
 
 
 @pytest.mark.parametrize(
@@ -255,7 +271,7 @@ def test_parameter_groups_with_their_own_rates_resume(experiment):
     "sabotage, epoch",
     [
         (partial(disk_full_in, "save_checkpoint", 2, 5000), 1),
-        (partial(disk_full_in, "save_best", 1, 0), 0),
+        (partial(disk_full_in, "save_best", 1, 0), 1),
         (partial(disk_full_in, "append_metrics", 1, 20), 0),
         (partial(disk_full_in, "append_metrics", 3, 250), 2),
     ],
@@ -268,7 +284,7 @@ def test_a_full_disk_is_an_error_and_what_was_written_loads(sabotage, epoch, exp
     assert "could not be written (File too large)" in output.splitlines()[-1] and "--resume" in output.splitlines()[-1]
     assert not list(trial.folder.glob("*.partial"))  # it would take up the space that is short
     assert load_checkpoint(trial.folder / "last.pt")["epoch"] == epoch
-    if epoch:
+    if epoch and sabotage.args[0] != "save_best":  # that of the first epoch
         load_model(trial.folder)
     fit(resumed(trial))
     assert_same_run(trial.folder, reference)
@@ -319,6 +335,22 @@ def test_where_things_are_and_what_is_reported_may_differ_at_resume(experiment, 
     assert_same_run(trial.folder, reference)
 
 
+def test_hardware_on_which_a_run_goes_on_is_noted(experiment, reference, monkeypatch):
+    trial = experiment(**TRIAL)
+    first = interrupt(trial, 2) or json.loads((trial.folder / "config.json").read_text())["hardware"]
+    later = {"device": "cpu", "name": "another CPU", "threads": 3}
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "describe_hardware", lambda device: dict(later))
+        interrupt(resumed(trial), 3)
+        interrupt(resumed(trial), 4)
+    fit(resumed(trial))
+    config = json.loads((trial.folder / "config.json").read_text())
+    assert (config["hardware"], config["resumed_on"]) == (first, [later])
+    (run,) = read_runs([trial.folder])
+    assert run.hardware == f"{first['name']}, 1 thread, then another CPU, 3 threads"
+    assert "resumed_on" not in json.loads((reference / "config.json").read_text())
+
+
 @pytest.mark.parametrize("complete", [True, False])
 def test_a_folder_that_holds_a_run_is_refused_and_untouched(complete, experiment):
     trial = experiment(**TRIAL)
@@ -332,7 +364,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_untouched(complete, experiment
 def test_overwrite_replaces_a_run(experiment, reference):
     fit(experiment(epochs=5, model={"n_layer": 2}))
     trial = with_options(experiment(**TRIAL), overwrite=True)
-    for name in ("events.out.tfevents.1.host", "epoch_002.pt"):
+    for name in ("events.out.tfevents.1.host", "epoch_002.pt", EXPORTED, "README.md"):
         (trial.folder / name).touch()
     fit(trial)
     assert_same_run(trial.folder, reference)

@@ -186,12 +186,28 @@ def test_a_run_waits_for_the_one_whose_weights_it_starts_from(make_job, tmp_path
     assert calls(tmp_path) == ["first seed0", "after seed0", "alone seed0"]
 
 
-def test_a_run_whose_source_failed_is_begun_and_says_so_itself(make_job, tmp_path):
+def test_a_run_whose_source_failed_is_not_begun(make_job, tmp_path):
+    """The source may have left weights of an early epoch."""
     first = make_job("first", "fail")
     itself = make_job("itself", start_from=tmp_path / "runs" / "itself" / "seed0" / "best.pt")
-    jobs = [make_job("after", "fail", start_from=first.experiment.folder / "best.pt"), first, itself]
-    assert run_jobs(jobs, 2).failures.keys() == {"after, seed 0", "first, seed 0"}
-    assert calls(tmp_path)[0] == "first seed0" and "itself seed0" in calls(tmp_path)
+    jobs = [make_job("after", start_from=first.experiment.folder / "best.pt"), first, itself]
+    failures = run_jobs(jobs, 2).failures
+    assert failures.keys() == {"after, seed 0", "first, seed 0"}
+    assert failures["after, seed 0"] == "it goes on from a run that failed (first, seed 0)"
+    assert sorted(calls(tmp_path)) == ["first seed0", "itself seed0"]
+
+
+def test_a_run_whose_source_another_process_trains_is_not_begun(make_job, tmp_path):
+    first = make_job("first")
+    with Run(first.experiment.folder).locked():
+        outcome = run_jobs([first, make_job("after", start_from=first.experiment.folder / "best.pt")], 1)
+    assert outcome.elsewhere.keys() == {"first, seed 0"} and calls(tmp_path) == []
+    assert "in work elsewhere (first, seed 0)" in outcome.failures["after, seed 0"]
+
+
+def test_a_failure_is_not_told_with_the_words_of_an_earlier_attempt(make_job):
+    assert "the reason" in run_jobs([make_job("a", "fail")], 1).failures["a, seed 0"]
+    assert "last output: no output" in run_jobs([make_job("a", "die")], 1).failures["a, seed 0"]
 
 
 def test_a_run_that_cannot_be_kept_counts_as_failed(make_job, tmp_path):

@@ -114,6 +114,8 @@ def test_values_have_the_type_of_their_field(axes, field, values, tmp_path):
         ("gate=gelu", "gate=gelu: choose from multiplicative, sigmoid, none"),
         ("shared=maybe", "shared=maybe: choose from True, False"),
         ("seed=1/2", "no such field"),
+        ("outside_step", "no such field"),
+        ("betas=0.9/0.95", "several numbers at once"),
         ("", "name the fields"),
     ],
 )

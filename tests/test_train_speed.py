@@ -117,7 +117,7 @@ def test_step_time_script(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setattr(step_time, "tune_cpu_allocator", lambda: True)
     step_time.main(step_time.Options(batch_size=4, repeats=2, output_dir=tmp_path, device="cpu", profile=True))
-    rows = read_table(tmp_path / "step_time_cpu_1threads.csv")
+    rows = read_table(tmp_path / "step_time_cpu_1threads_batch_size=4.csv")
     sides = ["reference", "fast", "fast, --recompute", "products alone"]
     assert [(row["allocation"], row["precision"], row["side"]) for row in rows] == [
         (allocation, precision, side)
@@ -148,12 +148,12 @@ def test_scaling_script(tmp_path):
     sizes = dict(n_embd=16, n_head=2, batch_sizes=(2, 4), img_sizes=(8, 16), multipliers=(4, 8), depths=(1,))
     options = dict(base=(2, 8, 4, 1), sides=("reference", "fast"), precision="float32", repeats=2, device="cpu")
     scaling.main(scaling.Options(**sizes, **options, output_dir=tmp_path))
-    rows = read_table(tmp_path / "scaling_cpu_1threads.csv")
+    rows = read_table(tmp_path / "scaling_cpu_1threads_n_embd=16_n_head=2_precision=float32.csv")
     points = {(row["varied"], int(row["size"])) for row in rows}
     sizes = {"batch_size": (2, 4), "tokens": (4, 16), "neurons": (64, 128), "n_layer": (1,)}
     assert points == {(varied, size) for varied, values in sizes.items() for size in values}
     assert len(rows) == 2 * 7
-    fits = read_table(tmp_path / "scaling_cpu_1threads_exponents.csv")
+    fits = read_table(tmp_path / "scaling_cpu_1threads_n_embd=16_n_head=2_precision=float32_exponents.csv")
     assert {fit["varied"] for fit in fits} == {"batch_size", "tokens", "neurons"}  # one depth has no slope
     assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png", ".svg"}
 

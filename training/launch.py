@@ -68,6 +68,8 @@ def _fit(experiment: Experiment) -> dict[str, Any]:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C changes nothing
         point = "finished epoch" if experiment.options.checkpoint_minutes is None else "checkpoint"
+        if not any((experiment.folder / name).exists() for name in ("last.pt", "previous.pt")):
+            _end("stopped before the first epoch. Repeat the command", INTERRUPTED)
         _end(f"stopped. Add --resume to continue from the last {point} of {experiment.folder}", INTERRUPTED)
 
 

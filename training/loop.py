@@ -69,10 +69,7 @@ def _start(experiment: Experiment, run: Run, trackers: Trackers) -> Session:
         data = task.load(source, None, experiment, device)
         model = build_model(experiment)
         origin = start_weights(model, experiment)
-    hardware = describe_hardware(device)
-    if processes.count() > 1:
-        hardware["processes"] = processes.count()
-    facts = {"origin": origin, "parameters": count_parameters(model), "hardware": hardware}
+    facts = {"origin": origin, "parameters": count_parameters(model), "hardware": _hardware(device)}
     config = processes.from_main(lambda: describe_run(experiment, source.description, **facts))
     model = model.to(device)
     contracts.check_batches(model, data, task, experiment.train)
@@ -82,6 +79,11 @@ def _start(experiment: Experiment, run: Run, trackers: Trackers) -> Session:
     trackers.open_files(session.epoch + 1)
     _keep_weights(session)
     return session
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    several = {"processes": processes.count()} if processes.count() > 1 else {}
+    return describe_hardware(device) | several
 
 
 def _resume(experiment: Experiment, run: Run, trackers: Trackers) -> Session:
@@ -98,6 +100,9 @@ def _resume(experiment: Experiment, run: Run, trackers: Trackers) -> Session:
     session = make_session(experiment, run, config.get("run_id", ""), device, task, data, model)
     state = processes.from_main(lambda: run.load_checkpoint(session.model))
     session.load_state(state)
+    if session.progress is None and session.best is not None and session.best["epoch"] == session.epoch:
+        run.save_best(session.weights() | session.best)
+    run.note_hardware(config, _hardware(device))
     trackers.connect(config.get("run_id"))
     run.restore_metrics(session.epoch, session.history)
     run.restore_split(data.split, session.run_id)
@@ -149,11 +154,12 @@ def _epoch(session: Session) -> dict[str, Any]:
     session.run.append_metrics(row)
     if session.history is not None:
         session.history.append(row)
-    if session.best is None or not task.selects_best or _score(row, task) > _score(session.best, task):
+    if is_best := session.best is None or not task.selects_best or _score(row, task) > _score(session.best, task):
         session.best = {key: value for key, value in row.items() if key == "epoch" or key.startswith("val_")}
-        session.run.save_best(session.weights() | session.best)
     _keep_weights(session)
     session.save()
+    if is_best:  # after the checkpoint, from which a run that was stopped in between writes it: see _resume
+        session.run.save_best(session.weights() | session.best)
     _print_epoch(session, row, ended - started)
     return row
 

@@ -234,7 +234,9 @@ class Run:
                     (self.folder / f"{name}.partial").unlink()
             raise
         events = self.folder.glob("events.out.tfevents*")
-        for old in (*(self.folder / name for name in FILES), *events, *self.kept_weights().values()):
+        exported = [stored.EXPORTED, stored.CARD] if (self.folder / stored.EXPORTED).exists() else []
+        names = [self.folder / name for name in (*FILES, *exported)]
+        for old in (*names, *events, *self.kept_weights().values()):
             with _disk_errors(old):
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)  # a folder: a damaged run
         for name in new:
@@ -271,6 +273,12 @@ class Run:
                 writer.writerow(row)
                 file.flush()
                 os.fsync(file.fileno())
+
+    def note_hardware(self, config: dict[str, Any], hardware: dict[str, Any]) -> None:
+        """Adds hardware on which the run goes on to config.json, under resumed_on, unless it is there."""
+        if hardware not in (config["hardware"], *config.get("resumed_on", [])):
+            config = config | {"resumed_on": [*config.get("resumed_on", []), hardware]}
+            self._replace("config.json", lambda path: _write_json(path, config))
 
     def restore_split(self, split: Split | None, run_id: str) -> None:
         """Writes split.npz again if it is missing; it was drawn from the seed alone."""

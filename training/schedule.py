@@ -61,6 +61,8 @@ class Process(NamedTuple):
     popen: subprocess.Popen
     started: float
     gpus: list[str]
+    log_start: int
+    """bytes that earlier attempts wrote into the log"""
 
 
 def run_jobs(
@@ -72,9 +74,10 @@ def run_jobs(
 ) -> Outcome:
     """Runs incomplete jobs in order, `at_once` at a time, spread over the visible GPUs.
 
-    A run that starts from another's weights waits for that one. minutes: stop after this time and leave the rest; None
-    for no limit. keep: called for each complete run, including those complete before; if it raises UserError, the run
-    counts as failed. processes: that train each run together, each on a GPU of its own.
+    A run that starts from another's weights waits for that one, and fails if that one is not completed here. minutes:
+    stop after this time and leave the rest; None for no limit. keep: called for each complete run, including those
+    complete before; if it raises UserError, the run counts as failed. processes: that train each run together, each on
+    a GPU of its own.
 
     Raises KeyboardInterrupt after Ctrl-C, SIGTERM or SIGHUP, when all runs have stopped.
     """
@@ -132,6 +135,7 @@ class _Schedule:
         self.processes = processes
         self.gpus = visible_gpus() if at_once > 1 else []
         self.running: list[Process] = []
+        self.unfinished: dict[Path, str] = {}  # folder of a run that failed or is trained elsewhere -> what to say
         self.ended, self.total = 0, len(waiting)
         # more threads than cores slow all runs down
         together = at_once * processes
@@ -160,7 +164,9 @@ class _Schedule:
                 return
             ready = ready or self.waiting[0]  # its weights come from no job here: its own message says so
             self.waiting.remove(ready)
-            if Run(ready.experiment.folder).is_locked():
+            if ready.source in self.unfinished:
+                self.report(ready, f"it goes on from a run that {self.unfinished[ready.source]}", 0.0)
+            elif Run(ready.experiment.folder).is_locked():
                 self.report_elsewhere(ready)
             else:
                 self.start(ready)
@@ -178,6 +184,7 @@ class _Schedule:
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file:
+                log_start = file.tell()
                 popen = subprocess.Popen(
                     command_now(job, self.processes),
                     stdin=subprocess.PIPE,  # stays open while this process lives: see training.parent
@@ -190,14 +197,14 @@ class _Schedule:
         except OSError as error:
             self.report(job, f"{log} could not be written ({error.strerror})", 0.0)
             return
-        self.running.append(Process(job, popen, time.perf_counter(), gpus))
+        self.running.append(Process(job, popen, time.perf_counter(), gpus, log_start))
 
     def look(self) -> None:
         """Takes note of runs that have ended."""
         for each in [each for each in self.running if each.popen.poll() is not None]:
             self.running.remove(each)
             folder = each.job.experiment.folder
-            problem = _problem(each.popen.returncode, folder / LOG)
+            problem = _problem(each.popen.returncode, folder / LOG, each.log_start)
             if problem is None:
                 try:
                     self.keep(each.job)
@@ -212,12 +219,14 @@ class _Schedule:
         self.ended += 1
         if problem:
             self.outcome.failures[job.label] = problem
+            self.unfinished[job.experiment.folder.resolve()] = f"failed ({job.label})"
         happened = f"failed: {problem}" if problem else "done"
         print(f"[{self.ended}/{self.total}] {job.label}: {happened} ({seconds:.0f} s)", flush=True)
 
     def report_elsewhere(self, job: Job) -> None:
         self.ended += 1
         self.outcome.elsewhere[job.label] = holder = Run(job.experiment.folder).holder()
+        self.unfinished[job.experiment.folder.resolve()] = f"is in work elsewhere ({job.label}): start it again later"
         print(f"[{self.ended}/{self.total}] {job.label}: in work elsewhere ({holder})", flush=True)
 
     def stop(self) -> None:
@@ -249,11 +258,12 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _problem(code: int, log: Path) -> str | None:
-    """The last message of a process that ended with this code; None if it succeeded."""
+def _problem(code: int, log: Path, start: int) -> str | None:
+    """The last message of a process that ended with this code; None if it succeeded. Its log begins at byte start."""
     if code == 0:
         return None
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    text = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("error: ")] or lines or ["no output"]
     how = f"killed by signal {-code}, last output: " if code < 0 else ""
     return f"{how}{said[-1].removeprefix('error: ')} (full log: {log})"

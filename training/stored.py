@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 EXPORTED = "best_bf16.safetensors"  # written by tools/export.py from best.pt
+CARD = "README.md"  # its model card
 TRAIN_CLASSES = {  # of runs stored before config.json named the class, by model; all others are classification
     "BDHConfig": "TextConfig",
     "BDHUNetConfig": "SegmentationConfig",
@@ -70,6 +71,7 @@ class ConfigFile(TypedDict):
     data: _Data
     parameters: Annotated[int, Field(ge=0)]
     hardware: _Hardware
+    resumed_on: NotRequired[list[_Hardware]]
     run_id: NotRequired[str]
 
 

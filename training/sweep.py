@@ -98,7 +98,8 @@ def launch_sweep(experiment: Experiment, report: Report) -> None:
     except UserError as error:
         exit_with(str(error), 1)
     except KeyboardInterrupt:
-        exit_with("stopped. Repeat the command to continue", INTERRUPTED)
+        without = " without --overwrite" if options.overwrite else ""
+        exit_with(f"stopped. Repeat the command{without} to continue", INTERRUPTED)
     _report_sweep(plan, outcome, report, asked.options.runs_dir)
 
 
@@ -157,12 +158,15 @@ def _parse_axis(text: str, *configs: Any) -> tuple[str, list]:
     """A field and its values, from "field" or "field=value/value"."""
     key, _, listed = text.strip().partition("=")
     key = key.replace("-", "_")
-    types_of = {field: kind for config in configs for field, kind in typing.get_type_hints(type(config)).items()}
+    hints = {name: kind for config in configs for name, kind in typing.get_type_hints(type(config)).items()}
+    types_of = {field.name: hints[field.name] for config in configs for field in dataclasses.fields(config)}
     types_of.pop("seed", None)  # --seeds is for that
     if key not in types_of:
         near = difflib.get_close_matches(key, types_of, n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(sorted(types_of))}"
         raise UserError(f"--sweep {key}: no such field, {hint}")
+    if tuple in (typing.get_origin(each) for each in (types_of[key], *typing.get_args(types_of[key]))):
+        raise UserError(f"--sweep {key}: it takes several numbers at once, which a sweep cannot vary; use --{key}")
     choices = _choices(types_of[key])
     if not listed:
         if choices is None:

@@ -11,9 +11,7 @@ from safetensors.torch import save
 from torch import nn
 
 from tools.exporting.model_card import model_card
-from training.stored import EXPORTED, read_summary
-
-CARD = "README.md"
+from training.stored import CARD, EXPORTED, read_summary
 
 
 def export_weights(model: nn.Module, folder: Path, target: Path) -> Path:
