@@ -4,7 +4,7 @@ The tests on the GPU, the training speed in bf16 and TF32, then reproduce.py's p
 Start it again to continue: steps that are done are not repeated, and reproduce.py resumes its runs. What each step
 printed is in OUTPUT_DIR/<step>.txt, and its files are beside it, from the first moment on; steps.json has the times.
 
-    python benchmarks/gpu_day.py --minutes 25 --output-dir results/gpu_day
+    python benchmarks/gpu_day.py --minutes 25 --output-dir runs/gpu_day
     python benchmarks/gpu_day.py --rehearse --output-dir /tmp/gpu_day     # tiny sizes, on the CPU
 """
 
