@@ -1,5 +1,6 @@
 """Several processes train one run, as torchrun starts them: to the result of one, to one end, and on from any point."""
 
+import inspect
 import math
 import os
 import re
@@ -46,6 +47,8 @@ from training.data.arrays import load_cifar
 from training.data.batches import ImageBatches, draw_split
 from training.device import pick_device
 from training.launch import train
+from training.onlooker import Onlooker
+from training.runs import Run
 from training.metrics import Items, Sums
 from training.runs import Run
 from training.stored import load_checkpoint
@@ -307,6 +310,13 @@ def test_killed_and_resumed_processes_end_the_same(experiment):
     assert code == 0 and "resuming in epoch 2 of 3" in output
     assert "number of processes: 2 before, 1 now" in output
     assert [row["epoch"] for row in read_rows(alone.folder)] == ["1", "2", "3"]
+
+
+def test_what_writes_into_a_run_is_left_to_the_main_process():
+    marks = ("_replace(", "_write_partial(", '.open("a"')
+    methods = {name: value for name, value in vars(Run).items() if inspect.isfunction(value) and name[0] != "_"}
+    writing = {name for name, value in methods.items() if any(mark in inspect.getsource(value) for mark in marks)}
+    assert len(writing) > 8 and writing <= vars(Onlooker).keys()
 
 
 # ---------------------------------------------------------------------------- one end for all

@@ -16,4 +16,4 @@ class Onlooker(Run):
         pass
 
     start = save_checkpoint = save_best = keep_weights = write_summary = _write_nothing
-    append_metrics = restore_split = restore_metrics = _write_nothing
+    append_metrics = restore_split = restore_metrics = note_hardware = _write_nothing
