@@ -47,9 +47,8 @@ from training.data.arrays import load_cifar
 from training.data.batches import ImageBatches, draw_split
 from training.device import pick_device
 from training.launch import train
-from training.onlooker import Onlooker
-from training.runs import Run
 from training.metrics import Items, Sums
+from training.onlooker import Onlooker
 from training.runs import Run
 from training.stored import load_checkpoint
 
