@@ -196,12 +196,24 @@ def test_two_damaged_checkpoints_are_one_message(damage, copy_of):
 @pytest.mark.parametrize("damage", [*DAMAGES, "a list", "seed", "twin"])
 def test_a_damaged_best_checkpoint_is_named(damage, copy_of, runs):
     trial = copy_of("untested")
+    replace_state(trial.folder / "last.pt", lambda state: state | {"best": state["best"] | {"epoch": 1}})
+    damage_best(trial, damage, runs)
+    assert "--overwrite" in refused(trial, "best.pt")
+
+
+@pytest.mark.parametrize("damage", ["missing", "half", "seed"])
+def test_a_damaged_best_checkpoint_is_made_anew_if_the_last_epoch_was_the_best(damage, copy_of, runs):
+    trial = copy_of("untested")
+    damage_best(trial, damage, runs)
+    assert ends_as(runs, trial)
+
+
+def damage_best(trial, damage, runs):
     best = trial.folder / "best.pt"
     if damage in runs:
         shutil.copy(runs[damage] / "best.pt", best)
     else:
         OF_LAST[damage](best)
-    assert "--overwrite" in refused(trial, "best.pt")
 
 
 # ---------------------------------------------------------------------------- JSON files

@@ -100,12 +100,12 @@ def _resume(experiment: Experiment, run: Run, trackers: Trackers) -> Session:
     session = make_session(experiment, run, config.get("run_id", ""), device, task, data, model)
     state = processes.from_main(lambda: run.load_checkpoint(session.model))
     session.load_state(state)
-    if session.progress is None and session.best is not None and session.best["epoch"] == session.epoch:
-        run.save_best(session.weights() | session.best)
-    run.note_hardware(config, _hardware(device))
     trackers.connect(config.get("run_id"))
     run.restore_metrics(session.epoch, session.history)
     run.restore_split(data.split, session.run_id)
+    if session.progress is None and session.best is not None and session.best["epoch"] == session.epoch:
+        run.save_best(session.weights() | session.best)  # the run may have been stopped before it was written
+    run.note_hardware(config, _hardware(device))
     trackers.open_files(session.epoch + 1)
     _say_resumed(session, state.get("processes", 1))
     return session
