@@ -18,6 +18,7 @@ from training.batchnorm import has_batchnorm
 from training.command_line import experiment_of
 from training.config import ROOT, Configuration, Experiment, UserError
 from training.metrics import METRICS, Metric
+from training.stored import hardware_of
 
 PUBLISHED = ROOT / "analysis" / "published_results.csv"
 CONFIDENCE = 0.95
@@ -195,8 +196,7 @@ def mismatches(run: RunFiles, published: Published, asked: Experiment) -> list[s
 
 def _normalised_shares(run: RunFiles) -> bool:
     """Whether BatchNorm normalised each process's share of a batch by itself."""
-    hardware = (run.config["hardware"], *run.config.get("resumed_on", []))
-    if run.train.get("sync_batchnorm") or all(each.get("processes", 1) == 1 for each in hardware):
+    if run.train.get("sync_batchnorm") or all(each.get("processes", 1) == 1 for each in hardware_of(run.config)):
         return False
     with torch.device("meta"):
         return has_batchnorm(build_config(run.config["model_class"], run.config["config"]["model"]).build())

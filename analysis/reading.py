@@ -14,7 +14,15 @@ import pandas as pd
 
 from training.config import Configuration, UserError
 from training.metrics import METRICS, Metric
-from training.stored import Damaged, configuration_of, first_line, read_config, read_metrics, read_summary
+from training.stored import (
+    Damaged,
+    configuration_of,
+    first_line,
+    hardware_of,
+    read_config,
+    read_metrics,
+    read_summary,
+)
 
 Task = tuple[str, str]  # data set and key of the metric; results of one task can be compared
 SMALL = "small_cpu"  # folders of reduced-size runs have names that end in this
@@ -82,7 +90,7 @@ class RunFiles:
     @property
     def hardware(self) -> str:
         """All that it was trained on, one after the other."""
-        return ", then ".join(map(_described, (self.config["hardware"], *self.config.get("resumed_on", []))))
+        return ", then ".join(map(_described, hardware_of(self.config)))
 
 
 def _described(hardware: dict) -> str:

@@ -180,14 +180,15 @@ def measure(options: Options, folder: Path) -> pd.DataFrame:
         (folder / str(number)).mkdir()
         for form in forms(run, options.keep, folder / str(number)):
             found.append(form)
-            owners.append(run)
+            owners.append(number)
     rows = []
-    for form, run in zip(found, owners, strict=True):
+    for form, number in zip(found, owners, strict=True):
+        run = runs[number]
         shape = (options.batch_size, run.sizes.in_channels, run.sizes.img_size, run.sizes.img_size)
         result = score(run, form.open(max(options.threads)), options.test_images)
         low, high = result.interval
         worth = {"accuracy": result.value, "low": low, "high": high, "test_images": result.n_images}
-        about = {"run": runs.index(run), "model": form.model, "form": form.form, "engine": form.engine}
+        about = {"run": number, "model": form.model, "form": form.form, "engine": form.engine}
         rows.append(about | worth | {"file_mb": form.file.stat().st_size / 1e6, "memory_mb": memory_mb(form, shape)})
     table = pd.DataFrame(rows).rename_axis("place").reset_index()
     table = table.merge(time_forms(found, runs[0], options), on="place").drop(columns="place")

@@ -337,7 +337,8 @@ def test_where_things_are_and_what_is_reported_may_differ_at_resume(experiment, 
 
 def test_hardware_on_which_a_run_goes_on_is_noted(experiment, reference, monkeypatch):
     trial = experiment(**TRIAL)
-    first = interrupt(trial, 2) or json.loads((trial.folder / "config.json").read_text())["hardware"]
+    interrupt(trial, 2)
+    first = json.loads((trial.folder / "config.json").read_text())["hardware"]
     later = {"device": "cpu", "name": "another CPU", "threads": 3}
     with monkeypatch.context() as patch:
         patch.setattr(loop, "describe_hardware", lambda device: dict(later))

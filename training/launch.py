@@ -17,6 +17,7 @@ from training.device import is_out_of_memory
 from training.loop import fit
 from training.metrics import metric_of
 from training.parent import end_with_parent
+from training.runs import Run
 
 
 def launch(experiment: Experiment) -> Path:
@@ -68,7 +69,7 @@ def _fit(experiment: Experiment) -> dict[str, Any]:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C changes nothing
         point = "finished epoch" if experiment.options.checkpoint_minutes is None else "checkpoint"
-        if not any((experiment.folder / name).exists() for name in ("last.pt", "previous.pt")):
+        if not Run(experiment.folder).has_checkpoint():
             _end("stopped before the first epoch. Repeat the command", INTERRUPTED)
         _end(f"stopped. Add --resume to continue from the last {point} of {experiment.folder}", INTERRUPTED)
 

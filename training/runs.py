@@ -92,6 +92,9 @@ class Run:
         except (OSError, ValueError):
             return "unknown"
 
+    def has_checkpoint(self) -> bool:
+        return any((self.folder / name).exists() for name in ("last.pt", "previous.pt"))
+
     def is_locked(self) -> bool:
         """Whether a process trains the run now."""
         path = self.folder / LOCK
@@ -120,7 +123,7 @@ class Run:
                     "choose another folder with --name"
                 )
             return False
-        if "config.json" not in there or not {"last.pt", "previous.pt"} & set(there):
+        if "config.json" not in there or not self.has_checkpoint():
             remedy = "start it again with --overwrite" if there else "leave out --resume to start this run"
             raise UserError(f"{self.folder} holds nothing to resume: {remedy}")
         if changes := self.differences(experiment):
@@ -276,7 +279,7 @@ class Run:
 
     def note_hardware(self, config: dict[str, Any], hardware: dict[str, Any]) -> None:
         """Adds hardware on which the run goes on to config.json, under resumed_on, unless it is there."""
-        if hardware not in (config["hardware"], *config.get("resumed_on", [])):
+        if hardware not in stored.hardware_of(config):
             config = config | {"resumed_on": [*config.get("resumed_on", []), hardware]}
             self._replace("config.json", lambda path: _write_json(path, config))
 

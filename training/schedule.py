@@ -107,7 +107,7 @@ def command_now(job: Job, processes: int = 1) -> list[str]:
         command[1:1] = torchrun
     if job.experiment.options.overwrite:
         return [*command, "--overwrite"]
-    if any((folder / name).exists() for name in ("last.pt", "previous.pt")):
+    if Run(folder).has_checkpoint():
         return [*command, "--resume"]
     if (folder / "config.json").exists():
         return [*command, "--overwrite"]  # stopped before its first checkpoint: nothing is lost
@@ -133,9 +133,9 @@ class _Schedule:
     ):
         self.waiting, self.at_once, self.keep, self.outcome = waiting, at_once, keep, outcome
         self.processes = processes
+        self.labels = {job.experiment.folder.resolve(): job.label for job in waiting}
         self.gpus = visible_gpus() if at_once > 1 else []
         self.running: list[Process] = []
-        self.unfinished: dict[Path, str] = {}  # folder of a run that failed or is trained elsewhere -> what to say
         self.ended, self.total = 0, len(waiting)
         # more threads than cores slow all runs down
         together = at_once * processes
@@ -164,12 +164,19 @@ class _Schedule:
                 return
             ready = ready or self.waiting[0]  # its weights come from no job here: its own message says so
             self.waiting.remove(ready)
-            if ready.source in self.unfinished:
-                self.report(ready, f"it goes on from a run that {self.unfinished[ready.source]}", 0.0)
+            if problem := self.problem_of_source(ready):
+                self.report(ready, f"it goes on from a run that {problem}", 0.0)
             elif Run(ready.experiment.folder).is_locked():
                 self.report_elsewhere(ready)
             else:
                 self.start(ready)
+
+    def problem_of_source(self, job: Job) -> str | None:
+        """What became of the run whose weights it needs, if that one is not completed here."""
+        label = self.labels.get(job.source)
+        if label in self.outcome.failures:
+            return f"failed ({label})"
+        return f"is in work elsewhere ({label}): start it again later" if label in self.outcome.elsewhere else None
 
     def gpus_for(self, job: Job) -> list[str]:
         """The GPUs of a run; empty if it chooses its device itself: a single run, or one with a --device of its own."""
@@ -219,14 +226,12 @@ class _Schedule:
         self.ended += 1
         if problem:
             self.outcome.failures[job.label] = problem
-            self.unfinished[job.experiment.folder.resolve()] = f"failed ({job.label})"
         happened = f"failed: {problem}" if problem else "done"
         print(f"[{self.ended}/{self.total}] {job.label}: {happened} ({seconds:.0f} s)", flush=True)
 
     def report_elsewhere(self, job: Job) -> None:
         self.ended += 1
         self.outcome.elsewhere[job.label] = holder = Run(job.experiment.folder).holder()
-        self.unfinished[job.experiment.folder.resolve()] = f"is in work elsewhere ({job.label}): start it again later"
         print(f"[{self.ended}/{self.total}] {job.label}: in work elsewhere ({holder})", flush=True)
 
     def stop(self) -> None:

@@ -252,6 +252,11 @@ def read_split(folder: Path, config: dict[str, Any], remedy: str = "start with -
     return Split(train=train, val=val)
 
 
+def hardware_of(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """All that a run was trained on, in order, from its config.json."""
+    return [config["hardware"], *config.get("resumed_on", [])]
+
+
 def load_checkpoint(path: Path, remedy: str = "name another checkpoint") -> dict[str, Any]:
     """A checkpoint on the CPU, checksums verified. Raises Damaged."""
     try:
