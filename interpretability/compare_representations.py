@@ -6,7 +6,7 @@ Linear CKA (Kornblith et al. 2019, arXiv 1905.00414; unbiased mini-batch estimat
 predicted from the other's; all count the same. Unrelated representations have a CKA of 0 on average. Their SVCCA is
 above 0, so it is also computed with the images of one side shuffled. Similarity does not show what a model uses.
 
-Level 0 is the embedding of the patches, level 1 the residual stream after the first step (features:
+Level 0 is what the first level reads, level 1 the residual stream after the first step (features:
 interpretability/common/features.py). Writes heat maps (PNG and SVG) and a table of all pairs of levels (CSV).
 
     python interpretability/compare_representations.py --run runs/v2_cifar10/seed0
@@ -48,8 +48,8 @@ class Options(PairChoice):
     images: int = 2000
     """number of test images (validation if there is no test part), evenly spaced"""
     tokens: Tokens = "mean"
-    """features of an image. mean: over patches; read: the class token if the model has one, else the mean; all: patches
-    concatenated, usually too many features for SVCCA"""
+    """features of an image. mean: over patches; read: the class token or the weighted mean (pool=seq) if the model has
+    one, else the mean; all: patches concatenated, usually too many features for SVCCA"""
     normalise: bool = True
     """scale each token to the same length first, as the norms in the model do"""
     batch_size: int = 128
@@ -179,7 +179,7 @@ def number(value: float) -> str:
 
 def caption(runs: Sequence[TrainedRun], similarity: Similarity, tokens: str) -> str:
     titles = [f"{letter}: {run.title}" for letter, run in zip("AB", runs, strict=False)]
-    text = f"{similarity.n_images:,} {runs[0].part} images; features: {tokens}. Level 0: embedding of the patches."
+    text = f"{similarity.n_images:,} {runs[0].part} images; features: {tokens}. Level 0: what level 1 reads."
     if similarity.shuffled is not None and not np.isnan(similarity.shuffled).all():
         text += f" With the images of one side shuffled, SVCCA is at most {np.nanmax(similarity.shuffled):.2f}."
     if np.isnan(similarity.cka).any():

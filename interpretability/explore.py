@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from analysis.plotting.style import DIVERGING, SEQUENTIAL
 from interpretability.common import explore_encoding as encoding
 from interpretability.common.activity import GELU_NOTE, QUANTITIES
-from interpretability.common.recorder import record
+from interpretability.common.inside import LookInside
 from interpretability.common.trained import RunChoice, TrainedRun, open_run, progress
 from models.vision_bdh import height_and_width
 from training.command_line import run_script
@@ -76,18 +76,15 @@ class Inside:
 @torch.no_grad()
 def look_inside(model: nn.Module, pixels: Tensor) -> Inside:
     """pixels: (1, C, height, width), the model's input."""
-    with record(model) as trace:
-        model(pixels)
-    scores = torch.stack([trace.scores(level)[0] for level in trace.levels])
-    probabilities = torch.cat([trace.logits(level) for level in trace.levels]).float().softmax(-1)
-    levels = []
-    for level in trace.levels if "gated" in trace.names else ():
-        activity = torch.stack(trace.activity(level))[:, 0].transpose(1, 2).flatten(2)  # (Q, T, H N)
-        values, numbers = activity.topk(min(N_NEURONS, activity.shape[-1]))
-        each = (numbers, values.float().clamp(min=0), (activity > 0).sum(-1))
-        levels.append([tensor.cpu().numpy() for tensor in each])
-    strongest = encoding.Strongest(*map(np.stack, zip(*levels, strict=True))) if levels else None
-    return Inside(scores.float().cpu().numpy(), probabilities.cpu().numpy(), strongest)
+    probabilities, scores, *neurons = LookInside(model, n_listed(model))(pixels)
+    strongest = encoding.Strongest(*(each.cpu().numpy() for each in neurons)) if neurons else None
+    return Inside(scores.cpu().numpy(), probabilities.cpu().numpy(), strongest)
+
+
+def n_listed(model: nn.Module) -> int:
+    """How many neurons are listed per token, quantity and level."""
+    config = model.config
+    return min(N_NEURONS, config.n_head * getattr(config, "n_neurons", 1))
 
 
 def make_page(run: TrainedRun, indices: Sequence[int], live: bool = False) -> str:
@@ -131,8 +128,7 @@ def with_model(page: str, run: TrainedRun) -> str:
     from interpretability.common.live import live_scripts  # needs packages that the page does without
 
     height, width = height_and_width(run.sizes.img_size)
-    n_neurons = min(N_NEURONS, run.adapter.n_heads * getattr(run.sizes, "n_neurons", 1))
-    scripts = live_scripts(run.model.cpu(), (run.sizes.in_channels, height, width), n_neurons)
+    scripts = live_scripts(run.model.cpu(), (run.sizes.in_channels, height, width), n_listed(run.model))
     page = page.replace(f'{SCRIPTS}"', f"{SCRIPTS} 'wasm-unsafe-eval' blob:\"", 1)
     return page.replace("</body>", f"{scripts}</body>")
 
@@ -146,7 +142,7 @@ def describe(run: TrainedRun) -> dict[str, Any]:
     if "gated" in adapter.quantities:
         per_head = run.sizes.n_neurons
         quantities = [{"name": name, "text": MEANINGS[name]} for name in QUANTITIES]
-        neurons = {"per_head": per_head, "top": min(N_NEURONS, adapter.n_heads * per_head), "quantities": quantities}
+        neurons = {"per_head": per_head, "top": n_listed(run.model), "quantities": quantities}
     raw = {"scores": "raw score", "shares": "share of the sum of |scores|"}
     return {
         "title": run.title,

@@ -14,7 +14,8 @@ beats shuffled labels, so the untrained model is a second control, if training k
 
 Only neurons that beat chance (--chance) are drawn. The index favours neurons that are hardly ever active: among
 thousands, a few are active for one class by luck. In segmentation p is too small, because shuffled labels lose a
-class's size and place. Only activity above 0 counts. Top patches come from different images.
+class's size and place. Only activity above 0 counts. Top patches come from different images, or in segmentation from
+different classes of one.
 
     python interpretability/neurons.py
     python interpretability/neurons.py --run runs/v2_cifar10/seed0 --neuron 3 2 17 --neuron 6 1 40 --images 10000
@@ -36,7 +37,7 @@ import tyro
 from matplotlib.figure import Figure
 from torch import nn
 
-from analysis.plotting.style import COLORS, PAGE, plain_text, save_figure, style_axes
+from analysis.plotting.style import COLORS, PAGE, plain_text, remove_figure, save_figure, style_axes
 from interpretability.common.activity import batches_of_patches, choose_images, kept_model, measured_on
 from interpretability.common.contact_sheet import TopPatch, draw_sheet
 from interpretability.common.figures import titled_figure
@@ -285,12 +286,14 @@ def main(options: Options) -> None:
     table = neuron_table(found, run.class_names)
     table.to_csv(output / f"{name}.csv", index=False)
     for ending, neurons in chosen(table, run.class_names, options).items():
+        picture = output / f"{name}_{cut_name(ending, LONGEST_NAME)}.png"
         if neurons.empty:
             print(f"no neuron to draw {ending.replace('_', ' ')}: none beats chance")
+            remove_figure(picture)
             continue
         shown = [(describe(row), top_patches(run, indices, found.responses, row)) for _, row in neurons.iterrows()]
         sheet = draw_sheet(shown, f"{title}\n{SHEET_NOTE}", run.grid, options.around)
-        save_figure(sheet, output / f"{name}_{cut_name(ending, LONGEST_NAME)}.png")
+        save_figure(sheet, picture)
 
     both = {run.checkpoint_name or "as trained": found}
     if run.checkpoint_name != "epoch_000" and (untrained := kept_model(run, 0)):

@@ -10,7 +10,7 @@ For each level, the test accuracy of
   weights. With shared weights this equals the read-out, except under scaled_pre, whose norms depend on the depth.
 
 A probe shows what is linearly decodable, not what the model uses. Probes learn from images that the model was trained
-on and fits better than new ones, which lowers their scores a little. Level 0 is the embedding of the patches, where a
+on and fits better than new ones, which lowers their scores a little. Level 0 is what the first level reads, where a
 transformer's class token is the same for all images (features: interpretability/common/features.py). Intervals are 95 %
 (Wilson) over the choice of test images, not over seeds. Writes a figure (PNG and SVG) and a table (CSV).
 
@@ -72,8 +72,8 @@ class Options(RunChoice):
     max_levels: int | None = None
     """run a BDH with shared weights with up to this many levels; default: twice as many as it was trained with"""
     tokens: Literal["mean", "read"] = "read"
-    """features of an image. read: what the model's head reads, i.e. the class token if there is one, else the mean over
-    patches; mean: always the mean"""
+    """features of an image. read: what the model's head reads, i.e. the class token or the weighted mean (pool=seq) if
+    there is one, else the mean over patches; mean: always the mean"""
     normalise: bool = True
     """scale each token to the same length first, as the norms in the model do"""
     neighbours: int = 20

@@ -39,6 +39,7 @@ from analysis.plotting.style import (
     label_epochs,
     new_blocks,
     plain_text,
+    remove_figure,
     save_figure,
     style_axes,
 )
@@ -279,12 +280,18 @@ def main(options: Options) -> None:
     save_figure(draw_shares(shares, title), output / f"{name}.png")
     save_figure(draw_neurons(counts, dead, options.always_on, title), output / f"{name}_neurons.png")
     print(f"{title}\n{dead.to_string(index=False, formatters={'share': '{:.1%}'.format})}\n-> {output}")
-    if options.checkpoint_images and (epochs := over_training(run, options.checkpoint_images)):
+    if not options.checkpoint_images:
+        return
+    figure, table = output / "sparsity_training.png", output / "sparsity_training.csv"
+    if epochs := over_training(run, options.checkpoint_images):
         series = training_table(epochs, options.always_on, shared)
-        series.to_csv(output / "sparsity_training.csv", index=False)
+        series.to_csv(table, index=False)
         title = f"{run.experiment_title}: {measured_on(run, min(options.checkpoint_images, run.n_images))}"
-        save_figure(draw_training(series, title), output / "sparsity_training.png")
-        print(f"{len(epochs)} epochs kept in training -> {output / 'sparsity_training.csv'}")
+        save_figure(draw_training(series, title), figure)
+        print(f"{len(epochs)} epochs kept in training -> {table}")
+    else:
+        remove_figure(figure)
+        table.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

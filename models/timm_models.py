@@ -109,7 +109,7 @@ class TimmVisionBDH(VisionBDH):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The residual stream after some of the levels, (B, D, rows, columns) each, or (B, T, D) as NLC.
+        """The state after some of the levels as if each were the last, (B, D, rows, columns), or (B, T, D) as NLC.
 
         indices: levels from 0; the last n for a number; all for None. norm: apply the final LayerNorm to each. Returns
         the last state and the list, or the list alone. stop_early is not used: the last state needs all levels.
@@ -123,10 +123,10 @@ class TimmVisionBDH(VisionBDH):
         states = self.states(tokens, grid)
         found = []
         for level in take:
-            state = states[level]
+            last = level == self.config.n_layer - 1  # has passed `finished` already
+            state = states[level] if last else self.finished(states[level])
             if norm:
-                last = level == self.config.n_layer - 1  # has passed `finished` already
-                state = self.normalised(state if last else self.finished(state))
+                state = self.normalised(state)
             prefix, patches = state[:, : self.num_prefix_tokens], state[:, self.num_prefix_tokens :]
             found_one = patches.mT.unflatten(-1, grid).contiguous() if output_fmt == "NCHW" else patches
             found.append((found_one, prefix) if return_prefix_tokens and self.num_prefix_tokens else found_one)

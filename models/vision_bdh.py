@@ -199,13 +199,16 @@ class VisionBDH(VisionEncoder):
             x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
         return self.levels(x, grid)
 
+    def pool_weights(self, tokens: Tensor) -> Tensor:
+        """Weights of pool=seq: Hassani et al. 2021, arXiv 2104.05704, equation 4. tokens: (B, T, D) -> (B, T)."""
+        return (self.normalised(tokens) @ self.pool_query).softmax(1)
+
     def pooled(self, tokens: Tensor) -> Tensor:
         """Pooled and normalised last state, the head's input. tokens: (B, T, D) -> (B, D)."""
         if self.config.pool == "cls":
             return self.normalised(tokens[:, 0])
-        if self.config.pool == "seq":  # Hassani et al. 2021, arXiv 2104.05704, equation 4
-            weights = (self.normalised(tokens) @ self.pool_query).softmax(1)  # (B, T)
-            return self.normalised((weights[:, None] @ tokens)[:, 0])
+        if self.config.pool == "seq":
+            return self.normalised((self.pool_weights(tokens)[:, None] @ tokens)[:, 0])
         return self.normalised(tokens.mean(1))
 
     def features(self, images: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Programs and ONNX files hold what the model computes, for any number and, for a BDH-UNet, any size of images."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -21,6 +22,8 @@ from tools.exporting import programs
 from tools.exporting.evaluation import score
 from tools.exporting.programs import difference, onnx_answer, onnx_session, write_int8, write_onnx, write_torch
 from training.loop import fit
+from training.runs import load_model
+from training.stored import EXPORTED
 
 SIZES = dict(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,10 +84,8 @@ def test_files_compute_the_model_for_any_batch_and_size(name, form, files):
     model, _, program, onnx = files[name]
     answer = torch.export.load(program).module() if form == "torch" else onnx_answer(onnx)
     sizes = [(1, 32, 32), (2, 32, 32), (7, 32, 32)]
-    sizes += [(1, 8, 8), (3, 16, 48), (1, 56, 40)] if name == "BDH-UNet" else []
+    sizes += [(1, 16, 16), (3, 16, 48), (1, 56, 40)] if name == "BDH-UNet" else []
     for n, height, width in sizes:
-        if form == "torch" and (height, width) == (8, 8):
-            continue  # a grid of one patch is not in the program's range
         images = torch.rand(n, 3, height, width) * 2 - 1
         expected = model(images)
         assert (answer(images) - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -134,11 +135,40 @@ def test_the_script_tests_what_it_writes(experiment, call_script, capsys):
     assert {"model.onnx", "model_int8.onnx"} <= {path.name for path in trial.folder.iterdir()}
 
 
+def test_forms_of_a_checkpoint_have_its_name(experiment, call_script, capsys):
+    trial = experiment(epochs=1, options=dict(keep_every=1))
+    fit(trial)
+    best, early = (load_model(trial.folder / f"{name}.pt")[0] for name in ("best", "epoch_000"))
+    options = ("--data-dir", trial.options.data_dir)
+    assert call_script("tools/export.py", trial.folder / "epoch_000.pt", "--to", "weights", *options) == 1
+    check_error(capsys, "--to weights writes a run's best weights: give the folder of")
+    assert not (trial.folder / EXPORTED).exists()
+    assert call_script("tools/export.py", trial.folder / "epoch_000.pt", "--to", "torch", *options) == 0
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    answer = torch.export.load(trial.folder / "model_epoch_000.pt2").module()(images)
+    assert (answer - early(images)).abs().max() < 1e-4 * answer.abs().max() < (answer - best(images)).abs().max()
+
+
+def test_an_overwritten_run_takes_its_exports_with_it(experiment, call_script):
+    trial = experiment(epochs=1)
+    fit(trial)
+    options = ("--data-dir", trial.options.data_dir, "--test-images", 0)
+    assert call_script("tools/export.py", trial.folder, "--to", "weights", "torch", "pruned", *options) == 0
+    (trial.folder / "notes.txt").write_text("mine")
+    made = {path.name for path in trial.folder.iterdir()}
+    assert {"README.md", EXPORTED, "model.pt2", "notes.txt"} < made and any("pruned" in name for name in made)
+    before = {path.name for path in trial.folder.iterdir()} - {"README.md", EXPORTED, "model.pt2"}
+    fit(dataclasses.replace(trial, options=dataclasses.replace(trial.options, overwrite=True)))
+    assert {path.name for path in trial.folder.iterdir()} == {name for name in before if "pruned" not in name}
+
+
 def test_a_segmentation_run(call_script, tmp_path, capsys):
     folder = train_unet(tmp_path)
     options = ("--data-dir", tmp_path, "--to", "pruned", "--output", tmp_path / "out")
     assert call_script("tools/export.py", folder, *options) == 0
     said = capsys.readouterr().out
+    miou = json.loads((folder / "summary.json").read_text())["best"]["val_miou"]
+    assert f"32 neurons per head: validation mIoU (%) {100 * miou:.2f} on" in said
     assert "32 neurons per head: validation mIoU (%)" in said and "-> 16: validation mIoU (%)" in said
     assert (tmp_path / "out" / "pruned_16" / "config.json").is_file()
 

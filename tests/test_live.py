@@ -95,6 +95,8 @@ def check(added, run, path, share=1.0):
     assert added["name"] == path.name
     for level in trace.levels:
         expected = trace.logits(level).softmax(-1)[0]
+        best = [each["class"] for each in added["levels"][level]["top"]]
+        assert (expected[best[:-1]] >= expected[best[1:]] - 0.02).all() and expected[best[0]] >= expected.max() - 0.02
         for each in added["levels"][level]["top"]:
             assert each["probability"] == pytest.approx(expected[each["class"]].item(), abs=0.02)
         scores = trace.scores(level)[0].transpose(0, 1).numpy()  # (T, H, T)
@@ -103,11 +105,15 @@ def check(added, run, path, share=1.0):
             activity = trace.activity(level)
             for quantity, values in enumerate(activity):
                 strongest = values[0].amax((0, 2))  # of each token
-                found = [
-                    token[quantity]["list"][0]["value"] if token[quantity]["list"] else 0
-                    for token in added["neurons"][level]
-                ]
-                np.testing.assert_allclose(found, strongest.clamp(min=0), atol=0.03 * strongest.max().item())
+                tolerance = 0.03 * strongest.max().item()
+                for place, token in enumerate(added["neurons"][level]):
+                    listed = token[quantity]["list"]
+                    found = [each["value"] for each in listed]
+                    named = [values[0, each["head"], place, each["neuron"]].item() for each in listed]
+                    np.testing.assert_allclose(found, named, atol=tolerance)
+                    assert max(found, default=0) == pytest.approx(strongest[place].clamp(min=0).item(), abs=tolerance)
+                    here = values[0, :, place]  # rounding may move those next to 0 to its other side
+                    assert (here > tolerance).sum() <= token[quantity]["active"] <= (here > -tolerance).sum()
 
 
 def test_the_page_computes_what_the_model_does(visit, runs, photos):

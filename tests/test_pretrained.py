@@ -5,11 +5,14 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from training import UserError
 from analysis.tables import accuracy_interval
 from models.pretrained import load_pretrained, pretrained_folder, pretrained_names
 from tests.inspecting import check_error, train_unet
+from tools.exporting.model_card import model_card
+from training.loop import fit
 from training.runs import load_model
 from training.stored import EXPORTED
 
@@ -19,9 +22,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def results(trained_run, call_script, tmp_path):
-    """A results folder with the run's weights under two names."""
-    for seed in (0, 1):
-        assert call_script(SCRIPT, trained_run, "--output", tmp_path / "results" / "trial" / f"seed{seed}") == 0
+    """A results folder with the run's weights under two names, those of the second with other signs."""
+    folders = [tmp_path / "results" / "trial" / f"seed{seed}" for seed in (0, 1)]
+    for folder in folders:
+        assert call_script(SCRIPT, trained_run, "--output", folder) == 0
+    weights = {name: -value for name, value in load_file(folders[1] / EXPORTED).items()}
+    save_file(weights, folders[1] / EXPORTED)
     return tmp_path / "results"
 
 
@@ -55,7 +61,8 @@ def test_the_card_states_the_measured_result_with_its_interval(trained_run, resu
 def test_models_are_found_by_name(trained_run, results, tmp_path):
     assert pretrained_names(results) == ["trial", "trial/seed1"]
     assert pretrained_folder("trial", results) == results / "trial" / "seed0"
-    assert torch.equal(load_pretrained("trial", results).encoder, load_model(results / "trial" / "seed1")[0].encoder)
+    first, second = (load_pretrained(name, results).encoder for name in ("trial", "trial/seed1"))
+    assert torch.equal(first, load_model(results / "trial" / "seed0")[0].encoder) and torch.equal(second, -first)
     with pytest.raises(UserError, match=r"no pretrained model v9: choose one of trial, trial/seed1$"):
         load_pretrained("v9", results)
     with pytest.raises(UserError, match=r"holds no weights .* yet: train a model"):
@@ -67,6 +74,49 @@ def test_a_checkpoint_is_preferred_to_what_was_exported_from_it(trained_run, res
     shutil.copy(trained_run / "best.pt", copy)
     (copy / EXPORTED).write_bytes(b"damaged")
     assert torch.equal(load_model(copy)[0].encoder, load_model(trained_run)[0].encoder)
+
+
+def test_nothing_of_another_run_is_replaced_or_described(experiment, trained_run, call_script, tmp_path, capsys):
+    other, notes = experiment(epochs=1), tmp_path / "notes"
+    fit(other)
+    notes.mkdir()
+    (notes / "README.md").write_text("mine")
+    for target, said in ((other.folder, "holds another run"), (notes, "has a README.md, which the model card would")):
+        before = {path.name: path.read_bytes() for path in target.iterdir() if path.is_file()}
+        assert call_script(SCRIPT, trained_run, "--output", target) == 1
+        check_error(capsys, said)
+        assert before == {path.name: path.read_bytes() for path in target.iterdir() if path.is_file()}
+    copy = tmp_path / "copy"
+    assert call_script(SCRIPT, other.folder, "--output", copy) == 0 and (copy / "README.md").exists()
+    (other.folder / "summary.json").unlink()  # as if it had not finished
+    assert call_script(SCRIPT, other.folder, "--output", copy) == 0
+    assert not (copy / "summary.json").exists() and not (copy / "README.md").exists()
+
+
+STORED = [  # what a run's files say, and what its card says then
+    ({"config": {"eval_flip": True}, "summary": {"eval_flip": True}}, "answered together with its mirror image"),
+    ({"config": {"train_val": True}}, ", the last one |"),
+    ({"config": {"precision": "bf16"}}, "before rounding, with --precision bf16)"),
+    (
+        {"origin": {"library": "imagenet"}},
+        "| started from | imagenet weights of the encoder, random ones of the rest |",
+    ),
+    ({"origin": {"file": "a/best.pt", "taken": []}}, "| started from | the encoder of a/best.pt, random weights"),
+    ({"origin": {"file": "a/best.pt"}}, "| started from | a/best.pt |"),
+    ({"summary": {"test": None}}, "| best validation accuracy (%) | 50.00 |"),
+]
+
+
+@pytest.mark.parametrize(("stored", "said"), STORED, ids=[said for _, said in STORED])
+def test_the_card_says_what_the_run_did(stored, said, trained_run, tmp_path):
+    config, summary = (json.loads((trained_run / f"{name}.json").read_text()) for name in ("config", "summary"))
+    config["config"]["train"] |= stored.get("config", {})
+    config["origin"] = stored.get("origin")
+    summary["best"]["val_accuracy"] = 0.5
+    for name, content in (("config", config), ("summary", summary | stored.get("summary", {}))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    card = model_card(tmp_path).replace("\n", " ")
+    assert said in card and ("interval" in card) == (said != STORED[-1][1])
 
 
 def test_a_card_of_a_segmentation_run(call_script, tmp_path):

@@ -1,6 +1,7 @@
 """Takes a trained model away: writes a run's best weights in the forms that other tools read.
 
-* weights: best_bf16.safetensors and a model card, beside config.json: a folder that scripts open like a run.
+* weights: best_bf16.safetensors and a model card, beside config.json: a folder that scripts open like a run. Always the
+  best weights; the other forms take those of a checkpoint, too, and have its name in theirs (model_last.onnx).
 * torch: model.pt2, a torch.export program.
 * onnx: model.onnx.
 * int8: model_int8.onnx, calibrated on training images; prints the accuracy of both.
@@ -15,7 +16,7 @@ Without --output, the files go into the run's own folder.
     python tools/export.py runs/v2_cifar10/seed0/pruned_512 --to int8
 
 Programs and ONNX take images (B, C, height, width) in [-1, 1], any number at once, and for a BDH-UNet of any size that
-the patch divides. Each is opened again and held to the model before its file is there.
+the patch divides, at least two patches each way. Each is opened again and held to the model before its file is there.
 """
 
 import sys
@@ -31,7 +32,7 @@ import tyro
 from torch import Tensor
 
 from interpretability.common.trained import TrainedRun
-from tools.exporting.evaluation import Predict, Score, score
+from tools.exporting.evaluation import SEGMENTATION_BATCH, Predict, Score, score
 from tools.exporting.extras import need
 from tools.exporting.programs import onnx_answer, write_int8, write_onnx, write_torch
 from tools.exporting.pruned import fine_tuning_command, prune, write_pruned
@@ -39,7 +40,7 @@ from tools.exporting.weights import export_weights
 from training.command_line import run_script
 from training.config import UserError
 
-CALIBRATION_BATCH, SEGMENTATION_BATCH = 64, 4
+CALIBRATION_BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,8 @@ class Export:
         self.target = options.output or self.run.folder
 
     def weights(self) -> Path:
+        if self.run.checkpoint_name:
+            raise UserError(f"--to weights writes a run's best weights: give the folder of {self.options.run}")
         return export_weights(self.run.model, self.run.folder, self.target)
 
     def torch(self) -> Path:
@@ -106,7 +109,7 @@ class Export:
         self._need_images("pruned")
         model = prune(self.run.model, self._training_images(), self.options.keep)
         n = model.config.n_neurons
-        path = write_pruned(model, self.run.config, self.target / f"pruned_{n}")
+        path = write_pruned(model, self.run.config, self.target / self.run.file_name(f"pruned_{n}"))
         print(f"{self.run.sizes.n_neurons} neurons per head: {self._score} -> {n}: {self._scored(model)}")
         if command := fine_tuning_command(model, self.run.config, path):
             print(f"to train it further, with fewer epochs and a lower rate than here:\n{command}")
@@ -123,19 +126,14 @@ class Export:
     def _file(self, name: str, form: str) -> Path:
         self._need_images(form)
         self.target.mkdir(parents=True, exist_ok=True)
-        return self.target / name
+        stem, _, suffix = name.partition(".")
+        return self.target / f"{self.run.file_name(stem)}.{suffix}"
 
     def _training_images(self) -> Iterator[Tensor]:
         """Images that the run was trained on, in batches. Raises UserError if the data are not there."""
         run, n = self.run, self.options.calibration_images
-        if run.labels_pixels:
-            for first in range(0, n, SEGMENTATION_BATCH):
-                images = run.training_pairs(first, min(first + SEGMENTATION_BATCH, n))
-                if not len(images):
-                    return
-                yield images
-            return
-        for images, _ in run.training_batches(run.choose_training_images(n), CALIBRATION_BATCH):
+        size = SEGMENTATION_BATCH if run.labels_pixels else CALIBRATION_BATCH
+        for images, _ in run.training_batches(run.choose_training_images(n), size):
             yield images
 
     def _scored(self, predict: Predict) -> Score | str:

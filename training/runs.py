@@ -217,7 +217,7 @@ class Run:
     # ------------------------------------------------------------------------ writing
 
     def start(self, experiment: Experiment, config: dict[str, Any], split: Split | None, state: dict[str, Any]) -> None:
-        """Writes config.json, split.npz and the first checkpoint, then removes what an overwritten run left.
+        """Writes config.json, split.npz and the first checkpoint, then removes an overwritten run with its exports.
 
         The new files are complete under temporary names before anything old is removed.
         """
@@ -237,9 +237,10 @@ class Run:
                     (self.folder / f"{name}.partial").unlink()
             raise
         events = self.folder.glob("events.out.tfevents*")
-        exported = [stored.EXPORTED, stored.CARD] if (self.folder / stored.EXPORTED).exists() else []
-        names = [self.folder / name for name in (*FILES, *exported)]
-        for old in (*names, *events, *self.kept_weights().values()):
+        card = [stored.CARD] if (self.folder / stored.EXPORTED).exists() else []
+        exported = (path for pattern in stored.EXPORTS for path in self.folder.glob(pattern))
+        names = [self.folder / name for name in (*FILES, *card)]
+        for old in (*names, *events, *exported, *self.kept_weights().values()):
             with _disk_errors(old):
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)  # a folder: a damaged run
         for name in new:

@@ -74,9 +74,20 @@ def new_blocks(titles: Sequence[str], inches: Sequence[float]) -> tuple[Figure, 
 def save_figure(figure: Figure, path: Path) -> tuple[Path, Path]:
     """Writes path with the suffix .png (200 dpi) and .svg; returns both. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    png, svg = (path.with_name(path.name.removesuffix(".png") + suffix) for suffix in (".png", ".svg"))
+    png, svg = _files_of(path)
     figure.savefig(png, dpi=DPI)
     figure.savefig(svg, dpi=DPI, metadata={"Date": None})
+    return png, svg
+
+
+def remove_figure(path: Path) -> None:
+    """Removes what `save_figure` wrote before, where there is nothing to draw now."""
+    for file in _files_of(path):
+        file.unlink(missing_ok=True)
+
+
+def _files_of(path: Path) -> tuple[Path, Path]:
+    png, svg = (path.with_name(path.name.removesuffix(".png") + suffix) for suffix in (".png", ".svg"))
     return png, svg
 
 

@@ -1,7 +1,8 @@
 """Neurons of a BDH on its test images, patch by patch: the data for sparsity.py and neurons.py.
 
 A neuron is active where it is above 0: for ReLU and its square, wherever it is not zero. GELU is zero nowhere; its
-negative values (down to -0.17) count as inactive.
+negative values (down to -0.17) count as inactive. The product of two negative values is positive, so a gated neuron of
+GELU can be active where neither of its factors is.
 
 Shapes: B images, T patches, H heads, N neurons per head, C classes.
 """
@@ -27,7 +28,10 @@ NO_CLASS = -1
 DEFAULT_PATCHES = 64_000  # in all images together: about a minute on two CPU cores for CIFAR-10
 BATCH_NUMBERS = 2**24  # per quantity and level: 64 MB
 LARGEST_BATCH = 128
-GELU_NOTE = "GELU is zero nowhere, so active means above 0 and inactive neurons are not silent"
+GELU_NOTE = (
+    "GELU is zero nowhere: active means above 0, inactive neurons are not silent, and two negative factors make an "
+    "active gated neuron"
+)
 
 
 class LevelActivity(NamedTuple):

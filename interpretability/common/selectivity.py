@@ -7,7 +7,7 @@ A neuron's best class is the one with the highest mean activity. Three measures 
                one class only, even if on a single image.
     auroc      area under the ROC curve for telling the best class from the rest by the mean activity. 0.5: chance; 1:
                perfect. Falls if the neuron is silent on part of the class; does not rise if it is active once.
-    precision  share of the best class among the patches (of different images) that activate the neuron most.
+    precision  share of the best class among the patches (of different units, see below) that activate the neuron most.
 
 Chance is the same measure with shuffled labels, for the same neuron: one that is active on a single image has an index
 of 1 with any labels. p is the share of shuffles that reach the true value, counting the true value itself as one of

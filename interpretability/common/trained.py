@@ -23,10 +23,10 @@ from training.data import DataSet, Split, data_folder, draw_split, load_dataset
 from training.data.finding import cut_name
 from training.data.image_files import read_images
 from training.data.masks import CLASSES, BadFile, MaskFiles, find_masks
-from training.data.segmentation import read_pair, scale_image, scale_mask
+from training.data.segmentation import read_pair, scale_image, scale_mask, training_pairs
 from training.device import pick_device, tune_cpu_allocator
 from training.runs import Run, load_model
-from training.stored import configuration_of
+from training.stored import EXPORTED, configuration_of
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 LONGEST_STEM = 150  # bytes; file systems allow names of 255, and scripts add their own words
@@ -133,7 +133,8 @@ class TrainedRun:
     @property
     def checkpoint_name(self) -> str:
         """Such as epoch_004; empty for the best weights."""
-        return "" if self.checkpoint in (self.folder, self.folder / "best.pt") else self.checkpoint.stem
+        best = (self.folder, self.folder / "best.pt", self.folder / EXPORTED)
+        return "" if self.checkpoint in best else self.checkpoint.stem
 
     def file_name(self, name: str) -> str:
         """The name, with the checkpoint's appended unless it is the best, so that results are not overwritten."""
@@ -158,6 +159,12 @@ class TrainedRun:
             if key in trained_on and trained_on[key] != found.get(key):  # the split's numbers would mean other images
                 raise UserError(f"{self.folder} was trained on other {word} of {name}: give its data with --data-dir")
         return dataset.with_eval_crop(self.train.get("eval_crop", 1.0))
+
+    @cached_property
+    def _training_pairs(self) -> list[Any]:
+        """Of a segmentation run: image and mask files that it was trained on."""
+        train = self.train
+        return training_pairs(self._data, train.get("train_val", False), train["train_limit"], train["seed"])
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -211,8 +218,7 @@ class TrainedRun:
                 raise UserError(f"there is no {self.part} image {index}: numbers go from 0 to {len(places) - 1}")
         if not self.labels_pixels:
             return self._read(part, places[list(indices)])
-        pairs = [self._read_pair(self._data.pairs[part][index]) for index in indices]
-        return Samples(*(torch.from_numpy(np.stack(each)) for each in zip(*pairs, strict=True)))
+        return self._read_pairs(self._data.pairs[part], indices)
 
     def _read(self, part: str, numbers: np.ndarray) -> Samples:
         """Images with one class each. part: train, val or test; numbers: of images in it."""
@@ -222,6 +228,11 @@ class TrainedRun:
             places = getattr(self._split, part)[numbers]
             images, labels = self._data.part(part, dataclasses.replace(self._split, **{part: places}))
         return Samples(torch.from_numpy(read_images(images)), torch.from_numpy(labels))
+
+    def _read_pairs(self, pairs: Sequence[Any], numbers: Sequence[int]) -> Samples:
+        """Images with their masks. pairs: of image and mask files."""
+        read = [self._read_pair(pairs[number]) for number in numbers]
+        return Samples(*(torch.from_numpy(np.stack(each)) for each in zip(*read, strict=True)))
 
     def _read_pair(self, pair: Any) -> tuple[np.ndarray, np.ndarray]:
         """(C, height, width) uint8 and (height, width) int64, at the model's size."""
@@ -243,19 +254,18 @@ class TrainedRun:
     def choose_training_images(self, n: int) -> np.ndarray:
         """Numbers of n images that the run was trained on, every class in proportion; all if there are fewer.
 
-        Raises UserError if n is below 1.
+        In segmentation, evenly spaced ones. Raises UserError if n is below 1.
         """
+        if self.labels_pixels:
+            return np.array(_evenly_spaced(n, len(self._training_pairs)))
         by_class = np.argsort(self._data.train_labels[self._split.train], kind="stable")
         return by_class[_evenly_spaced(n, len(by_class))]
 
     def training_batches(self, numbers: np.ndarray, size: int = 128, text: str | None = None) -> Batches:
         """The model's input and the labels for these training images, not augmented."""
+        if self.labels_pixels:
+            return self._batches(partial(self._read_pairs, self._training_pairs), numbers, size, text)
         return self._batches(partial(self._read, "train"), numbers, size, text)
-
-    def training_pairs(self, first: int, end: int) -> Tensor:
-        """The model's input for training images of a segmentation run by number, (B, C, height, width)."""
-        images = [self._read_pair(pair)[0] for pair in self._data.pairs["train"][first:end]]
-        return self.pixels(torch.from_numpy(np.stack(images))) if images else torch.empty(0)
 
     def _batches(self, read: Callable[[Any], Samples], numbers: Any, size: int, text: str | None) -> Batches:
         with tqdm(total=len(numbers), desc=text, unit="img", leave=False, disable=None if text else True) as bar:

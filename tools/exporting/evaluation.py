@@ -11,6 +11,7 @@ from interpretability.common.trained import TrainedRun
 from training.metrics import METRICS, confusion_matrices, confusion_ratios
 from training.tasks import with_mirror_images
 
+BATCH, SEGMENTATION_BATCH = 128, 4  # images at once; those of segmentation are large, and their scores larger
 Predict = Callable[[Tensor], Tensor]  # images (B, C, height, width) in [-1, 1] -> logits
 
 
@@ -39,12 +40,13 @@ class Score:
         return f"{self.part} {metric.title} {metric.number(self.value)}{ends} on {self.n_images:,} images"
 
 
-def score(run: TrainedRun, predict: Predict, n_images: int | None = None, batch_size: int = 128) -> Score:
+def score(run: TrainedRun, predict: Predict, n_images: int | None = None) -> Score:
     """Scores predict on images of the run's test part, at the model's size. n_images: evenly spaced; None for all.
 
     Raises UserError if the data are not there.
     """
     indices = run.choose_images(n_images)
+    batch_size = SEGMENTATION_BATCH if run.labels_pixels else BATCH
     total = None
     with torch.inference_mode():
         for images, labels in run.batches(indices, batch_size, "testing"):

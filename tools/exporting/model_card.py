@@ -57,6 +57,7 @@ def model_card(folder: Path) -> str:
     train = configuration.train
     classes = config["data"].get("class_names")
     model = configuration.model_class.removesuffix("Config")
+    chosen = "the last one" if train.get("train_val") else "the best on the validation part"
     samples, reads = "images", "images (B, C, height, width) in [-1, 1]"
     if configuration.train_class == "TextConfig":
         samples, reads = "text", "bytes as integers (B, T)"
@@ -75,9 +76,9 @@ def model_card(folder: Path) -> str:
         f"| licence of the data | {licence} |",
         f"| {samples} | {_counts(summary, config)} |",
         *_results(summary),
-        f"| weights of | epoch {summary['best']['epoch']} of {summary['epochs']}, the best on the validation part |",
+        f"| weights of | epoch {summary['best']['epoch']} of {summary['epochs']}, {chosen} |",
         f"| training | {', '.join(f'{key} {train[key]}' for key in RECIPE if train.get(key) is not None)} |",
-        f"| started from | {train['start_from'] or 'random weights'} |",
+        f"| started from | {_origin(config)} |",
         f"| hardware | {config['hardware']['name']} |",
         f"| commit | {config.get('commit') or 'unknown'} |",
         *([f"| classes | {', '.join(classes)} |"] if classes else []),
@@ -87,7 +88,7 @@ def model_card(folder: Path) -> str:
         "No part of the training looks at bias; do not use the answers to decide about people.",
         "",
         f"`{EXPORTED}` holds the parameters in bf16 (the results above were measured with float32 weights, before",
-        "rounding), `config.json` every field of the model and of its training.",
+        f"rounding, with --precision {train['precision']}), `config.json` every field of the model and its training.",
         "",
         "```python",
         "from pathlib import Path",
@@ -111,6 +112,16 @@ def _counts(summary: dict[str, Any], config: dict[str, Any]) -> str:
     return ", ".join(f"{n:,} {words.get(part, part)}" for part, n in counts.items()) or "unknown"
 
 
+def _origin(config: dict[str, Any]) -> str:
+    """What the training started from: a file, a library's weights, or nothing."""
+    origin = config.get("origin") or {}
+    if "library" in origin:
+        return f"{origin['library']} weights of the encoder, random ones of the rest"
+    if "taken" in origin:
+        return f"the encoder of {origin['file']}, random weights of the rest"
+    return origin.get("file", "random weights")
+
+
 def _results(summary: dict[str, Any]) -> list[str]:
     """Rows with the test result, or the best validation result where the data have no test part."""
     part, prefix = ("test", "") if summary["test"] else ("val", "val_")
@@ -120,8 +131,10 @@ def _results(summary: dict[str, Any]) -> list[str]:
         return []
     value, n = values[f"{prefix}{metric.key}"], summary.get("images", {}).get(part)
     interval = ""
-    if metric.key == "accuracy" and n:
+    if metric.key == "accuracy" and n and part == "test":  # the best of many epochs has no such interval
         low, high = accuracy_interval(round(value * n), n)
         interval = f" (95 % interval over test images: {metric.number(low)} to {metric.number(high)})"
+    if summary.get("eval_flip"):
+        interval += ", each image answered together with its mirror image (mean of the logits)"
     where = "test" if part == "test" else "best validation"
     return [f"| {where} {metric.title} | {metric.number(value)}{interval} |"]

@@ -1,7 +1,8 @@
 """A model as a torch.export program, as ONNX, and as ONNX with int8 weights.
 
-Each takes any number of images at once; those of a BDH-UNet may have any height and width that its patch divides. A
-file is written under a temporary name, opened again, held to the model on random images, and only then renamed.
+Each takes any number of images at once; those of a BDH-UNet may have any height and width that its patch divides, from
+two patches each way (of one, PyTorch would make another program). A file is written under a temporary name, opened
+again, held to the model on random images, and only then renamed.
 """
 
 import json
@@ -32,7 +33,7 @@ def open_program(model: nn.Module, config: Any) -> ExportedProgram:
     sizes: dict[int, Any] = {0: Dim("batch", min=1)}
     channels, height, width = _image_shape(config)
     if patch:  # sizes of the example must differ from the trained one and from each other: equal ones would be kept
-        sizes |= {2: patch * Dim("rows", min=1), 3: patch * Dim("columns", min=1)}
+        sizes |= {2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
         height, width = height + patch, width + 2 * patch
     example = torch.randn(2, channels, height, width)
     with quiet():

@@ -33,7 +33,7 @@ def importance(model: nn.Module, batches: Iterable[Tensor], criterion: str = "us
                 gated = trace.gated(level).abs().sum((0, 2))  # (H, N)
                 if criterion == "use":
                     gated = gated * weights.decoder.view(*gated.shape, -1).norm(dim=-1)
-                total.add_(gated.double().cpu())
+                total.add_(gated.cpu().double())
     return total
 
 

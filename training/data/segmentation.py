@@ -149,8 +149,7 @@ class MaskBatches:
         self.description = files.description
         self.batch_size = config.batch_size
         self.device = device
-        trained_on = files.pairs["train"] + files.pairs["val"] * config.train_val
-        pairs = files.pairs | {"train": _limit(trained_on, config)}
+        pairs = files.pairs | {"train": training_pairs(files, config.train_val, config.train_limit, config.seed)}
         height, width = height_and_width(img_size)
         n_bytes = sum(map(len, pairs.values())) * height * width * 4
         if not fits_in_memory(n_bytes, torch.device("cpu")):
@@ -213,12 +212,13 @@ class MaskBatches:
         return normalise(images), masks.long()
 
 
-def _limit(pairs: list[Pair], config: SegmentationConfig) -> list[Pair]:
-    """train_limit of the pairs, drawn by the seed, in their original order."""
-    if config.train_limit is None or config.train_limit >= len(pairs):
+def training_pairs(files: MaskFiles, train_val: bool, limit: int | None, seed: int) -> list[Pair]:
+    """Pairs that a run trains on: of both parts with train_val; at most limit, drawn by the seed, in original order."""
+    pairs = files.pairs["train"] + files.pairs["val"] * train_val
+    if limit is None or limit >= len(pairs):
         return pairs
-    generator = np.random.default_rng(seeds.derive("split", config.seed))
-    return [pairs[index] for index in np.sort(generator.permutation(len(pairs))[: config.train_limit])]
+    generator = np.random.default_rng(seeds.derive("split", seed))
+    return [pairs[index] for index in np.sort(generator.permutation(len(pairs))[:limit])]
 
 
 def _one_thread(worker: int) -> None:
