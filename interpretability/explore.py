@@ -76,15 +76,9 @@ class Inside:
 @torch.no_grad()
 def look_inside(model: nn.Module, pixels: Tensor) -> Inside:
     """pixels: (1, C, height, width), the model's input."""
-    probabilities, scores, *neurons = LookInside(model, n_listed(model))(pixels)
+    probabilities, scores, *neurons = LookInside(model, N_NEURONS)(pixels)
     strongest = encoding.Strongest(*(each.cpu().numpy() for each in neurons)) if neurons else None
     return Inside(scores.cpu().numpy(), probabilities.cpu().numpy(), strongest)
-
-
-def n_listed(model: nn.Module) -> int:
-    """How many neurons are listed per token, quantity and level."""
-    config = model.config
-    return min(N_NEURONS, config.n_head * getattr(config, "n_neurons", 1))
 
 
 def make_page(run: TrainedRun, indices: Sequence[int], live: bool = False) -> str:
@@ -128,7 +122,7 @@ def with_model(page: str, run: TrainedRun) -> str:
     from interpretability.common.live import live_scripts  # needs packages that the page does without
 
     height, width = height_and_width(run.sizes.img_size)
-    scripts = live_scripts(run.model.cpu(), (run.sizes.in_channels, height, width), n_listed(run.model))
+    scripts = live_scripts(run.model.cpu(), (run.sizes.in_channels, height, width), N_NEURONS)
     page = page.replace(f'{SCRIPTS}"', f"{SCRIPTS} 'wasm-unsafe-eval' blob:\"", 1)
     return page.replace("</body>", f"{scripts}</body>")
 
@@ -142,7 +136,7 @@ def describe(run: TrainedRun) -> dict[str, Any]:
     if "gated" in adapter.quantities:
         per_head = run.sizes.n_neurons
         quantities = [{"name": name, "text": MEANINGS[name]} for name in QUANTITIES]
-        neurons = {"per_head": per_head, "top": n_listed(run.model), "quantities": quantities}
+        neurons = {"per_head": per_head, "top": min(N_NEURONS, adapter.n_heads * per_head), "quantities": quantities}
     raw = {"scores": "raw score", "shares": "share of the sum of |scores|"}
     return {
         "title": run.title,

@@ -156,6 +156,15 @@ def test_tokens_of_bdh(images):
     assert torch.allclose(model.head(layer_norm(plain)), model(images), atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_weighted_mean_is_read_with_its_weights(images):
+    model = with_large_weights(v2_config(pool="seq", **SIZES).build())
+    assert model.pool_query.abs().max() > 0
+    read, mean = (level_features(model, images, tokens, False)[-1] for tokens in ("read", "mean"))
+    assert torch.allclose(model.head(layer_norm(read)), model(images), atol=1e-5)
+    assert not torch.allclose(model.head(layer_norm(mean)), model(images), atol=1e-2)
+
+
 @pytest.mark.parametrize("config", [v2_config(pool="cls", **SIZES), ViTConfig(mlp_dim=32, **VIT_SIZES)])
 @torch.no_grad()
 def test_class_tokens_are_read_and_are_no_patches(config, images):

@@ -202,7 +202,14 @@ def test_script(run, data_dir, call_script, tmp_path, capsys):
 def test_script_on_the_weights_before_training(run, data_dir, call_script, tmp_path, capsys):
     """They stand for themselves, under their own name; no class there is drawn that none is selective for."""
     flags = ("--run", run / "epoch_000.pt", "--data-dir", data_dir, "--output-dir", "out", "--images", 12)
+    stale = [
+        tmp_path / "out" / "trial_seed0" / f"neurons_epoch_000_gated_by_{by}_class 3.svg" for by in ("index", "auroc")
+    ]
+    for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("of an earlier call")
     assert call_script(SCRIPT, *flags, "--selective-for", "class 3", "--shuffles", 5, "--chance", 0.17) == 0
+    assert not any(path.exists() and path.read_text() == "of an earlier call" for path in stale)
     said = capsys.readouterr().out
     assert "trial, seed 0, epoch_000: gated, 12 test images" in said and "as trained" not in said
     output = tmp_path / "out" / "trial_seed0"

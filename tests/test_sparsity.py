@@ -207,7 +207,11 @@ def test_gelu_is_said_to_have_no_zeros(experiment, data_dir, call_script, tmp_pa
     assert "GELU is zero nowhere" in said
     shares = [float(share) for share in re.findall(r"([\d.]+)%", said)]
     assert shares and max(shares) < 90
-    assert not (tmp_path / "gelu_seed0" / "sparsity_training.csv").exists()  # no weights were kept
+    stale = tmp_path / "gelu_seed0" / "sparsity_training.csv"
+    assert not stale.exists()  # no weights were kept
+    stale.write_text("of an overwritten run")
+    assert call_script(SCRIPT, "--run", trial.folder, "--data-dir", data_dir, "--output-dir", tmp_path) == 0
+    assert not stale.exists()
 
 
 def test_segmentation(call_script, tmp_path, capsys):

@@ -146,7 +146,7 @@ class Storm:
                 (folder / name).unlink(missing_ok=True)
             if how == "a folder":
                 (folder / name).mkdir()
-            self._judge("damage", f"{name} {how} ({source.parent.name})", folder)
+            self._judge("damage", f"{name} {how} ({source.parent.name})", folder, source)
         shutil.rmtree(stopped.parent)
 
     def mix(self) -> None:
@@ -156,7 +156,7 @@ class Storm:
             if (other / name).exists():
                 folder = self._copy(stopped)
                 shutil.copy(other / name, folder / name)
-                self._judge("mix", f"{name} of another run", folder)
+                self._judge("mix", f"{name} of another run", folder, stopped)
         for folder in (stopped, other):
             shutil.rmtree(folder.parent)
 
@@ -225,9 +225,15 @@ class Storm:
         shutil.copytree(source, folder)
         return folder
 
-    def _judge(self, kind: str, what: str, folder: Path) -> None:
-        """Opens, analyses and resumes the run; notes the worst end."""
-        for reader in (lambda: load_model(folder), lambda: read_runs([folder])):
+    def _judge(self, kind: str, what: str, folder: Path, source: Path) -> None:
+        """Opens, analyses and resumes the run; what opens must be the best weights of source, which is undamaged."""
+        best = load_model(source)[0].state_dict()
+
+        def open_weights() -> None:
+            found = load_model(folder)[0].state_dict()
+            assert all(torch.equal(value, found[name]) for name, value in best.items()), "opened with other weights"
+
+        for reader in (open_weights, lambda: read_runs([folder])):
             try:
                 with _quiet():
                     reader()

@@ -10,7 +10,7 @@ class LookInside(nn.Module):
     """A model that answers with its inside. L levels, H heads, T tokens, Q quantities, K neurons listed per token."""
 
     def __init__(self, model: nn.Module, n_neurons: int):
-        """n_neurons: K."""
+        """n_neurons: K, if the model has so many."""
         super().__init__()
         self.model, self.n_neurons = model, n_neurons
 
@@ -26,6 +26,6 @@ class LookInside(nn.Module):
         levels = []
         for level in trace.levels if "gated" in trace.names else ():
             activity = torch.stack(trace.activity(level))[:, 0].transpose(1, 2).flatten(2)  # (Q, T, H N)
-            values, numbers = activity.topk(self.n_neurons)
+            values, numbers = activity.topk(min(self.n_neurons, activity.shape[-1]))
             levels.append((numbers.int(), values.float().clamp(min=0), (activity > 0).sum(-1).int()))
         return probabilities, scores, *(torch.stack(each) for each in zip(*levels, strict=True))
