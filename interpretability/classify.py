@@ -19,12 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-import tyro
 from matplotlib.figure import Figure
 
 from analysis.plotting.style import DPI, PAGE
 from interpretability.common.figures import titled_figure
-from interpretability.common.image_choice import image_files, picture_names
+from interpretability.common.image_choice import ImagePaths, image_files, picture_names
 from interpretability.common.trained import Places, TrainedRun, progress
 from training.command_line import run_script
 from training.config import ROOT, UserError
@@ -39,8 +38,8 @@ TABLE = "classes.csv"
 class Options(Places):
     """What to classify, and with which model."""
 
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """image files, or folders of images"""
+    images: ImagePaths
+    """image files, or folders with images at any depth"""
     run: Path
     """run folder, such as runs/v2_cifar10/seed0, or a checkpoint in it"""
     top: int = 5

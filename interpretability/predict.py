@@ -18,14 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import nn
 
 from analysis.plotting.style import DPI, PAGE
 from interpretability.common.figures import titled_figure
-from interpretability.common.image_choice import image_files, picture_names
+from interpretability.common.image_choice import ImagePaths, image_files, picture_names
 from interpretability.common.trained import Places, TrainedRun, progress
 from models.vision_bdh import ImageSize
 from training.augment import normalise
@@ -45,8 +44,8 @@ TALLEST_PANEL = 3  # height of a panel in widths; taller images are drawn narrow
 class Options(Places):
     """What to predict, and with which model."""
 
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """image files, or folders of images"""
+    images: ImagePaths
+    """image files, or folders with images at any depth"""
     run: Path
     """run folder, such as runs/bdh_unet/seed0, or a checkpoint in it"""
     output_dir: Path = ROOT / "predictions"

@@ -142,6 +142,8 @@ def measure() -> dict[str, dict]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] not in ([], ["--write"]):
+        raise SystemExit(__doc__)
     now = {"runs": measure(), "first_losses": measure_scripts()}
     if "--write" in sys.argv[1:]:
         RECORD.write_text(json.dumps(now, indent=1) + "\n")

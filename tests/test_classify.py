@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from interpretability.classify import classify
-from interpretability.common.image_choice import picture_names
+from interpretability.common.image_choice import image_files, picture_names
 from interpretability.common.trained import TrainedRun
 from tests.inspecting import check_error, train_unet
 from training.augment import normalise
@@ -122,6 +122,14 @@ def test_images_are_cropped_as_for_the_runs_own_validation(trained_run, data_dir
         run.train["eval_crop"] = share
         (answer,) = classify(run, [tmp_path / "a.png"], 1, 1, [])
         assert np.array_equal(answer.pixels, ImageFiles([str(tmp_path / "a.png")], 32, 3, share)[0])
+
+
+def test_images_in_subfolders_are_found_but_not_hidden_ones(tmp_path):
+    for name in ("b.png", "dog/a.png", "dog/deep/c.jpg", ".hidden/d.png", "dog/._e.png", "dog/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = image_files((tmp_path, tmp_path / "dog" / "a.png"))
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["b.png", "dog/a.png", "dog/deep/c.jpg"]
 
 
 def test_pictures_of_all_files_have_names_of_their_own():

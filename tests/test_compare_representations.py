@@ -303,7 +303,7 @@ def test_too_few_images_for_svcca(runs, call_script, data_dir, tmp_path, capsys)
         (["--images", 3], "3 images are too few: CKA needs 4 or more"),
         (["--images", 0], "no images chosen"),
         (["--batch-size", 3], "--batch-size 3 is too small"),
-        (["--versus", "none"], "none has no weights to open"),
+        (["--versus", "none"], "none does not exist"),
     ],
 )
 def test_bad_input(runs, call_script, data_dir, tmp_path, capsys, flags, message):

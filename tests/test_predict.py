@@ -242,7 +242,7 @@ def test_bad_input(call, run, trained, tmp_path, experiment, capsys):
         ((empty, "--run", run), "no images: name image files"),
         ((broken, "--run", run), r"broken.png cannot be read as an image"),
         ((image, "--run", tmp_path), "has no weights to open"),
-        ((image, "--run", run / "worst.pt"), r"worst.pt has no weights to open"),
+        ((image, "--run", run / "worst.pt"), r"worst.pt does not exist"),
         ((tmp_path / "other" / "val", "--run", run), f"its mask {mask} is 24 x 16"),
         ((image, "--run", trial.folder), "is not a segmentation run"),
         (("--run", run), "name image files"),

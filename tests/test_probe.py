@@ -240,7 +240,7 @@ def test_script_on_vit(runs, call_script, data_dir, tmp_path, capsys):
         (["--penalty", "nan"], "--penalty nan must be a number above 0"),
         (["--max-levels", 1], "the model has 2 levels"),
         (["--train-images", 5], "5 training images are too few"),
-        (["--run", "none"], "none has no weights to open"),
+        (["--run", "none"], "none does not exist"),
     ],
 )
 def test_bad_input(runs, call_script, data_dir, tmp_path, capsys, flags, message):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from models.pruning import core_of, kept_neurons, neuron_counts, pruned
 from models.vision_bdh import v1_config, v2_config, v3_config
 from tests.inspecting import with_large_weights
 from tests.trials import resumed, same_weights, weights
-from tools.exporting.pruned import importance
+from tools.exporting.pruned import fine_tuning_command, importance
 from training.command_line import experiment_of
 from training.config import RunOptions
 from training.loop import fit
@@ -128,6 +129,14 @@ def test_a_pruned_run_opens_trains_on_and_resumes(experiment, call_script, capsy
     (again.folder / "previous.pt").replace(again.folder / "last.pt")
     fit(resumed(again))
     assert same_weights(weights(again.folder), whole)
+
+
+def test_the_command_for_a_run_of_another_name_says_what_it_lacks(experiment):
+    model = experiment("mine").model.build()
+    command = fine_tuning_command(model, {"experiment": "mine+epochs=3"}, Path("a b/best.safetensors"))
+    multiplier = model.config.mlp_internal_dim_multiplier
+    assert command.startswith("python SCRIPT AND FLAGS OF THE RUN --mlp-internal-dim-multiplier")
+    assert command.endswith(f"{multiplier} --start-from 'a b/best.safetensors'")
 
 
 def test_what_cannot_be_pruned_gets_one_message(experiment_in, tmp_path):

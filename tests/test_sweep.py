@@ -113,7 +113,7 @@ def test_values_have_the_type_of_their_field(axes, field, values, tmp_path):
         ("n_layer=2/many", "n_layer=many: it must be int"),
         ("gate=gelu", "gate=gelu: choose from multiplicative, sigmoid, none"),
         ("shared=maybe", "shared=maybe: choose from True, False"),
-        ("seed=1/2", "no such field"),
+        ("seed=1/2", "give the number of seeds with --seeds"),
         ("outside_step", "no such field"),
         ("betas=0.9/0.95", "several numbers at once"),
         ("", "name the fields"),

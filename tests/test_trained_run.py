@@ -175,8 +175,13 @@ def test_what_is_refused(opened, tmp_path, data_dir, experiment):
     for index in (40, -1):
         with pytest.raises(UserError, match=f"no test image {index}: numbers go from 0 to 39"):
             opened.samples([0, index])
-    with pytest.raises(UserError, match="has no weights to open"):
-        TrainedRun(tmp_path, None, "cpu")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no weights to open: give a folder"):
+        TrainedRun(tmp_path / "empty", None, "cpu")
+    with pytest.raises(UserError, match="nowhere does not exist: give a folder"):
+        TrainedRun(tmp_path / "nowhere", None, "cpu")
+    with pytest.raises(UserError, match=f"runs has no weights to open, but {opened.folder} has: give a folder"):
+        TrainedRun(opened.folder.parents[1], None, "cpu")
     trial = dataclasses.replace(experiment("other", epochs=1), model=ResNet20Config())
     fit(trial)
     with pytest.raises(UserError, match="ResNet20 is not supported, only models of"):

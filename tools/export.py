@@ -60,7 +60,8 @@ class Options:
     test_images: int | None = None
     """int8, pruned: test only this many images; 0: none; default: all"""
     data_dir: Path | None = None
-    """folder that contains data_cifar10 etc.; default: $VISION_BDH_DATA, else the folder of the train scripts"""
+    """folder that contains data_cifar10 etc.; default: $VISION_BDH_DATA, else the folder of the train scripts; for a
+    run on your own images (--dataset folder): their folder"""
 
     def __post_init__(self):
         if not 0 < self.keep <= 1:
@@ -111,8 +112,8 @@ class Export:
         n = model.config.n_neurons
         path = write_pruned(model, self.run.config, self.target / self.run.file_name(f"pruned_{n}"))
         print(f"{self.run.sizes.n_neurons} neurons per head: {self._score} -> {n}: {self._scored(model)}")
-        if command := fine_tuning_command(model, self.run.config, path):
-            print(f"to train it further, with fewer epochs and a lower rate than here:\n{command}")
+        command = fine_tuning_command(model, self.run.config, path)
+        print(f"to train it further, with fewer epochs and a lower rate than here:\n{command}")
         return path
 
     def _need_images(self, form: str) -> None:

@@ -160,7 +160,7 @@ class ClassificationConfig(HeldOutConfig):
         _require(divides, self, "repeat_augment", f"must divide batch_size = {self.batch_size}")
         has_randaugment = self.randaugment > 0 or self.randaugment_magnitude == type(self).randaugment_magnitude
         _require(has_randaugment, self, "randaugment_magnitude", "needs operations: set randaugment, as 2")
-        _require(self.crop_padding == 0 or self.crop_scale_min == 1, self, "crop_padding", "replaces crops by scale")
+        _require(self.crop_padding == 0 or self.crop_scale_min == 1, self, "crop_padding", "needs crop_scale_min = 1")
 
     def make_task(self) -> "Task":
         from training.tasks import Classification

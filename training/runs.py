@@ -334,17 +334,26 @@ class Run:
             raise _disk_error(self.folder / name, error) from None
 
 
-def load_model(run: Path) -> tuple[nn.Module, dict[str, Any]]:
+def _why_no_weights(run: Path) -> str:
+    """Why no weights can be opened there, with the folders of runs that may have been meant."""
+    if run.is_dir():
+        below = sorted(path.parent for name in ("best.pt", stored.EXPORTED) for path in run.rglob(name))
+        return f"{run} has no weights to open" + (f", but {below[0]} has" if below else "")
+    return f"{run} does not exist"
+
+
+def load_model(run: Path | str) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a run with the weights of its best epoch, in evaluation mode, and its config.json.
 
     run: its folder, or a checkpoint in it; a folder may have exported safetensors instead. Raises UserError.
     """
+    run = Path(run)
     remedy = f"give a folder with config.json and best.pt or {stored.EXPORTED}, such as runs/v2_cifar10/seed0"
     folder, checkpoint = (run.parent, run) if run.suffix in (".pt", ".safetensors") else (run, run / "best.pt")
     if not checkpoint.exists() and checkpoint.name == "best.pt":
         checkpoint = folder / stored.EXPORTED
     if not checkpoint.exists():
-        raise UserError(f"{run} has no weights to open: {remedy}")
+        raise UserError(f"{_why_no_weights(run)}: {remedy}")
     config = stored.read_config(folder, remedy)
     weights = stored.load_weights(checkpoint, remedy, config)
     try:

@@ -160,7 +160,8 @@ def _parse_axis(text: str, *configs: Any) -> tuple[str, list]:
     key = key.replace("-", "_")
     hints = {name: kind for config in configs for name, kind in typing.get_type_hints(type(config)).items()}
     types_of = {field.name: hints[field.name] for config in configs for field in dataclasses.fields(config)}
-    types_of.pop("seed", None)  # --seeds is for that
+    if key == "seed":
+        raise UserError("--sweep seed: give the number of seeds with --seeds, as in --seeds 3")
     if key not in types_of:
         near = difflib.get_close_matches(key, types_of, n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(sorted(types_of))}"

@@ -2,21 +2,40 @@
 
 from itertools import chain, count
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from training.config import UserError
 from training.data.finding import cut_name, is_image
 
+_WORDS = tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="(required)")
+ImagePaths = Annotated[tuple[Path, ...], tyro.conf.Positional, _WORDS]  # on a command line
+
 
 def image_files(paths: tuple[Path, ...]) -> list[Path]:
-    """The files, and those in the folders, each once. Raises UserError if one does not exist or there are none."""
+    """The files, and those in the folders at any depth, each once, without hidden ones.
+
+    Raises UserError if one does not exist or there are none.
+    """
     files = []
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist: name an image or a folder of images")
-        files += sorted(filter(is_image, path.iterdir())) if path.is_dir() else [path]
+        files += _below(path) if path.is_dir() else [path]
     if not files:
         raise UserError("no images: name image files, or folders that contain some")
     return list({path.resolve(): path for path in files}.values())
+
+
+def _below(folder: Path) -> list[Path]:
+    """Image files in the folder and its subfolders, sorted."""
+    visible = (path for path in folder.rglob("*") if not any(map(_hidden, path.relative_to(folder).parts)))
+    return sorted(filter(is_image, visible))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def picture_names(files: list[Path]) -> list[str]:

@@ -38,7 +38,8 @@ class Places:
     """Where things are."""
 
     data_dir: Path | None = None
-    """folder that contains data_cifar10 etc.; default: $VISION_BDH_DATA, else the folder of the train scripts"""
+    """folder that contains data_cifar10 etc.; default: $VISION_BDH_DATA, else the folder of the train scripts; for a
+    run on your own images (--dataset folder): their folder"""
     device: str = "auto"
     """auto, cuda, cuda:1, mps or cpu"""
     output_dir: Path = ROOT / "interpretability_results"

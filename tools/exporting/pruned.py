@@ -68,11 +68,13 @@ def write_pruned(model: nn.Module, config: dict[str, Any], target: Path) -> Path
     return export_weights(model, target, target)
 
 
-def fine_tuning_command(model: nn.Module, config: dict[str, Any], weights: Path) -> str | None:
-    """The command that continues training with the pruned weights; None if no script has the run's experiment."""
+def fine_tuning_command(model: nn.Module, config: dict[str, Any], weights: Path) -> str:
+    """The command that continues training with the pruned weights, as far as it is known for a run of another name."""
     script = f"train_{config['experiment'].partition('+')[0]}.py"
+    start = f"--start-from {shlex.quote(str(weights))}"
     if not (ROOT / script).is_file():
-        return None
+        multiplier = model.config.mlp_internal_dim_multiplier
+        return f"python SCRIPT AND FLAGS OF THE RUN --mlp-internal-dim-multiplier {multiplier} {start}"
     known = experiment_of(script)
     fields = {}
     for ours, theirs in ((known.model, vars(model.config)), (known.train, config["config"]["train"])):
@@ -82,7 +84,7 @@ def fine_tuning_command(model: nn.Module, config: dict[str, Any], weights: Path)
     for key in ("encoder", "encoder_weights", "start_from", "seed"):
         fields.pop(key, None)
     flags = " ".join(flags_of({key: value for key, value in fields.items() if value is not None}))
-    return f"python {script} {flags} --start-from {shlex.quote(str(weights))}"
+    return f"python {script} {flags} {start}"
 
 
 def _same(one: Any, other: Any) -> bool:

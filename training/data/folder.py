@@ -53,7 +53,7 @@ class Part:
 def load_folder(data_dir: Path | None, img_size: int, in_channels: int) -> DataSet:
     """The images below data_dir. Raises UserError if they are not sorted into two or more classes."""
     if data_dir is None:
-        raise UserError("--dataset folder reads your own images: name their folder with --data-dir DIR")
+        raise UserError("your own images (--dataset folder) are needed: name their folder with --data-dir DIR")
     finder = Finder()
     roots = find_parts(data_dir, finder)
     return read_folders(f"folder {printable(data_dir.resolve().name)}", data_dir, roots, finder, img_size, in_channels)
