@@ -91,6 +91,11 @@ class Export:
         return path
 
     def onnx(self) -> Path:
+        return self._onnx
+
+    @cached_property
+    def _onnx(self) -> Path:
+        """The ONNX file, written when it is first asked for."""
         path = self._file("model.onnx", "onnx")
         facts = {"experiment": self.run.config["experiment"], "scale": "pixels / 127.5 - 1"}
         if names := self.run.config["data"].get("class_names"):
@@ -101,8 +106,7 @@ class Export:
     def int8(self) -> Path:
         need("onnxruntime", "--to int8")
         path = self._file("model_int8.onnx", "int8")
-        source = self.onnx()
-        write_int8(source, path, self._training_images())
+        write_int8(self._onnx, path, self._training_images())
         print(f"float32: {self._score} -> int8: {self._scored(onnx_answer(path))}")
         return path
 
