@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.bdh import layer_norm
-from models.vision_bdh import Grid, ImageSize, VisionEncoder, VisionEncoderConfig
+from models.vision_bdh import V4_FIELDS, Grid, ImageSize, VisionEncoder, VisionEncoderConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,3 +163,8 @@ def _with_norm(convolution: nn.Module) -> nn.Sequential:
 def bdh_unet_config(**overrides) -> BDHUNetConfig:
     """Config with the residual connection and initialisation of the documented v2."""
     return BDHUNetConfig(**(dict(residual="pre", attention="raw", init="xavier") | overrides))
+
+
+def v4_unet_config(**overrides) -> BDHUNetConfig:
+    """Vision-BDH v4's encoder (see `vision_bdh`) with skips."""
+    return BDHUNetConfig(**(V4_FIELDS | dict(skips=True) | overrides))

@@ -253,7 +253,9 @@ def double_ln_config(**overrides) -> VisionBDHConfig:
     return v2_config(**(dict(residual="post", attn_norm=False) | overrides))
 
 
+V4_FIELDS = dict(stem="conv", mixing="conv_per_level", rotary="axial", pos_embed=False, level_gain=True)
+V4_FIELDS |= dict(residual="true_pre", update_norm=False, attention="raw", init="xavier_per_head")
+
+
 def v4_config(**overrides) -> VisionBDHConfig:
-    fields = dict(stem="conv", mixing="conv_per_level", rotary="axial", pos_embed=False, level_gain=True)
-    fields |= dict(residual="true_pre", update_norm=False, attention="raw", init="xavier_per_head")
-    return VisionBDHConfig(**(fields | overrides))
+    return VisionBDHConfig(**(V4_FIELDS | overrides))

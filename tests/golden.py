@@ -80,6 +80,7 @@ def script_flags(script: str, folder: Path) -> list[str]:
     fields = {name: value for name, value in small.items() if name in has}
     if isinstance(experiment.train, SegmentationConfig):
         fields |= dict(img_size=32, batch_size=2, train_limit=2 * STEPS)
+        fields |= dict(skip_levels=(2, 1)) if getattr(experiment.model, "skips", False) else {}
     elif isinstance(experiment.train, TextConfig):
         fields |= dict(text=folder / "song.txt", context=16, batch_size=12)
     else:

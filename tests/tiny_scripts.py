@@ -20,7 +20,8 @@ def tiny_fields(experiment, text):
     has = {field.name for config in (experiment.model, experiment.train) for field in dataclasses.fields(config)}
     fields = {key: value for key, value in (SMALL | SHORT).items() if key in has}
     if isinstance(experiment.train, SegmentationConfig):
-        fields["img_size"] = 32
+        fields |= dict(img_size=32, train_limit=4)
+        fields |= dict(skip_levels=(1, 1)) if getattr(experiment.model, "skips", False) else {}
     elif getattr(experiment.train, "dataset", None) == "imagenet":
         fields |= dict(img_size=32, num_classes=3, val_fraction=0.2)
     elif "n_layer" in fields and getattr(experiment.model, "img_size", 0) == 32:
