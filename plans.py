@@ -166,14 +166,15 @@ SMALL_CPU = Plan(
     ],
 )
 
-# What each field of the recipe brings to both models: first the rates of each optimizer, by validation accuracy and
-# equally many for both, then one change at a time from AdamW at the rate of SMALL_CPU.
+# What each field of the recipe brings to both models: first the rates of each optimizer, equally many for both, then
+# each optimizer at the rate that validated best, and one change at a time from AdamW.
 RECIPE_MODELS = {
     "v2": f"train_v2_cifar10.py {SMALL_BDH}",
     "vit_tiny": f"train_vit_tiny_cifar10.py {SMALL_PROTOCOL} --n-layer 6 --mlp-dim 128",
 }
 RATES = {"adamw": ("1e-4", "3e-4", "1e-3", "3e-3"), "muon": ("1e-3", "3e-3", "1e-2"), "sgd": ("1e-2", "3e-2", "1e-1")}
 OPTIMIZERS = {"adamw": "", "muon": " --optimizer muon", "sgd": " --optimizer sgd --weight-decay 5e-4"}
+BEST_RATES = {"v2": {"adamw": "3e-4"}, "vit_tiny": {"adamw": "1e-3"}}  # by validation; the others are not known yet
 RECIPE_CHANGES = (
     "--decay matrices",
     "--schedule linear",
@@ -208,10 +209,11 @@ RECIPE_SMALL_CPU = Plan(
         Part(
             "What does one change of the recipe bring to v2 and to ViT-Tiny?",
             _seed_by_seed(
-                [
-                    line + change
-                    for change in ("", *(f" {change}" for change in RECIPE_CHANGES))
-                    for line in RECIPE_MODELS.values()
+                [_at_rate(m, o, rate) for m, rates in BEST_RATES.items() for o, rate in rates.items()]
+                + [
+                    f"{_at_rate(m, 'adamw', BEST_RATES[m]['adamw'])} {change}"
+                    for change in RECIPE_CHANGES
+                    for m in RECIPE_MODELS
                 ]
             ),
         ),
@@ -245,6 +247,11 @@ V4_CHANGES = (  # from the script's own rate, 5e-3; more matrices have fewer neu
     " --qk separate --mlp-internal-dim-multiplier 12",
     " --no-shared --mlp-internal-dim-multiplier 3",
 )
+V4_UNETS = (
+    f"train_v4_unet.py {SMALL_UNET}",
+    "train_resnet34_unet.py --encoder-weights none --optimizer muon --weight-decay 0.05 --warmup-steps 200 "
+    f"{SMALL_UNET}",
+)
 V4_SMALL_CPU = Plan(
     "v4_small_cpu",
     [
@@ -255,6 +262,10 @@ V4_SMALL_CPU = Plan(
         Part(
             "What is each part of v4 worth, and what of BDH matters, at equal parameters?",
             _seed_by_seed([V4_RIVALS[0] + change for change in V4_CHANGES]),
+        ),
+        Part(
+            "Which learning rate suits BDH-UNet with v4's encoder, and a ResNet34-UNet, both from scratch with Muon?",
+            _entries([f"{unet} --learning-rate {rate}" for rate in ("2e-3", "5e-3") for unet in V4_UNETS], (0,)),
         ),
     ],
 )
