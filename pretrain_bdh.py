@@ -24,6 +24,7 @@ EXPERIMENT = Experiment(
         dropout=0.1,
         residual="pre",
         init="xavier",
+        init_projections="xavier",
         mask_ratio=0.6,
     ),
     train=PretrainingConfig(

@@ -67,7 +67,7 @@ class CoreConfig:
     """initial weights:
     normal: N(0, 0.02);
     xavier: uniform; encoders and decoder with fan-in and fan-out of the stacked weight tensors;
-    xavier_per_head: encoders and decoder uniform, with fan-in and fan-out of one head; all others N(0, 0.02)"""
+    xavier_per_head: encoders and decoder uniform, with fan-in and fan-out of one head"""
     rotary: Literal["raster", "axial", "none"] = "raster"
     """rotary positions: by token index (raster), by row and column of the patch (axial), or none"""
     shared: bool = True

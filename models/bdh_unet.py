@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.bdh import layer_norm
-from models.vision_bdh import V4_FIELDS, Grid, ImageSize, VisionEncoder, VisionEncoderConfig
+from models.vision_bdh import V2_FIELDS, V4_FIELDS, Grid, ImageSize, VisionEncoder, VisionEncoderConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ def _with_norm(convolution: nn.Module) -> nn.Sequential:
 
 def bdh_unet_config(**overrides) -> BDHUNetConfig:
     """Config with the residual connection and initialisation of the documented v2."""
-    return BDHUNetConfig(**(dict(residual="pre", attention="raw", init="xavier") | overrides))
+    return BDHUNetConfig(**(V2_FIELDS | overrides))
 
 
 def v4_unet_config(**overrides) -> BDHUNetConfig:

@@ -82,7 +82,7 @@ class TimmVisionBDH(VisionBDH):
         self.head = nn.Identity()
         if num_classes:
             self.head = nn.Linear(self.num_features, num_classes, device=old.device, dtype=old.dtype)
-            init_projection(self.head, self.config.init)
+            init_projection(self.head, self.config.init_projections)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, C, height, width) -> last state (B, T, D), a class token first if there is one."""

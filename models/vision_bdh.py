@@ -33,7 +33,9 @@ ImageSize = int | tuple[int, int]  # side of a square image, or (height, width),
 class VisionEncoderConfig(CoreConfig):
     """The BDH step and the patch embedding: common to all BDH models on images."""
 
-    outside_step: ClassVar[tuple[str, ...]] = ("img_size", "patch_size", "in_channels", "pos_embed", "stem", "mixing")
+    outside_step: ClassVar[tuple[str, ...]] = (
+        *("img_size", "patch_size", "in_channels", "pos_embed", "stem", "mixing", "init_projections"),
+    )
 
     img_size: ImageSize = 32
     """image size in pixels: one side, or height and width"""
@@ -45,6 +47,8 @@ class VisionEncoderConfig(CoreConfig):
     """add a learned position embedding to each patch"""
     stem: Literal["patch", "conv"] = "patch"
     """from pixels to tokens: one projection of each patch, or 3 x 3 convolutions of stride 2 (patch_size 2, 4, 8)"""
+    init_projections: Literal["normal", "xavier"] = "normal"
+    """initial weights of the patch projection and the classification head: N(0, 0.02), or Xavier's uniform ones"""
     mixing: Literal["none", "conv", "conv_per_level"] = "none"
     """before each level, add a depthwise 3 x 3 convolution of the grid of tokens: the same one at every level, or one
     per level"""
@@ -119,7 +123,7 @@ class VisionEncoder(BDHCore):
             self.patch_embed = ConvStem(config.in_channels, config.n_embd, config.patch_size)
         else:
             self.patch_embed = nn.Conv2d(config.in_channels, config.n_embd, config.patch_size, config.patch_size)
-            init_projection(self.patch_embed, config.init)
+            init_projection(self.patch_embed, config.init_projections)
         self.pos_embed = None
         if config.pos_embed:
             self.pos_embed = nn.Parameter(torch.empty(1, math.prod(config.grid), config.n_embd))
@@ -158,7 +162,7 @@ class VisionEncoder(BDHCore):
 
 
 def init_projection(layer: nn.Conv2d | nn.Linear, init: str) -> None:
-    """Initial weights of a patch projection or head by `CoreConfig.init`: with xavier, Xavier's too, as published."""
+    """Initial weights of a patch projection or head. init: `VisionEncoderConfig.init_projections`."""
     if init == "xavier":
         nn.init.xavier_uniform_(layer.weight)
     else:
@@ -190,7 +194,7 @@ class VisionBDH(VisionEncoder):
         if config.pool == "seq":
             self.pool_query = nn.Parameter(torch.zeros(config.n_embd))  # starts as the mean
         self.head = nn.Linear(config.n_embd, config.num_classes)
-        init_projection(self.head, config.init)
+        init_projection(self.head, config.init_projections)
 
     def tokens(self, images: Tensor) -> Tensor:
         """Last state. images: (B, C, height, width) -> (B, T, D), T patches plus 1 for a class token."""
@@ -220,12 +224,15 @@ class VisionBDH(VisionEncoder):
         return self.head(self.features(images))
 
 
+V2_FIELDS = dict(residual="pre", attention="raw", init="xavier", init_projections="xavier")
+
+
 def v1_config(**overrides) -> VisionBDHConfig:
     return VisionBDHConfig(**(dict(residual="post", attention="raw", init="normal") | overrides))
 
 
 def v2_config(**overrides) -> VisionBDHConfig:
-    return VisionBDHConfig(**(dict(residual="pre", attention="raw", init="xavier") | overrides))
+    return VisionBDHConfig(**(V2_FIELDS | overrides))
 
 
 def v2_softmax_config(**overrides) -> VisionBDHConfig:
@@ -237,8 +244,7 @@ def v2_as_run_config(**overrides) -> VisionBDHConfig:
 
 
 def v3_config(**overrides) -> VisionBDHConfig:
-    fields = dict(residual="scaled_pre", attn_norm=False, update_norm=False, attention="raw", init="xavier")
-    return VisionBDHConfig(**(fields | overrides))
+    return v2_config(**(dict(residual="scaled_pre", attn_norm=False, update_norm=False) | overrides))
 
 
 def pre_ln_config(**overrides) -> VisionBDHConfig:

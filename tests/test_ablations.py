@@ -26,6 +26,7 @@ OTHER_VALUES = {
     "gate": ["sigmoid", "none"],
     "activation": ["relu2", "gelu"],
     "init": ["xavier", "xavier_per_head"],
+    "init_projections": ["xavier"],
     "rotary": ["axial", "none"],
     "shared": [False],
     "pos_embed": [False],

@@ -95,7 +95,7 @@ def test_what_v1_and_v2_differ_in_is_planned_in_every_combination(tmp_path):
     for each in planned_runs(PUBLISHED, options_in(tmp_path)):
         seen.setdefault(decisive(each.job.experiment), []).append(each.job.experiment.train.seed)
     for residual, init, steps in product(("post", "pre"), ("normal", "xavier"), (500, 1000)):
-        flags = f"--residual {residual} --init {init} --warmup-steps {steps}"
+        flags = f"--residual {residual} --init {init} --init-projections {init} --warmup-steps {steps}"
         assert sorted(seen[decisive(experiment_of("train_v1_cifar10.py", flags))]) == [0, 1, 2], flags
 
 

@@ -189,7 +189,8 @@ def test_state_dict_names_and_shapes():
 def start(init):
     """Initial weights with H = 3, D = 120, N = 80: sizes at which no two of the bounds below are similar."""
     torch.manual_seed(0)
-    return VisionBDHConfig(n_embd=120, n_head=3, mlp_internal_dim_multiplier=2, init=init).build()
+    fields = dict(init=init, init_projections="xavier" if init == "xavier" else "normal")
+    return VisionBDHConfig(n_embd=120, n_head=3, mlp_internal_dim_multiplier=2, **fields).build()
 
 
 H, D, N = 3, 120, 80
@@ -251,6 +252,7 @@ def test_separate_keys_and_levels_start_like_the_others():
 @pytest.mark.parametrize(("variant", "values"), VARIANTS.items())
 def test_named_variants(variant, values):
     named = dict(zip(("residual", "attn_norm", "update_norm", "attention", "init"), values, strict=True))
+    named["init_projections"] = "xavier" if named["init"] == "xavier" else "normal"
     config = variant()
     assert config == VisionBDHConfig(**named)
     assert (config.n_layer, config.n_embd, config.n_head, config.mlp_internal_dim_multiplier) == (6, 192, 6, 32)
