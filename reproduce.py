@@ -41,6 +41,7 @@ from training.config import ROOT, RunOptions, UserError
 from training.device import describe_hardware, has_fast_bf16, tune_cpu_allocator
 from training.runs import Run
 from training.schedule import Job, run_jobs
+from training.stored import EXPORTED
 
 KEPT = ("config.json", "metrics.csv", "summary.json")  # summary.json last: it marks the copy as complete
 
@@ -100,8 +101,12 @@ class Planned:
     """folder under results/ for its small files"""
 
     def is_kept(self) -> bool:
-        """Whether its files are under results/. Raises UserError if a damaged or different run is there."""
-        return Run(self.kept).is_complete(self.job.experiment) and all((self.kept / name).is_file() for name in KEPT)
+        """Whether its files are under results/. Raises UserError if a damaged or different run is there, or a part."""
+        complete = Run(self.kept).is_complete(self.job.experiment)
+        missing = [name for name in KEPT if not (self.kept / name).is_file()]
+        if missing and (self.kept / EXPORTED).exists():
+            raise UserError(f"{self.kept} has weights but not {missing[0]}: restore it, or move the folder away")
+        return complete and not missing
 
     def run(self) -> RunFiles | None:
         """The run so far; None if it has not started or cannot be read."""

@@ -81,16 +81,37 @@ def test_nothing_of_another_run_is_replaced_or_described(experiment, trained_run
     fit(other)
     notes.mkdir()
     (notes / "README.md").write_text("mine")
-    for target, said in ((other.folder, "holds another run"), (notes, "has a README.md, which the model card would")):
+    for target, said in ((other.folder, "holds a run"), (notes, "has a README.md, which the model card would replace")):
         before = {path.name: path.read_bytes() for path in target.iterdir() if path.is_file()}
         assert call_script(SCRIPT, trained_run, "--output", target) == 1
         check_error(capsys, said)
         assert before == {path.name: path.read_bytes() for path in target.iterdir() if path.is_file()}
     copy = tmp_path / "copy"
+    assert call_script(SCRIPT, trained_run, "--output", copy) == 0
+    for form in ("weights", "torch", "pruned"):
+        assert call_script(SCRIPT, other.folder, "--to", form, "--output", copy) == 1
+        check_error(capsys, "holds another run")
+    shutil.rmtree(copy)
     assert call_script(SCRIPT, other.folder, "--output", copy) == 0 and (copy / "README.md").exists()
     (other.folder / "summary.json").unlink()  # as if it had not finished
     assert call_script(SCRIPT, other.folder, "--output", copy) == 0
     assert not (copy / "summary.json").exists() and not (copy / "README.md").exists()
+
+
+def test_a_pruned_model_does_not_replace_the_whole_one(experiment, call_script, capsys):
+    whole = experiment(epochs=1)
+    fit(whole)
+    options = ("--data-dir", whole.options.data_dir, "--to", "pruned", "--test-images", 0)
+    assert call_script(SCRIPT, whole.folder, *options) == 0
+    (pruned,) = whole.folder.glob("pruned_*")
+    copy = whole.folder.parents[1] / "copy"
+    assert call_script(SCRIPT, whole.folder, "--output", copy) == 0
+    for target, said in ((whole.folder, "holds a run"), (copy, "holds another run")):
+        before = {path.name: path.read_bytes() for path in target.iterdir() if path.is_file()}
+        assert call_script(SCRIPT, pruned, "--output", target) == 1
+        check_error(capsys, said)
+        assert before == {path.name: path.read_bytes() for path in target.iterdir() if path.is_file()}
+    assert call_script(SCRIPT, whole.folder, *options) == 0  # again, over itself
 
 
 STORED = [  # what a run's files say, and what its card says then

@@ -36,7 +36,7 @@ from tools.exporting.evaluation import SEGMENTATION_BATCH, Predict, Score, score
 from tools.exporting.extras import need
 from tools.exporting.programs import onnx_answer, write_int8, write_onnx, write_torch
 from tools.exporting.pruned import fine_tuning_command, prune, write_pruned
-from tools.exporting.weights import export_weights
+from tools.exporting.weights import check_target, export_weights
 from training.command_line import run_script
 from training.config import UserError
 
@@ -79,6 +79,8 @@ class Export:
         self.options = options
         self.run = TrainedRun(options.run, options.data_dir, "cpu", any_model=True)
         self.target = options.output or self.run.folder
+        if self.target.resolve() != self.run.folder.resolve():
+            check_target(self.target, self.run.config)
 
     def weights(self) -> Path:
         if self.run.checkpoint_name:

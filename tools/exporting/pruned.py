@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from interpretability.common.recorder import record
 from models.pruning import core_of, kept_neurons, neuron_counts, pruned
-from tools.exporting.weights import export_weights, write_whole
+from tools.exporting.weights import check_target, export_weights, write_whole
 from training.command_line import experiment_of, flags_of
 from training.config import ROOT, UserError
 from training.session import count_parameters
@@ -55,7 +55,7 @@ def prune(model: nn.Module, batches: Iterable[Tensor], keep: float) -> nn.Module
 def write_pruned(model: nn.Module, config: dict[str, Any], target: Path) -> Path:
     """Writes the pruned model's weights and config.json into target; returns the file of the weights.
 
-    config: of the run that the model comes from.
+    config: of the run that the model comes from. Raises UserError if target holds another run.
     """
     multiplier = model.config.mlp_internal_dim_multiplier
     content = json.loads(json.dumps(config))
@@ -63,9 +63,10 @@ def write_pruned(model: nn.Module, config: dict[str, Any], target: Path) -> Path
     content["experiment"] += f"+pruned={multiplier}"
     content["parameters"] = count_parameters(model)
     content["origin"] = {"pruned_from": config["experiment"], "run_id": config.get("run_id")}
-    target.mkdir(parents=True, exist_ok=True)
+    check_target(target, content)
+    path = export_weights(model, target, target)
     write_whole(target / "config.json", (json.dumps(content, indent=2) + "\n").encode())
-    return export_weights(model, target, target)
+    return path
 
 
 def fine_tuning_command(model: nn.Module, config: dict[str, Any], weights: Path) -> str:

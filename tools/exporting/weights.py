@@ -5,6 +5,7 @@ frequencies, BatchNorm statistics) keep their precision.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -23,36 +24,40 @@ def export_weights(model: nn.Module, folder: Path, target: Path) -> Path:
     model: with the run's best weights. folder: of the run. Raises OSError if a file cannot be written, Damaged for a
     damaged summary.json, UserError if target holds something else.
     """
-    check_target(folder, target)
     parameters = {name for name, _ in model.named_parameters()}
+    elsewhere = target.resolve() != folder.resolve()
+    again = (target / EXPORTED).exists()
+    if elsewhere:
+        check_target(target, read_config(folder))
+    has_card = read_summary(folder) is not None
+    if has_card and not again and (target / CARD).exists():
+        raise UserError(f"{target} has a {CARD}, which the model card would replace: give another --output folder")
     tensors = {
         name: (tensor.to(torch.bfloat16) if name in parameters else tensor).contiguous()
         for name, tensor in model.state_dict().items()
     }
     target.mkdir(parents=True, exist_ok=True)
-    elsewhere = target.resolve() != folder.resolve()
     for name in COPIED if elsewhere else ():
         if (folder / name).is_file():
             write_whole(target / name, (folder / name).read_bytes())
-        else:
+        elif again:
             (target / name).unlink(missing_ok=True)
     path = write_whole(target / EXPORTED, save(tensors))
-    if read_summary(target) is not None:
+    if has_card:
         write_whole(target / CARD, model_card(target).encode())
-    elif elsewhere:
+    elif again:
         (target / CARD).unlink(missing_ok=True)
     return path
 
 
-def check_target(folder: Path, target: Path) -> None:
-    """Raises UserError if files of another run, or a README that is no model card, would be replaced in target."""
-    if target.resolve() == folder.resolve():
-        return
+def check_target(target: Path, config: dict[str, Any]) -> None:
+    """Raises UserError if the folder holds a run, or what was exported from another one than that of this config."""
+    if any((target / name).exists() for name in ("last.pt", "best.pt")):
+        raise UserError(f"{target} holds a run: give another --output folder")
     if (target / "config.json").exists():
-        if read_config(target).get("run_id") != read_config(folder).get("run_id"):
-            raise UserError(f"{target} holds another run: give another folder for the exported one")
-    elif (target / CARD).exists():
-        raise UserError(f"{target} has a {CARD}, which the model card would replace: give another folder")
+        found = read_config(target, "give another --output folder")
+        if any(found.get(key) != config.get(key) for key in ("experiment", "run_id", "config")):
+            raise UserError(f"{target} holds another run: give another --output folder")
 
 
 def write_whole(path: Path, content: bytes) -> Path:
