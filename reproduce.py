@@ -284,7 +284,7 @@ def make(plan: Plan, planned: Sequence[Planned], options: Options) -> None:
     print(
         f"{len(planned)} runs in the plan, {len(planned) - len(todo) - len(failures)} already in {options.results_dir}"
     )
-    todo = add_sources(todo, planned)
+    todo = add_sources(todo, [each for each in planned if each.job.label not in failures])
     chosen, budget = list(todo.values()), options.budget_minutes
     if plan.on_cpu and budget and chosen:
         started = time.monotonic()

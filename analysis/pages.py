@@ -14,6 +14,7 @@ from training.config import UserError
 from training.device import effective_precision
 from training.metrics import Metric
 from training.session import count_parameters
+from training.stored import hardware_of
 
 HEADLINE = (  # experiments in README's table
     "v2_cifar10",
@@ -131,9 +132,10 @@ def protocol_cells(row: Row) -> list[str]:
     """A cell for each of PROTOCOL, with all values among the row's finished runs."""
     runs = row.finished
     images = {run.summary.get("images", {}).get("train") for run in runs}
-    devices = [torch.device(run.config["hardware"]["device"]) for run in runs]
     precisions = {
-        effective_precision(run.train["precision"], device) for run, device in zip(runs, devices, strict=True)
+        effective_precision(run.train["precision"], torch.device(hardware["device"]))
+        for run in runs
+        for hardware in hardware_of(run.config)
     }
     return [
         str(row.runs[0].train["epochs"]),

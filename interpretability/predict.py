@@ -111,6 +111,8 @@ def main(options: Options) -> None:
         raise UserError(f"{options.run} is not a segmentation run: give one, such as runs/bdh_unet/seed0")
     name = run.train["dataset"]
     masks = find_truth(name, options.data_dir, files)
+    of_data = {pair.mask.resolve() for pair, _ in masks.values()}
+    files = [path for path in files if path.resolve() not in of_data]
     output = options.output_dir / run.file_name(run.stem)
     with_truth = 0
     for path, picture in progress(list(zip(files, picture_names(files), strict=True)), unit="img"):

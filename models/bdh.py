@@ -21,7 +21,7 @@ from models import kernels
 from models.rotary import RotaryAttention, Tables, rope
 
 LN_EPS = 1e-5
-WEIGHT_STD = 0.02  # of all weights with init="normal"; of embeddings and positions always
+WEIGHT_STD = 0.02  # of weights with init="normal"; of embeddings, positions, tokens and a language model's head always
 ACTIVATIONS = {"relu": F.relu, "relu2": lambda v: F.relu(v).square(), "gelu": F.gelu}
 
 
@@ -129,6 +129,9 @@ class BDHConfig(CoreConfig):
         super().__post_init__()
         if self.rotary == "axial":
             raise ValueError("rotary = axial needs rows and columns, which text does not have: use raster or none")
+
+    def check_new(self) -> None:
+        """Raises ValueError for a setting without effect; stored runs may have it."""
         if not self.attend_self:
             raise ValueError("attend_self = False changes nothing here, since no byte attends to itself: leave it out")
 

@@ -125,7 +125,9 @@ def test_images_are_cropped_as_for_the_runs_own_validation(trained_run, data_dir
 
 
 def test_images_in_subfolders_are_found_but_not_hidden_ones(tmp_path):
-    for name in ("b.png", "dog/a.png", "dog/deep/c.jpg", ".hidden/d.png", "dog/._e.png", "dog/notes.txt"):
+    (tmp_path / "folder.png").mkdir()
+    hidden = (".hidden/d.png", "dog/._e.png", "@eaDir/b.png", "__MACOSX/b.png")
+    for name in ("b.png", "dog/a.png", "dog/deep/c.jpg", "dog/notes.txt", *hidden):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = image_files((tmp_path, tmp_path / "dog" / "a.png"))
@@ -135,6 +137,7 @@ def test_images_in_subfolders_are_found_but_not_hidden_ones(tmp_path):
 def test_pictures_of_all_files_have_names_of_their_own():
     files = [Path(name) for name in ("x/cat.jpg", "x/cat.png", "x/cat-2.jpg", "x/cat-2.png")]
     assert picture_names(files) == ["x_cat.png", "x_cat-2.png", "x_cat-2-2.png", "x_cat-2-3.png"]
+    assert picture_names([Path("x/Cat.jpg"), Path("x/cat.png")]) == ["x_Cat.png", "x_cat-2.png"]
     long = [Path("x") / f"{'é' * 120}{ending}.jpg" for ending in "abb"]
     names = picture_names(long)
     assert len(set(names)) == 3 and all(len(name.encode()) <= 255 for name in names)

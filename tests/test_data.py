@@ -57,10 +57,8 @@ def test_uneven_classes_are_split_in_proportion():
         assert abs((labels[split.val] == label).sum() - exact) < 1
 
 
-def test_a_limit_beyond_the_data_is_refused():
-    assert same(split_train(LABELS, 0.2, 500, seed=0), split_train(LABELS, 0.2, None, seed=0))
-    with pytest.raises(UserError, match="--train-limit 501 is above the number of training images, 500: leave it out"):
-        split_train(LABELS, 0.2, 501, seed=0)
+def test_a_limit_beyond_the_data_takes_all():
+    assert same(split_train(LABELS, 0.2, 10_000, seed=0), split_train(LABELS, 0.2, None, seed=0))
 
 
 @pytest.mark.parametrize("val_fraction, limit", [(0.2, 2), (0.001, 100), (0.999, 100)])

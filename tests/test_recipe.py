@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,13 +24,17 @@ from training import (
     loop,
     randaugment,
 )
+from analysis.reading import read_runs
 from models.baselines import DeiTTinyConfig, ResNet20Config, ViTConfig
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v2_config, v3_config
+from tests.trials import resumed
 from training.augment import JointTransform, PadAndCrop, RandomErasing
+from training.contracts import check_source
 from training.mixing import Mix, SmoothLabels
 from training.muon import MuonWithAdamW, orthogonalise
 from training.optimiser import WeightAverage, hidden_matrices, make_optimizer, rate_factor
+from training.runs import load_model
 from training.stored import load_checkpoint
 from training.tasks import median_frequencies, pixel_cross_entropy
 
@@ -161,14 +166,38 @@ def test_schedules():
         (dict(crop_padding=4, crop_scale_min=0.8), "crop_padding"),
         (dict(randaugment_magnitude=31), "randaugment_magnitude"),
         (dict(repeat_augment=9), "repeat_augment"),
-        (dict(repeat_augment=3), "repeat_augment"),
-        (dict(randaugment_magnitude=15), "randaugment_magnitude"),
         (dict(label_smoothing=1.0), "label_smoothing"),
     ],
 )
 def test_fields_are_refused_where_they_make_no_sense(fields, word):
     with pytest.raises(ValueError, match=word):
         make_train(**fields)
+
+
+@pytest.mark.parametrize("fields", [dict(repeat_augment=3), dict(randaugment_magnitude=15)])
+def test_settings_refused_today_are_still_read_in_stored_runs(fields, experiment):
+    trial = experiment(epochs=1, **fields)
+    with pytest.raises(UserError, match=next(iter(fields))):
+        fit(trial)
+    assert not trial.folder.exists()
+    with mock.patch.object(ClassificationConfig, "check_new"):  # as a version that did not refuse it
+        fit(dataclasses.replace(trial, train=dataclasses.replace(trial.train, epochs=2)))
+    load_model(trial.folder)
+    (trial.folder / "summary.json").unlink()
+    (trial.folder / "previous.pt").replace(trial.folder / "last.pt")
+    fit(resumed(dataclasses.replace(trial, train=dataclasses.replace(trial.train, epochs=2))))
+    assert len(read_runs([trial.folder])) == 1
+
+
+@pytest.mark.parametrize("train_val", [False, True])
+def test_a_limit_above_the_number_of_images_is_refused(train_val):
+    source = mock.Mock(description={"name": "camvid", "images": {"train": 6, "val": 2}})
+    there = 6 + 2 * train_val
+    train = SegmentationConfig(dataset="camvid", epochs=1, batch_size=2, learning_rate=1e-3, weight_decay=0.0)
+    train = dataclasses.replace(train, train_val=train_val, train_limit=there)
+    check_source(train, source)
+    with pytest.raises(UserError, match=f"--train-limit {there + 1} is above the number of training images, {there}"):
+        check_source(dataclasses.replace(train, train_limit=there + 1), source)
 
 
 def test_pretraining_has_no_labels_to_mix():

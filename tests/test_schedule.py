@@ -197,6 +197,15 @@ def test_a_run_whose_source_failed_is_not_begun(make_job, tmp_path):
     assert sorted(calls(tmp_path)) == ["first seed0", "itself seed0"]
 
 
+def test_a_run_whose_source_has_another_configuration_is_not_begun(make_job, tmp_path):
+    run_jobs([make_job("first", n_layer=5)], 1)
+    first = make_job("first")
+    failures = run_jobs([first, make_job("after", start_from=first.experiment.folder / "best.pt")], 1).failures
+    assert "another configuration" in failures["first, seed 0"]
+    assert failures["after, seed 0"] == "it goes on from a run that failed (first, seed 0)"
+    assert calls(tmp_path) == ["first seed0"]
+
+
 def test_a_run_whose_source_another_process_trains_is_not_begun(make_job, tmp_path):
     first = make_job("first")
     with Run(first.experiment.folder).locked():

@@ -3,6 +3,7 @@
 import importlib.machinery
 import importlib.util
 import math
+import signal
 import sys
 from unittest.mock import Mock, call
 
@@ -11,6 +12,7 @@ import torch
 
 from training import UserError, fit, loop
 from tests.trials import COLUMNS, read_metrics, snapshot, with_options
+from training.launch import train
 from training.runs import Run
 
 TINY_FLAGS = "--patch-size 8 --n-layer 1 --n-embd 8 --n-head 2 --mlp-internal-dim-multiplier 4 --epochs 1".split()
@@ -153,6 +155,26 @@ def test_an_error_in_training_is_one_message(error, words, call_script, data_dir
     assert call_script("train_v2_cifar10.py", *TINY_FLAGS, *where) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("error: ") and words in message
+
+
+def test_ctrl_c_with_overwrite_never_leads_back_to_the_run_that_was_to_be_replaced(experiment, monkeypatch, capsys):
+    old = experiment(epochs=1)
+    fit(old)
+    before, handler = snapshot(old.folder), signal.getsignal(signal.SIGINT)
+    new = with_options(old, overwrite=True)
+    try:
+        for place, said in (
+            ("build_model", "stopped before the first epoch. Repeat the command"),
+            ("train_epoch", "stopped. Give --resume instead of --overwrite to continue from"),
+        ):
+            monkeypatch.setattr(loop, place, Mock(side_effect=KeyboardInterrupt))
+            with pytest.raises(SystemExit) as ended:
+                train(new)
+            assert ended.value.code == 130 and said in capsys.readouterr().err
+            assert (snapshot(old.folder) == before) == (place == "build_model")
+            monkeypatch.undo()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_modules_of_unix_are_optional(monkeypatch):

@@ -37,7 +37,13 @@ def parse_experiment(
     name = flags.options.name or name_with_changes(experiment, flags.model, flags.train)
     # an encoder's checkpoint replaces the whole model's, which is then not read and not recorded
     start_from = None if getattr(flags.model, "encoder", None) else flags.train.start_from
-    return Experiment(name, flags.model, dataclasses.replace(flags.train, start_from=start_from), flags.options)
+    made = Experiment(name, flags.model, dataclasses.replace(flags.train, start_from=start_from), flags.options)
+    try:
+        if not made.options.resume:
+            made.check_new()
+    except ValueError as error:
+        exit_with(str(error), 2)
+    return made
 
 
 def name_with_changes(experiment: Experiment, model: Any, train: Any) -> str:

@@ -85,6 +85,9 @@ class TrainConfig:
         _require(self.optimizer != "adamw" or self.momentum == default, self, "momentum", "is for muon and sgd only")
         _require(self.optimizer != "sgd" or self.betas == type(self).betas, self, "betas", "are for adamw and muon")
 
+    def check_new(self) -> None:
+        """Raises ValueError for what no new run may have, such as settings without effect; stored runs may."""
+
     def make_task(self) -> "Task":
         """The task this config trains: data, loss, metric."""
         raise NotImplementedError(f"{type(self).__name__} has no make_task(): see docs/extending.md")
@@ -156,11 +159,13 @@ class ClassificationConfig(HeldOutConfig):
         for name in ("random_erasing", "label_smoothing"):
             _require(0 <= getattr(self, name) < 1, self, name, "must be at least 0 and below 1")
         _require(1 <= self.repeat_augment <= self.batch_size, self, "repeat_augment", "must be 1 to batch_size")
+        _require(self.crop_padding == 0 or self.crop_scale_min == 1, self, "crop_padding", "needs crop_scale_min = 1")
+
+    def check_new(self) -> None:
         divides = self.batch_size % self.repeat_augment == 0
         _require(divides, self, "repeat_augment", f"must divide batch_size = {self.batch_size}")
         has_randaugment = self.randaugment > 0 or self.randaugment_magnitude == type(self).randaugment_magnitude
         _require(has_randaugment, self, "randaugment_magnitude", "needs operations: set randaugment, as 2")
-        _require(self.crop_padding == 0 or self.crop_scale_min == 1, self, "crop_padding", "needs crop_scale_min = 1")
 
     def make_task(self) -> "Task":
         from training.tasks import Classification
@@ -231,11 +236,13 @@ class SegmentationConfig(TrainConfig):
         super().__post_init__()
         for name in ("dice_weight", "horizontal_flip", "brightness_contrast", "shift_scale_rotate"):
             _require(0 <= getattr(self, name) <= 1, self, name, "must be between 0 and 1")
-        weighted = self.class_weighting == "none" or self.dice_weight < 1
-        _require(weighted, self, "class_weighting", "weights the cross-entropy, which dice_weight = 1 turns off")
         _require(0.1 <= self.scale_min <= 1, self, "scale_min", "must be between 0.1 and 1")
         _require(1 <= self.scale_max <= 8, self, "scale_max", "must be between 1 and 8")
         _require(self.train_limit is None or self.train_limit >= 1, self, "train_limit", "must be at least 1")
+
+    def check_new(self) -> None:
+        weighted = self.class_weighting == "none" or self.dice_weight < 1
+        _require(weighted, self, "class_weighting", "weights the cross-entropy, which dice_weight = 1 turns off")
 
     def make_task(self) -> "Task":
         from training.tasks import Segmentation
@@ -363,6 +370,12 @@ class Experiment:
     @property
     def configuration(self) -> Configuration:
         return Configuration.of(self.model, self.train)
+
+    def check_new(self) -> None:
+        """Raises ValueError if this may not be a new run; stored ones may have settings that are refused today."""
+        for config in (self.model, self.train):
+            if hasattr(config, "check_new"):
+                config.check_new()
 
 
 def changed_fields(before: Any, after: Any) -> dict[str, Any]:

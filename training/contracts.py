@@ -19,7 +19,12 @@ MODEL = "see the contract of a model in docs/extending.md"
 
 
 def check_experiment(experiment: Experiment) -> None:
-    """Raises UserError for a model that could not be built again from its stored config."""
+    """Raises UserError for a model that could not be built again from its stored config, or a refused setting."""
+    try:
+        if not experiment.options.resume:
+            experiment.check_new()
+    except ValueError as error:
+        raise UserError(str(error)) from None
     config, name = experiment.model, type(experiment.model).__name__
     if CONFIG_CLASSES.get(name) is not type(config):
         raise UserError(
@@ -38,10 +43,18 @@ def check_experiment(experiment: Experiment) -> None:
 
 
 def check_source(train: TrainConfig, source: Source) -> None:
-    """Raises UserError for a data set that does not bear the name that selects it: its runs could not be read."""
+    """Raises UserError for a new run on these data that may not be.
+
+    That is one on a data set that does not bear the name that selects it, as it could not be read again, or one with
+    a train_limit above the number of images.
+    """
     name, dataset = source.description["name"], getattr(train, "dataset", None)
     if dataset is not None and name.partition(" ")[0] != dataset:
         raise UserError(f"the data set {dataset} calls itself {name}: {DATA}")
+    images, limit = source.description.get("images", {}), getattr(train, "train_limit", None)
+    n_images = images.get("train", 0) + images.get("val", 0) * getattr(train, "train_val", False)
+    if limit is not None and limit > n_images:
+        raise UserError(f"--train-limit {limit} is above the number of training images, {n_images}: leave it out")
 
 
 def check_batches(model: nn.Module, data: Batches, task: Task, train: TrainConfig) -> None:

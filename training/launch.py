@@ -52,6 +52,7 @@ def train_asked(ask: Callable[[], Experiment]) -> Path:
 
 def _fit(experiment: Experiment) -> dict[str, Any]:
     """fit(), whose errors end the process with one message."""
+    before = Run(experiment.folder).id()
     try:
         return fit(experiment)
     except UserError as error:
@@ -69,9 +70,11 @@ def _fit(experiment: Experiment) -> dict[str, Any]:
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C changes nothing
         point = "finished epoch" if experiment.options.checkpoint_minutes is None else "checkpoint"
-        if not Run(experiment.folder).has_checkpoint():
+        untouched = experiment.options.overwrite and Run(experiment.folder).id() == before
+        if untouched or not Run(experiment.folder).has_checkpoint():
             _end("stopped before the first epoch. Repeat the command", INTERRUPTED)
-        _end(f"stopped. Add --resume to continue from the last {point} of {experiment.folder}", INTERRUPTED)
+        how = "Give --resume instead of --overwrite" if experiment.options.overwrite else "Add --resume"
+        _end(f"stopped. {how} to continue from the last {point} of {experiment.folder}", INTERRUPTED)
 
 
 def _end(message: str, code: int) -> NoReturn:

@@ -82,10 +82,10 @@ def hidden_matrices(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def _as_matrices(module: nn.Module, name: str, parameter: Tensor) -> tuple[int, ...]:
     if isinstance(module, BDHCore) and name.endswith("decoder"):  # (..., H N, D)
         return (-1, module.config.n_neurons, parameter.shape[-1])
-    if name.endswith(("in_proj_weight", "qkv.weight")):  # of torchvision, of timm
-        return (3, -1, parameter.shape[-1])
     if isinstance(module, nn.modules.conv._ConvNd):
         return (parameter.shape[0], -1)
+    if name.endswith(("in_proj_weight", "qkv.weight")):  # of torchvision, of timm
+        return (3, -1, parameter.shape[-1])
     return tuple(parameter.shape)
 
 

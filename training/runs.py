@@ -14,6 +14,7 @@ Files are written under a temporary name and renamed, so that whatever stops the
 
 import contextlib
 import csv
+import itertools
 import json
 import os
 import shutil
@@ -91,6 +92,13 @@ class Run:
             return (self.folder / LOCK).read_text(encoding="utf-8") or "unknown"
         except (OSError, ValueError):
             return "unknown"
+
+    def id(self) -> str | None:
+        """The run_id of what is in the folder; None if there is none that can be read."""
+        try:
+            return self.read_config().get("run_id")
+        except UserError:
+            return None
 
     def has_checkpoint(self) -> bool:
         return any((self.folder / name).exists() for name in ("last.pt", "previous.pt"))
@@ -237,14 +245,19 @@ class Run:
                     (self.folder / f"{name}.partial").unlink()
             raise
         events = self.folder.glob("events.out.tfevents*")
-        card = [stored.CARD] if (self.folder / stored.EXPORTED).exists() else []
-        exported = (path for pattern in stored.EXPORTS for path in self.folder.glob(pattern))
-        names = [self.folder / name for name in (*FILES, *card)]
-        for old in (*names, *events, *exported, *self.kept_weights().values()):
-            with _disk_errors(old):
-                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)  # a folder: a damaged run
+        names = [self.folder / name for name in FILES]
+        for old in (*self._exports(), *events, *self.kept_weights().values(), *names):
+            with _disk_errors(old):  # a folder: a damaged run, or a pruned model
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink(missing_ok=True)
         for name in new:
             self._finish_partial(name)
+
+    def _exports(self) -> list[Path]:
+        """What tools/export.py wrote beside the run."""
+        found = [path for pattern in stored.EXPORTS for path in self.folder.glob(pattern)]
+        pruned = [path for path in self.folder.glob("pruned_*") if (path / stored.EXPORTED).exists()]
+        card = [self.folder / stored.CARD] if (self.folder / stored.EXPORTED).exists() else []
+        return [*found, *pruned, *card]
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Writes last.pt; the old last.pt becomes previous.pt. Raises UserError if the disk refuses."""
@@ -336,10 +349,11 @@ class Run:
 
 def _why_no_weights(run: Path) -> str:
     """Why no weights can be opened there, with the folders of runs that may have been meant."""
-    if run.is_dir():
-        below = sorted(path.parent for name in ("best.pt", stored.EXPORTED) for path in run.rglob(name))
-        return f"{run} has no weights to open" + (f", but {below[0]} has" if below else "")
-    return f"{run} does not exist"
+    if not run.exists():
+        return f"{run} does not exist"
+    near = itertools.product(("*", "*/*"), ("best.pt", stored.EXPORTED))
+    below = next((path.parent for place in near for path in run.glob("/".join(place))), None)
+    return f"{run} has no weights to open" + (f", but {below} has" if below else "")
 
 
 def load_model(run: Path | str) -> tuple[nn.Module, dict[str, Any]]:

@@ -92,7 +92,7 @@ def run_jobs(
         except UserError as error:  # another configuration, or a damaged run
             outcome.failures[job.label] = str(error)
     print(f"{len(jobs)} runs, {complete} of them complete", flush=True)
-    _Schedule(waiting, at_once, keep, outcome, processes).work(minutes)
+    _Schedule(jobs, waiting, at_once, keep, outcome, processes).work(minutes)
     return outcome
 
 
@@ -129,11 +129,18 @@ def least_busy(gpus: Sequence[str], busy: Sequence[str], n: int) -> list[str]:
 
 class _Schedule:
     def __init__(
-        self, waiting: list[Job], at_once: int, keep: Callable[[Job], Any], outcome: Outcome, processes: int = 1
+        self,
+        jobs: Sequence[Job],
+        waiting: list[Job],
+        at_once: int,
+        keep: Callable[[Job], Any],
+        outcome: Outcome,
+        processes: int = 1,
     ):
+        """jobs: all of them, also those that are complete or cannot run."""
         self.waiting, self.at_once, self.keep, self.outcome = waiting, at_once, keep, outcome
         self.processes = processes
-        self.labels = {job.experiment.folder.resolve(): job.label for job in waiting}
+        self.labels = {job.experiment.folder.resolve(): job.label for job in jobs}
         self.gpus = visible_gpus() if at_once > 1 else []
         self.running: list[Process] = []
         self.ended, self.total = 0, len(waiting)

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from training.config import UserError
-from training.data.finding import cut_name, is_image
+from training.data.finding import cut_name, is_hidden, is_image
 
 _WORDS = tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="(required)")
 ImagePaths = Annotated[tuple[Path, ...], tyro.conf.Positional, _WORDS]  # on a command line
@@ -30,19 +30,16 @@ def image_files(paths: tuple[Path, ...]) -> list[Path]:
 
 def _below(folder: Path) -> list[Path]:
     """Image files in the folder and its subfolders, sorted."""
-    visible = (path for path in folder.rglob("*") if not any(map(_hidden, path.relative_to(folder).parts)))
-    return sorted(filter(is_image, visible))
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".")
+    visible = (path for path in folder.rglob("*") if not any(map(is_hidden, path.relative_to(folder).parts)))
+    return sorted(path for path in visible if is_image(path) and path.is_file())
 
 
 def picture_names(files: list[Path]) -> list[str]:
     """FOLDER_NAME.png for each file, numbered where that is not unique."""
-    names: dict[str, None] = {}  # in order
+    names: dict[str, str] = {}
     for path in files:
         start = cut_name(f"{path.resolve().parent.name}_{path.stem}")
         numbered = chain([start], (f"{start}-{number}" for number in count(2)))
-        names[next(name for name in numbered if name not in names)] = None
-    return [f"{name}.png" for name in names]
+        name = next(name for name in numbered if name.casefold() not in names)
+        names[name.casefold()] = name  # some file systems do not tell cases apart
+    return [f"{name}.png" for name in names.values()]

@@ -9,7 +9,7 @@ from typing import Any
 
 from analysis.tables import accuracy_interval
 from training.metrics import METRICS
-from training.stored import EXPORTED, configuration_of, read_config, read_summary
+from training.stored import EXPORTED, configuration_of, hardware_of, read_config, read_summary
 
 DATA = {  # name, where it is described, what its publishers say about its use
     "digits": (
@@ -79,7 +79,7 @@ def model_card(folder: Path) -> str:
         f"| weights of | epoch {summary['best']['epoch']} of {summary['epochs']}, {chosen} |",
         f"| training | {', '.join(f'{key} {train[key]}' for key in RECIPE if train.get(key) is not None)} |",
         f"| started from | {_origin(config)} |",
-        f"| hardware | {config['hardware']['name']} |",
+        f"| hardware | {', then '.join(dict.fromkeys(each['name'] for each in hardware_of(config)))} |",
         f"| commit | {config.get('commit') or 'unknown'} |",
         *([f"| classes | {', '.join(classes)} |"] if classes else []),
         "",

@@ -119,15 +119,8 @@ def split_train(labels: np.ndarray, val_fraction: float, limit: int | None, seed
     return Split(train=np.setdiff1d(indices, val), val=val)
 
 
-def check_limit(limit: int | None, n_images: int) -> None:
-    """Raises UserError for a train_limit above the number of training images."""
-    if limit is not None and limit > n_images:
-        raise UserError(f"--train-limit {limit} is above the number of training images, {n_images}: leave it out")
-
-
 def _draw_limit(labels: np.ndarray, limit: int | None, generator: np.random.Generator) -> np.ndarray:
-    """Indices of all labels, or of a stratified draw of limit, sorted. Raises UserError if there are fewer."""
-    check_limit(limit, len(labels))
+    """Indices of all labels, or of a stratified draw of limit, sorted."""
     indices = np.arange(len(labels))
     return indices if limit is None or limit >= len(labels) else _draw_stratified(indices, labels, limit, generator)
 

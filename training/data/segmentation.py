@@ -16,7 +16,6 @@ from training import processes, seeds
 from models.vision_bdh import ImageSize, height_and_width
 from training.augment import JointTransform, normalise
 from training.config import SegmentationConfig, UserError
-from training.data.batches import check_limit
 from training.data.masks import BadFile, MaskFiles, Pair, read_image
 from training.device import fits_in_memory
 
@@ -216,7 +215,6 @@ class MaskBatches:
 def training_pairs(files: MaskFiles, train_val: bool, limit: int | None, seed: int) -> list[Pair]:
     """Pairs that a run trains on: of both parts with train_val; at most limit, drawn by the seed, in original order."""
     pairs = files.pairs["train"] + files.pairs["val"] * train_val
-    check_limit(limit, len(pairs))
     if limit is None or limit >= len(pairs):
         return pairs
     generator = np.random.default_rng(seeds.derive("split", seed))
