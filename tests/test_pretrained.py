@@ -58,6 +58,12 @@ def test_the_card_states_the_measured_result_with_its_interval(trained_run, resu
     assert accuracy_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I, method 3
 
 
+@pytest.mark.parametrize("name", pretrained_names())
+def test_cards_in_the_repository_say_what_is_said_today(name):
+    folder = pretrained_folder(name)
+    assert (folder / "README.md").read_text() == model_card(folder), "write it again with tools/export.py"
+
+
 def test_models_are_found_by_name(trained_run, results, tmp_path):
     assert pretrained_names(results) == ["trial", "trial/seed1"]
     assert pretrained_folder("trial", results) == results / "trial" / "seed0"
