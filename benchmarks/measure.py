@@ -1,6 +1,7 @@
 """Shared by the benchmarks: checked options, timing in turns, memory of a step, output files."""
 
 import dataclasses
+import gc
 import os
 import time
 from collections.abc import Callable, Hashable
@@ -156,6 +157,7 @@ def kept_memory_mb(forward: Callable[[], object], device: torch.device) -> float
 
 def _held_on_cpu(step: Callable[[], object]) -> tuple[np.ndarray, object]:
     """Bytes held after each allocation and release during step, and its result, which keeps its tensors alive."""
+    gc.collect()  # tensors from before, in reference cycles, must not be released during the step
     with torch.profiler.profile(profile_memory=True) as profile:
         result = step()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

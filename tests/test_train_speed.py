@@ -1,12 +1,13 @@
 """The speed benchmarks at a tiny size: what they count, their ratios, their files; never how fast anything is."""
 
+import gc
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import same_losses, scaling, step_time, train_speed
+from benchmarks import measure, same_losses, scaling, step_time, train_speed
 from benchmarks.training_steps import IMPLEMENTATIONS, StackedReference, made_up_batches, training_step
 from models.vision_bdh import v2_config
 from tests.trials import read_table
@@ -33,6 +34,26 @@ def test_sides_train_alike():
     for each, difference in zip(losses.values(), moved, strict=True):
         np.testing.assert_allclose(each, losses[StackedReference], rtol=1e-6)  # losses are taken in float32
         torch.testing.assert_close(difference, moved[0], rtol=1e-6, atol=1e-7)
+
+
+def test_memory_of_a_step_does_not_depend_on_garbage_from_before():
+    class Cycle:
+        def __init__(self):
+            self.itself, self.tensor = self, torch.ones(10_000)
+
+    def step():
+        gc.collect()
+        return torch.ones(20_000)
+
+    gc.disable()
+    try:
+        step()
+        cycle = Cycle()
+        del cycle
+        held = measure._held_on_cpu(step)[0]
+    finally:
+        gc.enable()
+    assert held.min() >= 0 and held.max() == 80_000
 
 
 def test_made_up_batches_are_full_and_augmented():
