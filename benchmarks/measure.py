@@ -1,7 +1,6 @@
 """Shared by the benchmarks: checked options, timing in turns, memory of a step, output files."""
 
 import dataclasses
-import gc
 import os
 import time
 from collections.abc import Callable, Hashable
@@ -13,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from torch._C._profiler import _EventType
 
 from analysis.plotting.style import save_figure
 from training.config import ROOT
@@ -156,9 +156,28 @@ def kept_memory_mb(forward: Callable[[], object], device: torch.device) -> float
 
 
 def _held_on_cpu(step: Callable[[], object]) -> tuple[np.ndarray, object]:
-    """Bytes held after each allocation and release during step, and its result, which keeps its tensors alive."""
-    gc.collect()  # tensors from before, in reference cycles, must not be released during the step
+    """Bytes held after each allocation and release during step, and its result, which keeps its tensors alive.
+
+    Blocks from before the step do not count when they are released: the profiler may report them with the size of
+    another block, one that an earlier profile saw at the same address.
+    """
     with torch.profiler.profile(profile_memory=True) as profile:
         result = step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]), result
+    sizes: dict[int, int] = {}  # by address
+    held = [0]
+    for address, n_bytes in _memory_events(profile.profiler.kineto_results.experimental_event_tree()):
+        if n_bytes > 0:
+            sizes[address] = n_bytes
+        held.append(held[-1] + (n_bytes if n_bytes > 0 else -sizes.pop(address, 0)))
+    return np.array(held), result
+
+
+def _memory_events(tree: list) -> list[tuple[int, int]]:
+    """Address and size of each allocation, negative for a release, in order of time. tree: of profiled events."""
+    found, waiting = [], list(tree)
+    while waiting:
+        event = waiting.pop()
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    return [(address, n_bytes) for _, address, n_bytes in sorted(found)]
