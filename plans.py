@@ -271,9 +271,10 @@ V4_SMALL_CPU = Plan(
             _seed_by_seed([V4_RIVALS[0] + change for change in V4_CHANGES]),
         ),
         Part(
-            "Which learning rate suits BDH-UNet with v4's encoder, and a ResNet34-UNet, both from scratch with Muon?",
-            _entries([f"{unet} --learning-rate {rate}" for rate in ("2e-3", "5e-3") for unet in V4_UNETS], (0,)),
+            "Is BDH-UNet with v4's encoder better than a ResNet34-UNet, both from scratch with Muon at the same rate?",
+            _seed_by_seed([f"{unet} --learning-rate 2e-3" for unet in V4_UNETS]),
         ),
+        Part("Does another rate suit them?", _entries([f"{unet} --learning-rate 5e-3" for unet in V4_UNETS], (0,))),
     ],
 )
 PLANS = {"published": PUBLISHED, "full_cpu": FULL_CPU, SMALL: SMALL_CPU, "recipe_small_cpu": RECIPE_SMALL_CPU}
