@@ -3,7 +3,7 @@
 Not a published experiment. It has as many parameters as the published BDH-UNet.
 
     python train_v4_unet.py --seed 1 --precision bf16
-    python train_v4_unet.py --img-size 96 --epochs 30 --precision bf16      # 20 minutes on a CPU core with bf16
+    python train_v4_unet.py --img-size 96 --epochs 30 --precision bf16      # about 40 minutes on a CPU core
 """
 
 from training import Experiment, SegmentationConfig, launch

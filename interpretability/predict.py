@@ -113,6 +113,8 @@ def main(options: Options) -> None:
     masks = find_truth(name, options.data_dir, files)
     of_data = {pair.mask.resolve() for pair, _ in masks.values()}
     files = [path for path in files if path.resolve() not in of_data]
+    if not files:
+        raise UserError("these are masks, not images: name image files, or folders that contain some")
     output = options.output_dir / run.file_name(run.stem)
     with_truth = 0
     for path, picture in progress(list(zip(files, picture_names(files), strict=True)), unit="img"):

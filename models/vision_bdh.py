@@ -34,7 +34,13 @@ class VisionEncoderConfig(CoreConfig):
     """The BDH step and the patch embedding: common to all BDH models on images."""
 
     outside_step: ClassVar[tuple[str, ...]] = (
-        *("img_size", "patch_size", "in_channels", "pos_embed", "stem", "mixing", "init_projections"),
+        "img_size",
+        "patch_size",
+        "in_channels",
+        "pos_embed",
+        "stem",
+        "init_projections",
+        "mixing",
     )
 
     img_size: ImageSize = 32
