@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from training.config import UserError
-from training.data.finding import cut_name, is_hidden, is_image
+from training.data.finding import Finder, cut_name
 
 _WORDS = tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="(required)")
 ImagePaths = Annotated[tuple[Path, ...], tyro.conf.Positional, _WORDS]  # on a command line
@@ -22,16 +22,10 @@ def image_files(paths: tuple[Path, ...]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} does not exist: name an image or a folder of images")
-        files += _below(path) if path.is_dir() else [path]
+        files += sorted(Path(found.path) for found in Finder().all_images(path)) if path.is_dir() else [path]
     if not files:
         raise UserError("no images: name image files, or folders that contain some")
     return list({path.resolve(): path for path in files}.values())
-
-
-def _below(folder: Path) -> list[Path]:
-    """Image files in the folder and its subfolders, sorted."""
-    visible = (path for path in folder.rglob("*") if not any(map(is_hidden, path.relative_to(folder).parts)))
-    return sorted(path for path in visible if is_image(path) and path.is_file())
 
 
 def picture_names(files: list[Path]) -> list[str]:
