@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 EXPORTED = "best_bf16.safetensors"  # written by tools/export.py from best.pt
 CARD = "README.md"  # its model card
-EXPORTS = (EXPORTED, "model*.pt2", "model*.onnx")  # files that it writes beside a run, and whole pruned models
+EXPORTS = (EXPORTED, "model*.pt2", "model*.onnx")  # files that it writes beside a run, but for the card
 TRAIN_CLASSES = {  # of runs stored before config.json named the class, by model; all others are classification
     "BDHConfig": "TextConfig",
     "BDHUNetConfig": "SegmentationConfig",
