@@ -11,7 +11,8 @@ import torch
 from analysis.published import read_published
 from analysis.reading import SMALL
 from benchmarks.measure import seconds_of
-from benchmarks.training_steps import flop_of, made_up_batches, training_step
+from benchmarks.training_steps import made_up_batches, training_step
+from models.flops import flop_of
 from training.config import Experiment
 
 

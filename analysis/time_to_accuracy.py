@@ -24,8 +24,8 @@ from analysis.plotting import style
 from analysis.plotting.curves import labels_of
 from analysis.reading import Row, RunFiles, find_runs, make_rows, read_runs
 from analysis.tables import check_output, markdown_table
-from benchmarks.training_steps import flop_of
 from models import build_config
+from models.flops import flop_of
 from training.command_line import run_script
 from training.config import ROOT, UserError
 

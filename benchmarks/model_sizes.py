@@ -19,9 +19,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import BenchmarkOptions, Precision, kept_memory_mb, machine_of, prepare_device
-from benchmarks.training_steps import flop_of
 from models.baselines import ViTConfig
 from models.bdh import BDHCore
+from models.flops import flop_of
 from training.command_line import experiment_of, run_script
 from training.device import set_precision
 from training.session import count_parameters

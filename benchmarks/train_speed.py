@@ -33,8 +33,9 @@ from benchmarks.measure import (
     seconds_of,
     write_results,
 )
-from benchmarks.training_steps import IMPLEMENTATIONS, flop_per_image, made_up_batches, training_step
+from benchmarks.training_steps import IMPLEMENTATIONS, made_up_batches, training_step
 from models.baselines import ResNet20Config, ViTConfig
+from models.flops import flop_per_image
 from models.vision_bdh import v2_config
 from training.command_line import run_script
 

@@ -1,20 +1,17 @@
 """Whole training steps of any model, as fit() makes them, and the reference implementation of the BDH step."""
 
 from collections.abc import Callable, Iterator
-from functools import cache
 from itertools import count
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Precision
 from models.bdh import StepWeights, layer_norm
 from models.rotary import Tables, rope
-from models.vision_bdh import ImageSize, VisionBDH, VisionBDHConfig, height_and_width
+from models.vision_bdh import VisionBDH, VisionBDHConfig
 from training.config import ClassificationConfig
 from training.data import DataSet, ImageBatches, Split
 from training.device import set_precision
@@ -90,27 +87,6 @@ def training_step(
     return step
 
 
-def flop_per_image(model: nn.Module, img_size: ImageSize) -> float:
-    """Operations of the products and convolutions of a training step for one image, forward and backward.
-
-    Some products of a fast path are not counted; on the device "meta" a BDH takes its plain path.
-    """
-    height, width = height_and_width(img_size)
-    device = next(model.parameters()).device
-    images = torch.zeros(2, 3, height, width, device=device)  # two, as BatchNorm needs
-    with FlopCounterMode(display=False) as counter:
-        model(images).sum().backward()
-    return counter.get_total_flops() / len(images)
-
-
-@cache
-def flop_of(config: Any) -> float:
-    """`flop_per_image` of a config's model on the device "meta": counted once, nothing is computed."""
-    with torch.device("meta"):
-        model = config.build()
-    return flop_per_image(model, config.img_size)
-
-
 def endless_batches(data: DataSet, split: Split, train: ClassificationConfig, device: torch.device) -> Iterator[Batch]:
     """Training batches, epoch after epoch."""
     batches = ImageBatches(data, split, train, train.batch_size, device)
@@ -121,8 +97,12 @@ def endless_batches(data: DataSet, split: Split, train: ClassificationConfig, de
 def made_up_batches(
     batch_size: int, img_size: int, n_classes: int, device: torch.device, train: ClassificationConfig | None = None
 ) -> Iterator[Batch]:
-    """Endless batches of random images, kept as uint8 and augmented on the device as in training."""
-    rng, n = np.random.default_rng(0), 16 * batch_size
+    """Endless batches of random images, kept as uint8 and augmented on the device as in training.
+
+    An epoch has up to 64 MiB of them, 682 batches at 32 images of 32 pixels, so that its start weighs little.
+    """
+    image_bytes = 3 * img_size**2
+    rng, n = np.random.default_rng(0), max(16, 2**26 // (batch_size * image_bytes)) * batch_size
     images, names = rng.integers(256, size=(n + 1, 3, img_size, img_size), dtype=np.uint8), map(str, range(n_classes))
     labels = rng.integers(n_classes, size=n + 1)
     data = DataSet("made up", images, labels, images[:0], np.zeros(0, np.int64), tuple(names))

@@ -15,7 +15,9 @@ pass. Why it is faster:
 """
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -179,10 +181,22 @@ def fast_update(
     return _FastUpdate.apply(x, *masters, tuple(w.detach() for w in weights), phases, *settings)
 
 
+def _in_given_precision(function: Callable) -> Callable:
+    """function(ctx, tensor, ...) without autocast, which on CUDA would return norms, softmax and sums in float32."""
+
+    @functools.wraps(function)
+    def run(ctx, tensor, *rest):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(ctx, tensor, *rest)
+
+    return run
+
+
 class _FastUpdate(torch.autograd.Function):
     """Letters in shapes: H heads, g images in a slice, T tokens, D width, N neurons per head; R = g T rows."""
 
     @staticmethod
+    @_in_given_precision
     def forward(
         ctx, x, encoder, encoder_v, decoder, weights, phases, attn_eps, dropout, softmax, recompute, slice_bytes
     ):
@@ -206,6 +220,7 @@ class _FastUpdate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_in_given_precision
     def backward(ctx, dy):
         weights, phases, *_, softmax = ctx.settings
         saved, n = ctx.saved_tensors, ctx.n_saved

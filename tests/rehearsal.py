@@ -93,6 +93,7 @@ def rehearsing(bf16):
         patch.setattr(loop, "_read_progress", read_progress)
         patch.setattr(loop, "ratios_of", read_end)
         patch.setattr(session, "set_precision", lambda precision, device: contextlib.nullcontext())
+        patch.setattr(torch, "autocast", lambda *args, **settings: contextlib.nullcontext())
         patch.setattr(torch, "is_autocast_enabled", lambda *device: bf16 and bool(device))
         patch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
         patch.setattr(muon, "adamw", _fused_adamw)

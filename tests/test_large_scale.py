@@ -4,8 +4,10 @@ import pandas as pd
 import pytest
 import torch
 from camvid_data import write_camvid
+from torch import nn
 
 from benchmarks import data_loading, model_sizes
+from models.flops import flop_per_image
 from models.vision_bdh import v2_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,6 +43,17 @@ def test_sizes_are_those_of_the_vits(name, millions, gmac):
         level = 3 * m * D**2 + T * D * (m + config.n_head)  # the products, and attention by its scores
         expected = config.n_layer * T * level + T * 768 * D + 1000 * D
         assert found["forward_gmac"] * 1e9 == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_operations_of_a_convolution_are_counted_by_its_groups(kind, groups):
+    """The first convolution needs no gradient for the images, the second one two gradients as costly as itself."""
+    second = kind(6, 9, kernel_size=3, stride=2, padding=1, groups=groups)
+    model = nn.Sequential(nn.Conv2d(3, 6, kernel_size=1), second)
+    places = 16 * 16 if kind is nn.ConvTranspose2d else 8 * 8  # at each of which a filter is applied
+    expected = 2 * (2 * 6 * 3 * 16 * 16) + 3 * (2 * 6 * 9 * 3 * 3 // groups * places)
+    assert flop_per_image(model, 16) == expected
 
 
 def test_recomputing_keeps_less():

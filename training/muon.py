@@ -74,7 +74,9 @@ class MuonWithAdamW(Optimizer):
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
-            buffer = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer = state["momentum_buffer"]
             buffer.lerp_(parameter.grad, 1 - group["momentum"])
             update = parameter.grad.lerp(buffer, group["momentum"])
             matrices = update.reshape(shape).flatten(0, -3) if len(shape) > 2 else update.reshape(shape)[None]

@@ -147,6 +147,6 @@ class WeightAverage(AveragedModel):
             torch._foreach_copy_(averages, weights)
         else:
             torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + t) / (10 + t)))
-        for own, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
-            own.copy_(theirs)
+        if buffers := list(self.module.buffers()):
+            torch._foreach_copy_(buffers, list(model.buffers()))
         self.n_averaged += 1

@@ -120,7 +120,7 @@ def sharpness(pixels: Tensor, strength: float, sign: Tensor) -> Tensor:
     if min(pixels.shape[-2:]) <= 2:
         return pixels
     kernel = torch.ones(3, 3, device=pixels.device, dtype=pixels.dtype)
-    kernel[1, 1] = 5
+    kernel[1:2, 1:2] = 5  # kernel[1, 1] would copy a number from the host to a GPU, and wait for it
     channels = pixels.shape[1]
     smooth = pixels.clone()
     weight = (kernel / 13).expand(channels, 1, 3, 3)
