@@ -54,9 +54,9 @@ def made_up_cifar(n_train=240, n_test=40, n_classes=10):
     return arrays
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """PyTorch computes in one thread, for the tests of a file: threads gain nothing on tensors this small."""
+    """PyTorch computes in one thread: more gain nothing on tensors this small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

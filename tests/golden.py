@@ -21,15 +21,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from camvid_data import write_camvid
-from conftest import made_up_cifar
-from photos import write_photos
-from tiny_scripts import SCRIPTS
-
 from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, TextConfig, fit
 from models.bdh import BDHConfig
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v2_config
+from tests.camvid_data import write_camvid
+from tests.conftest import made_up_cifar
+from tests.photos import write_photos
+from tests.tiny_scripts import SCRIPTS
 from training.command_line import experiment_of, flags_of
 
 RECORD = Path(__file__).with_suffix(".json")

@@ -4,12 +4,12 @@ import dataclasses
 import re
 
 import torch
-from camvid_data import write_camvid
 from torch import nn
 
 from training import Experiment, PretrainingConfig, RunOptions, SegmentationConfig, fit
 from models.bdh_unet import bdh_unet_config
 from models.masked_bdh import MaskedBDHConfig
+from tests.camvid_data import write_camvid
 
 VIT = dict(img_size=8, patch_size=2, n_layer=3, n_embd=16, n_head=2)  # 4 x 4 patches
 BDH = VIT | dict(mlp_internal_dim_multiplier=4)  # 32 neurons a head

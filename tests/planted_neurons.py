@@ -2,11 +2,11 @@
 
 import numpy as np
 import torch
-from inspecting import BDH, with_large_weights
 
 from interpretability.common.recorder import record
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v2_config
+from tests.inspecting import BDH, with_large_weights
 
 CLASS_0, OTHERS, NEVER, ALWAYS, CLASS_0_TOO = range(5)  # neurons of each head; those after them are silent, too
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import SMALL, assert_close, assert_equals_reference, randomised, small_images
 
 from interpretability.common.depth import run_with_levels, why_not_deeper
 from interpretability.common.recorder import record
 from models import CONFIG_CLASSES, kernels
 from models.bdh import BDHConfig, BDHCore, CoreConfig
 from models.vision_bdh import VisionBDH, VisionBDHConfig, v1_config, v2_config, v2_softmax_config, v3_config
+from tests.reference import SMALL, assert_close, assert_equals_reference, randomised, small_images
 
 CPU = torch.device("cpu")
 # Every field of every BDH config with other valid values; add new fields here. Choices have all their other values,
@@ -64,8 +64,6 @@ TOGETHER = [
     dict(mixing="conv", pool="cls", rotary="axial", level_gain=True, residual="scaled_pre", shared=False),
     dict(qk="separate", qk_norm=True, attend_self=False, update_gain=0.3, residual="post"),
 ]
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def short(value):

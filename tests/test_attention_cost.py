@@ -13,11 +13,9 @@ TINY = dict(n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, repeats=2, warm_u
 FLAGS = "--device cpu --n-embd 8 --n-head 2 --mlp-internal-dim-multiplier 4 --repeats 1 --warm-up 0".split()
 SIDES = {"attention": ["plain", "reordered"], "level": ["plain", "reordered", "fast path"]}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
-def rows(one_thread):
+def rows():
     """Rows at 8 tokens, below T*, and at 512 and 1024, where T x T scores outweigh everything else."""
     return measure(Options(**TINY, tokens=(8, 512, 1024), device="cpu"), CPU)
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from inspecting import BDH, VIT, train_unet, with_large_weights
 
 from training import fit
 from interpretability.common import attention_maps as computation
@@ -12,6 +11,7 @@ from interpretability.common.recorder import record
 from interpretability.common.trained import TrainedRun
 from models.baselines import ViTConfig
 from models.vision_bdh import v2_config, v3_config
+from tests.inspecting import BDH, VIT, train_unet, with_large_weights
 from training.data import load_dataset
 
 CONFIGS = {
@@ -22,8 +22,6 @@ CONFIGS = {
     "vit": ViTConfig(mlp_dim=32, **VIT),
 }
 GRID, PATCH, QUERY = (4, 4), (1, 3), 7
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=CONFIGS)

@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from reference import count
 from torch import nn
 from torchvision import models as torchvision_models
 
@@ -26,6 +25,7 @@ from models.baselines import (
     ViTConfig,
 )
 from models.vision_bdh import VisionBDHConfig
+from tests.reference import count
 from tests.trials import same_weights, weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,8 +49,6 @@ MODELS = [
     (EfficientNetB0Config, PUBLISHED, (4_020_358, 4_135_648), 1),
     (EfficientNetB0Config, FITTED, (4_020_358, 4_135_648), 4),
 ]
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def draw_weights(model, std=0.05):

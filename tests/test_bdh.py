@@ -4,7 +4,10 @@ import math
 
 import pytest
 import torch
-from reference import (
+
+from models import rotary
+from models.bdh import BDHConfig
+from tests.reference import (
     SIZES,
     assert_close,
     assert_equals_reference,
@@ -13,9 +16,6 @@ from reference import (
     randomised,
     reference_logits,
 )
-
-from models import rotary
-from models.bdh import BDHConfig
 
 SMALL = SIZES | dict(vocab_size=11)  # N = 16 neurons per head
 CHOICES = [
@@ -29,8 +29,6 @@ CHOICES = [
     dict(shared=False),
     dict(rotary="none"),
 ]
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_model(**overrides):

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from reference import count, randomised
 from torch import nn
 
 from interpretability.common.recorder import record
 from models.bdh import layer_norm
 from models.bdh_unet import BDHUNetConfig, bdh_unet_config
 from models.vision_bdh import VisionBDH, VisionEncoder, interpolate_positions, v2_config
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from tests.reference import count, randomised
 
 SMALL = dict(img_size=32, n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
 WITH_SKIPS = dict(skips=True, skip_levels=(2, 1))

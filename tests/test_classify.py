@@ -21,7 +21,6 @@ from training.data.image_files import ImageFiles
 from training.runs import load_model
 
 SCRIPT = "interpretability/classify.py"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def answers(folder):

@@ -8,11 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from inspecting import BDH as SIZES
-from inspecting import VIT as VIT_SIZES
-from inspecting import check_error, train_masked, train_unet, with_large_weights
 from matplotlib.figure import Figure
-from pictures import check_picture
 from scipy.linalg import subspace_angles
 
 from training import fit
@@ -25,10 +21,12 @@ from models.bdh import layer_norm
 from models.bdh_unet import bdh_unet_config
 from models.masked_bdh import MaskedBDHConfig
 from models.vision_bdh import v1_config, v2_config
+from tests.inspecting import BDH as SIZES
+from tests.inspecting import VIT as VIT_SIZES
+from tests.inspecting import check_error, train_masked, train_unet, with_large_weights
+from tests.pictures import check_picture
 
 SCRIPT = "interpretability/compare_representations.py"
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -20,8 +20,6 @@ from training.metrics import METRICS, Items, Metric
 from training.runs import Run, load_model
 from training.tasks import Classification
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def refusal(trial):
     """The message with which a trial is refused; nothing must have been written."""

@@ -10,10 +10,7 @@ import math
 
 import pytest
 import torch
-from reference import randomised
-from rehearsal import make_session
 from test_cuda_rehearsal import RECIPES, V2, tiny  # noqa: F401 (a fixture)
-from trials import interrupt, read_metrics, resumed, weights
 
 from training import fit, loop
 from benchmarks.measure import kept_memory_mb, step_memory_mb
@@ -21,10 +18,11 @@ from models import kernels
 from models.bdh_unet import bdh_unet_config
 from models.rotary import RotaryAttention, rope
 from models.vision_bdh import v1_config, v2_config, v3_config
+from tests.reference import randomised
+from tests.rehearsal import make_session
+from tests.trials import interrupt, read_metrics, resumed, weights
 from training.device import describe_hardware, fits_in_memory, pick_device, set_precision, synchronize
 from training.runs import load_model
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 FIELDS = dict(n_layer=1, n_embd=32, n_head=2, mlp_internal_dim_multiplier=4, patch_size=2, dropout=0.0)  # N = 64
 SCORES, STATE = 6, 8  # rows of patches: 36 tokens take the order by scores, 64 that by state

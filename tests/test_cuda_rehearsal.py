@@ -4,17 +4,15 @@ import re
 
 import pytest
 import torch
-from rehearsal import rehearse
-from tiny_scripts import SCRIPTS, has_made_up_data, tiny_flags
 
 from training import ClassificationConfig
 from models import kernels
 from models.bdh import BDHCore
+from tests.rehearsal import rehearse
+from tests.tiny_scripts import SCRIPTS, has_made_up_data, tiny_flags
 from training.command_line import experiment_of
 from training.config import ROOT
 from training.tasks import Classification
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 V2, UNET, PRETRAINING = "train_v2_cifar10.py", "train_bdh_unet.py", "pretrain_bdh.py"
 IMAGES = "--randaugment 2 --randaugment-magnitude 15 --random-erasing 0.5 --repeat-augment 2"

@@ -11,8 +11,6 @@ from training import UserError
 from analysis.reading import find_runs, read_runs
 from training.runs import Run, load_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def change(path, *keys, to=...):
     """Sets the value at keys in a JSON file, or removes it."""

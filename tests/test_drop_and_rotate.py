@@ -10,9 +10,6 @@ from models.rotary import rope
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---------------------------------------------------------------------------- drop_
 
 

@@ -5,8 +5,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from explored import MODELS, data_of, numbers, scores_of, traced, traced_scores, train_runs
-from inspecting import check_error, train_unet
 
 from training import UserError
 from interpretability import explore
@@ -15,11 +13,11 @@ from interpretability.common.trained import TrainedRun
 from interpretability.explore import LARGEST_PAGE, N_NEURONS, STEPS, look_inside, make_page, to_json
 from models.baselines import ViTConfig
 from models.vision_bdh import v2_config
+from tests.explored import MODELS, data_of, numbers, scores_of, traced, traced_scores, train_runs
+from tests.inspecting import check_error, train_unet
 from training.data import load_dataset
 
 SCRIPT = "interpretability/explore.py"
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

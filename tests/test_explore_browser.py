@@ -5,11 +5,11 @@ import re
 import matplotlib
 import numpy as np
 import pytest
-from explored import traced, traced_scores, train_runs
 from playwright.sync_api import expect
 
 from interpretability.common.trained import TrainedRun
 from interpretability.explore import make_page
+from tests.explored import traced, traced_scores, train_runs
 
 IMAGES = (4, 9, 20, 31)
 SIDE = 4  # patches along an image
@@ -22,8 +22,6 @@ COLORS = """() => [...document.querySelectorAll("body *")].filter((element) => e
         while (behind.parentElement && ground() === "rgba(0, 0, 0, 0)") behind = behind.parentElement;
         return [element.textContent.trim(), getComputedStyle(element).color, ground()];
     })"""
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -26,8 +26,6 @@ from training.runs import load_model
 from training.stored import EXPORTED
 
 SIZES = dict(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FORMS = {
     "v1": v1_config(**SIZES, rotary="axial", pool="cls"),
     "v3, own weights for each level": v3_config(**SIZES, shared=False),

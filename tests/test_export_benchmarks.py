@@ -8,8 +8,6 @@ from interpretability.common.trained import TrainedRun
 from tests.inspecting import check_error, train_unet
 from tools.exporting.evaluation import score
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_the_table_of_forms(trained_run, data_dir, call_script, tmp_path):
     options = ("--data-dir", data_dir, "--output-dir", tmp_path, "--repeats", 1, "--batch-size", 2, "--threads", 1)

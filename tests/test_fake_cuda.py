@@ -14,8 +14,6 @@ from training.augment import CropAndFlip, PadAndCrop, RandomErasing
 from training.mixing import Mix, SmoothLabels
 from training.randaugment import OPERATIONS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 H, D, N, IMAGES = 2, 8, 32, 3
 FEW, MANY = 4, 64  # tokens: attention by its scores, and by q^T x
 

@@ -20,8 +20,6 @@ SIZE = 16
 CLASSES = ("cat", "dog", "eel")
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def random_image(rng, mode, width, height):
     """An image of a mode, of noise around one colour; with a palette, and transparent in places, where the mode can."""

@@ -19,8 +19,6 @@ from training.runs import Run
 SIZE = 8
 COLOURS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "eel": (30, 30, 200)}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def fill(root, n=4, classes=("cat", "dog"), ending="png"):
     """n images in each root/CLASS, all different."""

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from golden import RECORD, measure, measure_scripts
+
+from tests.golden import RECORD, measure, measure_scripts
 
 
 @pytest.fixture(scope="module")

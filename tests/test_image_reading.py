@@ -5,10 +5,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from camvid_data import write_camvid
 from PIL import Image
 
 from training import UserError
+from tests.camvid_data import write_camvid
 from training.data import masks
 from training.data.image_files import TURNS, ImageFiles, UnreadableImage
 from training.data.masks import BadFile, ColourMasks, find_masks, read_image

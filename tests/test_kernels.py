@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import randomised
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,6 +12,7 @@ from models import kernels
 from models.bdh import LN_EPS, BDHCore, CoreConfig, layer_norm
 from models.rotary import RotaryAttention, rope
 from models.vision_bdh import v1_config, v2_config
+from tests.reference import randomised
 
 SMALL = dict(n_layer=2, n_embd=6, n_head=3, mlp_internal_dim_multiplier=5, img_size=6, patch_size=2)  # T = 9, N = 10
 # images, tokens, width, heads, multiplier; and the order of the attention product chosen at such sizes
@@ -27,9 +27,6 @@ SIZES = [
 ]
 NAMES = "encoder", "encoder_v", "decoder"
 ORDERS = [(3, 8, 5), (5, 10, 4), (33, 10, 6), (64, 6, 3), (13, 4, 11)]  # T, N, D: scores cheaper in the first two
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # ---------------------------------------------------------------------------- helpers
 

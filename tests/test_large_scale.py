@@ -3,14 +3,12 @@
 import pandas as pd
 import pytest
 import torch
-from camvid_data import write_camvid
 from torch import nn
 
 from benchmarks import data_loading, model_sizes
 from models.flops import flop_per_image
 from models.vision_bdh import v2_config
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from tests.camvid_data import write_camvid
 
 
 def test_loading_is_measured_for_each_number_of_workers(data_dir, tmp_path, monkeypatch):

@@ -7,18 +7,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-from explored import train_runs
 from PIL import Image
 from playwright.sync_api import expect
 
 from interpretability.common.recorder import record
 from interpretability.common.trained import TrainedRun
 from interpretability.explore import LARGEST_PAGE, make_page
+from tests.explored import train_runs
 from tests.inspecting import check_error
 from training.augment import normalise
 from training.data.image_files import ImageFiles
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 # what the page holds of its last image, decoded as for drawing
 ADDED = """async () => {
     const place = data.images.length - 1, image = data.images[place], numbers = await load(place);

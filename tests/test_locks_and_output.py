@@ -13,8 +13,6 @@ from training.config import ROOT
 from training.console import prepare_streams
 from training.runs import Run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SCRIPT = "train_v2_cifar10.py"
 ENDLESS = "--patch-size 8 --n-layer 1 --n-embd 8 --n-head 2 --mlp-internal-dim-multiplier 4 --epochs 1000000".split()
 

@@ -13,8 +13,6 @@ from tests.trials import read_metrics
 from training.metrics import Sums
 from training.start import take_encoder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SMALL = dict(img_size=24, patch_size=8, n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)  # 9 patches
 TRAIN = dict(dataset="cifar10", epochs=1, batch_size=8, learning_rate=1e-3, weight_decay=0.0)
 

@@ -8,16 +8,14 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from camvid_data import COLOURS, write_camvid, write_class_dict
 from PIL import Image
 from torchvision import datasets
 
 from training import SegmentationConfig, UserError
+from tests.camvid_data import COLOURS, write_camvid, write_class_dict
 from training.data import data_folder
 from training.data.masks import CAMVID, CAMVID_FOLD, CITYSCAPES, VOC, ColourMasks, find_masks
 from training.data.segmentation import MaskBatches
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYOUTS = ["labels", "colours"]
 MASKS = {"labels": "trainannot/train_{:03d}.png", "colours": "train_labels/train_{:03d}_L.png"}

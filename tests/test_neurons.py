@@ -3,9 +3,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-from inspecting import check_error
-from pictures import check_picture
-from planted_neurons import ALWAYS, CLASS_0, NEVER, batches, planted_images, planted_model, recorded
 
 from training import UserError, fit
 from interpretability.common.activity import batches_of_patches
@@ -21,11 +18,12 @@ from interpretability.neurons import (
     neuron_table,
     top_patches,
 )
+from tests.inspecting import check_error
+from tests.pictures import check_picture
+from tests.planted_neurons import ALWAYS, CLASS_0, NEVER, batches, planted_images, planted_model, recorded
 
 SCRIPT = "interpretability/neurons.py"
 LABELS = [0, 1, 2, 3] * 5
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

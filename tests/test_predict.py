@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from camvid_data import write_camvid
-from inspecting import check_error, train_unet
 from matplotlib.image import imread
 from PIL import Image
 from torchvision import datasets
@@ -16,11 +14,11 @@ from torchvision import datasets
 from training import Experiment, RunOptions, SegmentationConfig, fit
 from interpretability.predict import draw, find_truth, predict
 from models.baselines import ResNetUNetConfig
+from tests.camvid_data import write_camvid
+from tests.inspecting import check_error, train_unet
 from training.data.masks import CAMVID, CLASSES, find_masks, read_image
 from training.data.segmentation import read_pair
 from training.runs import load_model
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 

@@ -17,7 +17,6 @@ from training.runs import load_model
 from training.stored import EXPORTED
 
 SCRIPT = "tools/export.py"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

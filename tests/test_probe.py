@@ -7,8 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from inspecting import BDH, VIT, check_error, train_masked, with_large_weights
-from pictures import check_picture
 from torch import nn
 
 from training import UserError, fit
@@ -17,6 +15,8 @@ from interpretability.common.depth import run_with_levels
 from interpretability.probe import Pass, accuracies, chance, choose_levels, collect, draw
 from models.baselines import ViTConfig
 from models.vision_bdh import pre_ln_config, v1_config, v2_config, v2_softmax_config, v3_config
+from tests.inspecting import BDH, VIT, check_error, train_masked, with_large_weights
+from tests.pictures import check_picture
 from training.runs import Run
 
 SCRIPT = "interpretability/probe.py"
@@ -30,8 +30,6 @@ CONFIGS = {
     "own_weights": v2_config(shared=False, **BDH),
 }
 FIXED = ("scaled_pre", "own_weights")  # cannot run more levels
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def first_levels(weights, n_layer):

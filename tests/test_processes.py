@@ -52,8 +52,6 @@ from training.onlooker import Onlooker
 from training.runs import Run
 from training.stored import load_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MIXED = dict(crop_scale_min=0.8, horizontal_flip=True, randaugment=1, random_erasing=0.3, mixup=0.8, cutmix=1.0)
 COMMON = dict(epochs=3, learning_rate=2e-3, weight_decay=0.05, warmup_steps=4, precision="float32")
 
@@ -220,7 +218,7 @@ def synced_gradients(n):
 
 
 @pytest.fixture(scope="module")
-def by_one(several, one_thread):
+def by_one(several):
     """The trials of one process, and what else it computed."""
     return several(1), train_all(several(1))
 

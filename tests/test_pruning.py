@@ -33,7 +33,6 @@ MODELS = {
     "sigmoid gate, no rotation": v2_config(**SIZES, patch_size=8, gate="sigmoid", rotary="none"),
     "BDH-UNet": bdh_unet_config(n_layer=2, n_embd=32, n_head=2, mlp_internal_dim_multiplier=2, img_size=32),
 }
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", MODELS)

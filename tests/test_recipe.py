@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
-from camvid_data import write_camvid
 from torch import nn
 
 from training import (
@@ -28,6 +27,7 @@ from analysis.reading import read_runs
 from models.baselines import DeiTTinyConfig, ResNet20Config, ViTConfig
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v2_config, v3_config
+from tests.camvid_data import write_camvid
 from tests.trials import resumed
 from training.augment import JointTransform, PadAndCrop, RandomErasing
 from training.contracts import check_source
@@ -37,8 +37,6 @@ from training.optimiser import WeightAverage, hidden_matrices, make_optimizer, r
 from training.runs import load_model
 from training.stored import load_checkpoint
 from training.tasks import median_frequencies, pixel_cross_entropy
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_train(**fields):

@@ -4,16 +4,13 @@ import dataclasses
 import functools
 import signal
 
-import pytest
 import torch
-from children import before, kill, launch_in_child, nth
-from trials import read_rows, resumed
 
 from training import fit, loop
+from tests.children import before, kill, launch_in_child, nth
+from tests.trials import read_rows, resumed
 from training.data.batches import ImageBatches
 from training.stored import load_checkpoint
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 EVERYTHING = dict(
     optimizer="muon",

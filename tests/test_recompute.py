@@ -16,8 +16,6 @@ from training.stored import load_checkpoint
 
 SMALL = dict(n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4, dropout=0.3, img_size=32)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.mark.parametrize("tokens", [9, 40])  # by the scores, and by the state
 @pytest.mark.parametrize("attn_norm", [True, False])

@@ -4,10 +4,6 @@ import math
 
 import pytest
 import torch
-from inspecting import BDH as BDH_SIZES
-from inspecting import VIT as VIT_SIZES
-from inspecting import with_large_weights
-from reference import activate, assert_close, norm, randomised, reference_embedding, reference_levels, rotate
 from torch import nn
 
 from interpretability.common.adapters import adapter_of
@@ -16,6 +12,10 @@ from models.baselines import DeiTTinyConfig, ViTConfig
 from models.bdh import BDH, BDHConfig, layer_norm
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v1_config, v2_config, v2_softmax_config, v3_config
+from tests.inspecting import BDH as BDH_SIZES
+from tests.inspecting import VIT as VIT_SIZES
+from tests.inspecting import with_large_weights
+from tests.reference import activate, assert_close, norm, randomised, reference_embedding, reference_levels, rotate
 
 TEXT_SIZES = {key: size for key, size in BDH_SIZES.items() if key not in ("img_size", "patch_size")}
 CLASSIFIERS = {
@@ -28,8 +28,6 @@ CLASSIFIERS = {
     "vit": ViTConfig(mlp_dim=32, **VIT_SIZES),
 }
 CONFIGS = CLASSIFIERS | {"bdh_unet": bdh_unet_config(**BDH_SIZES), "text": BDHConfig(**TEXT_SIZES)}
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def build(name):

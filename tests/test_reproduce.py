@@ -162,7 +162,7 @@ def test_bf16_is_read_from_the_flags_of_the_cpu(flags, expected, tmp_path, monke
     device._cpu_info.cache_clear()
 
 
-def test_an_epoch_is_its_steps_and_the_validation(one_thread):
+def test_an_epoch_is_its_steps_and_the_validation():
     """40,000 training images, and 10,000 of validation that take a third of the time each."""
     minutes = epoch_minutes(experiment_of("train_v2_cifar10.py", ""), step_seconds=0.6)
     assert minutes == pytest.approx((40_000 + 10_000 / 3) / 32 * 0.6 / 60, rel=1e-3)

@@ -24,9 +24,6 @@ TRIAL = dict(epochs=4, crop_scale_min=0.8, horizontal_flip=True)  # 6 steps an e
 CHECKPOINTS = ("last.pt", "previous.pt", "best.pt")
 
 # bit for bit holds for equal numbers of threads: in this process and in every child it is one
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # ---------------------------------------------------------------------------- helpers
 
 

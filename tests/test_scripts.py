@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_scripts import SCRIPTS, has_made_up_data, tiny_flags
 
 from training import ClassificationConfig, SegmentationConfig
 from models.baselines import (
@@ -28,12 +27,11 @@ from models.baselines import (
 )
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v1_config, v2_config, v2_softmax_config, v3_config
+from tests.tiny_scripts import SCRIPTS, has_made_up_data, tiny_flags
 from training.command_line import experiment_of, parse_experiment
 from training.config import ROOT
 from training.runs import load_model
 from training.stored import load_checkpoint
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 FILES = {"config.json", "metrics.csv", "last.pt", "previous.pt", "best.pt", "summary.json"}
 QUICKSTART, TO_A_FULL_DISK = "train_quickstart.py", "train_v1_cifar10.py"

@@ -11,16 +11,14 @@ import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from camvid_data import write_camvid
 
 from training import SegmentationConfig, UserError
+from tests.camvid_data import write_camvid
 from training.augment import JointTransform
 from training.data.masks import CAMVID, find_masks
 from training.data.segmentation import MaskBatches
 from training.metrics import Sums, batch_miou, confusion_matrices, metric_of
 from training.tasks import at_size_of, dice_loss, pixel_cross_entropy
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOID = CAMVID.void
 TRAIN = dict(epochs=1, batch_size=4, learning_rate=1e-3, weight_decay=0.0)

@@ -4,14 +4,12 @@ import json
 
 import pytest
 import torch
-from camvid_data import write_camvid
 
+from tests.camvid_data import write_camvid
 from tests.trials import interrupt, read_rows, same_weights, weights
 from training.command_line import experiment_of
 from training.data.masks import CAMVID
 from training.runs import load_model
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = "--img-size 32 --n-layer 2 --n-embd 16 --n-head 2 --mlp-internal-dim-multiplier 4 --device cpu".split()
 COLUMNS = (

@@ -3,14 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from planted_neurons import batches, random_model, recorded
 from scipy.stats import hypergeom
 from sklearn.metrics import roc_auc_score
 
 from interpretability.common.activity import NO_CLASS
 from interpretability.common.selectivity import Responses, Top, collect, measures, p_values, ranked, shuffled
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from tests.planted_neurons import batches, random_model, recorded
 
 
 def made_up(means, labels, top_units=None):

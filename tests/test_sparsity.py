@@ -7,9 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from inspecting import BDH, check_error, train_unet
-from pictures import check_picture
-from planted_neurons import batches, random_model, recorded
 
 from training import fit
 from interpretability.common.activity import NO_CLASS, levels_of, patch_classes
@@ -26,12 +23,12 @@ from interpretability.sparsity import (
 )
 from models.baselines import ViTConfig
 from models.masked_bdh import MaskedBDHConfig
+from tests.inspecting import BDH, check_error, train_unet
+from tests.pictures import check_picture
+from tests.planted_neurons import batches, random_model, recorded
 from training.runs import load_model
 
 SCRIPT = "interpretability/sparsity.py"
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # ---------------------------------------------------------------------------- counting
 

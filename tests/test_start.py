@@ -7,19 +7,17 @@ from unittest import mock
 
 import pytest
 import torch
-from camvid_data import write_camvid
 
 from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, UserError, fit
 from models.baselines import ResNetUNetConfig, ViTConfig
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import interpolate_positions
+from tests.camvid_data import write_camvid
 from tests.trials import interrupt, resumed, same_weights, weights
 from training.command_line import experiment_of, parse_experiment
 from training.runs import load_model
 from training.start import start_weights
 from training.stored import EXPORTED, load_checkpoint
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 TRAIN = dict(epochs=1, batch_size=2, learning_rate=1e-3, weight_decay=0.0)
 CORE = dict(n_layer=1, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)

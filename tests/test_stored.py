@@ -13,8 +13,6 @@ from tests.trials import interrupt, read_rows, resumed, same_weights, snapshot, 
 from training.runs import load_model
 from training.stored import Damaged, configuration_of, load_checkpoint, read_config, read_metrics, read_split
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TRIAL = dict(epochs=3, train_limit=80, crop_scale_min=0.8)
 
 

@@ -11,19 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from photos import SIDES, write_photos
 from PIL import Image
 from torchvision.transforms import functional as transforms
 
 from training import ClassificationConfig, UserError, fit, loop
 from tests.children import before, launch_in_child, nth
+from tests.photos import SIDES, write_photos
 from tests.trials import interrupt, read_rows, resumed, same_weights, wait_for, weights, with_options
 from training.augment import draw_crop
 from training.data import ImageBatches, draw_split, load_dataset
 from training.data.image_files import ImageFiles
 
 SIZE, CPU = 16, torch.device("cpu")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

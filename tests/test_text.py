@@ -26,8 +26,6 @@ TINY_MODEL = dict(n_layer=1, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
 TINY_TRAIN = dict(context=16, epochs=2, batch_size=8, learning_rate=1e-2, weight_decay=0.1, val_fraction=0.1)
 SONG = b"".join(b"%d green bottles hanging on the wall, and if one should fall, " % (i % 10) for i in range(80))
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def song(tmp_path):

@@ -15,8 +15,6 @@ from tools.exporting.weights import export_weights
 from training.loop import fit
 from training.runs import load_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def trained(experiment_in, tmp_path_factory):

@@ -14,8 +14,6 @@ from tests.trials import read_table
 CPU = torch.device("cpu")
 TINY = dict(patch_size=8, n_layer=2, n_embd=24, n_head=2, mlp_internal_dim_multiplier=4)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def test_sides_train_alike():
     """Thirty steps from the same weights on the same images: losses of all implementations agree, and weights move."""

@@ -7,19 +7,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from inspecting import train_unet
 from PIL import Image
 
 from training import TextConfig, UserError, fit
 from interpretability.common.trained import PairChoice, RunChoice, TrainedRun, latest_run, open_run, open_runs
 from models.baselines import ResNet20Config
 from models.bdh import BDHConfig
+from tests.inspecting import train_unet
 from training.augment import normalise
 from training.data import load_dataset
 from training.data.segmentation import scale_image, scale_mask
 from training.runs import Run
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -13,9 +13,6 @@ from training.optimiser import make_schedule, rate_factor, set_step
 from training.runs import Run, load_model
 from training.stored import load_checkpoint
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # the fastest for tensors this small
-
-
 # ---------------------------------------------------------------------------- schedule
 
 

@@ -17,8 +17,6 @@ from training.runs import Run
 
 TINY_FLAGS = "--patch-size 8 --n-layer 1 --n-embd 8 --n-head 2 --mlp-internal-dim-multiplier 4 --epochs 1".split()
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # the fastest for tensors this small
-
 
 # ---------------------------------------------------------------------------- trackers
 

@@ -4,7 +4,19 @@ import math
 
 import pytest
 import torch
-from reference import (
+
+from models.vision_bdh import (
+    VisionBDHConfig,
+    double_ln_config,
+    post_ln_config,
+    pre_ln_config,
+    v1_config,
+    v2_as_run_config,
+    v2_config,
+    v2_softmax_config,
+    v3_config,
+)
+from tests.reference import (
     SMALL,
     assert_close,
     assert_equals_reference,
@@ -20,18 +32,6 @@ from reference import (
     small_images,
 )
 
-from models.vision_bdh import (
-    VisionBDHConfig,
-    double_ln_config,
-    post_ln_config,
-    pre_ln_config,
-    v1_config,
-    v2_as_run_config,
-    v2_config,
-    v2_softmax_config,
-    v3_config,
-)
-
 # residual, attn_norm, update_norm, attention, init
 VARIANTS = {
     v1_config: ("post", True, True, "raw", "normal"),
@@ -44,9 +44,6 @@ VARIANTS = {
     double_ln_config: ("post", False, True, "raw", "xavier"),
 }
 RESIDUALS = ["post", "pre", "true_pre", "scaled_pre", "none"]
-
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 # ---------------------------------------------------------------------------- the function
 

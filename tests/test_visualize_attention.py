@@ -6,9 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from inspecting import check_error, train_masked
 from matplotlib.animation import FFMpegWriter
-from pictures import check_picture
 from PIL import Image
 
 from training import fit
@@ -18,13 +16,13 @@ from interpretability.common.trained import TrainedRun
 from interpretability.visualize_attention import Options, look, same_place, visualize
 from models.baselines import ViTConfig
 from models.vision_bdh import v2_config
+from tests.inspecting import check_error, train_masked
+from tests.pictures import check_picture
 from training.config import ROOT
 from training.data import load_dataset
 
 SCRIPT = "interpretability/visualize_attention.py"
 PATCH, QUERY = (1, 3), 7  # on a grid of 4 x 4
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,9 @@
 
 import dataclasses
 
-from camvid_data import write_camvid
-from photos import write_photos
-
 from training import SegmentationConfig, TextConfig
+from tests.camvid_data import write_camvid
+from tests.photos import write_photos
 from training.command_line import experiment_of, flags_of
 from training.config import ROOT
 
