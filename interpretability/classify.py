@@ -29,7 +29,7 @@ from training.command_line import run_script
 from training.config import ROOT, UserError
 from training.data.finding import printable
 from training.data.image_files import MODES, ImageFiles, UnreadableImage
-from training.stored import configuration_of
+from training.stored import task_of
 
 TABLE = "classes.csv"
 
@@ -137,14 +137,14 @@ def main(options: Options) -> None:
         print(f"-> {output}: {len(answers)} image{'s' * (len(answers) != 1)} in {TABLE}")
     if bad:
         more = f"; {len(bad) - 1} more like this" if len(bad) > 1 else ""
-        raise UserError(f"{bad[0]}{more}. The other {len(answers)} were classified")
+        others = f". The other {len(answers)} were classified" if answers else ""
+        raise UserError(f"{bad[0]}{more}{others}")
 
 
 def _classifies(run: TrainedRun) -> bool:
     """Whether the run's model gives one class per image."""
     size, channels = getattr(run.sizes, "img_size", None), getattr(run.sizes, "in_channels", None)
-    kind = configuration_of(run.config).train_class
-    return kind == "ClassificationConfig" and isinstance(size, int) and channels in MODES
+    return task_of(run.config) == "classification" and isinstance(size, int) and channels in MODES
 
 
 if __name__ == "__main__":

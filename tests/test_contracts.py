@@ -10,11 +10,15 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score
 from torch import nn
+from torchvision.utils import save_image
 
 from training import ClassificationConfig, UserError, fit
+from analysis.reading import make_rows, read_runs
+from interpretability import classify
 from models import CONFIG_CLASSES
 from models.vision_bdh import VisionBDHConfig
-from tests.trials import read_metrics
+from tests.trials import read_metrics, with_options
+from tools.exporting.model_card import model_card
 from training.data import DATASETS, load_dataset
 from training.metrics import METRICS, Items, Metric
 from training.runs import Run, load_model
@@ -255,3 +259,26 @@ def test_a_data_set_bears_the_name_that_selects_it(experiment, monkeypatch):
     monkeypatch.setitem(DATASETS, "digits", lambda *arguments: renamed)
     trial = experiment(dataset="digits", model=dict(img_size=8, patch_size=4, in_channels=1))
     assert "the data set digits calls itself numbers" in refusal(trial)
+
+
+class OwnConfig(ClassificationConfig):
+    """Stands for a config class that a user defines in a script of their own."""
+
+
+def test_a_run_of_a_config_class_from_elsewhere_is_used_as_its_task_is(experiment, tmp_path):
+    trial = experiment(epochs=1)
+    own = dataclasses.replace(trial, train=OwnConfig(**dataclasses.asdict(trial.train)))
+    fit(own)
+    with pytest.raises(UserError, match=r"another configuration \(train_class: OwnConfig -> ClassificationConfig\)"):
+        fit(with_options(trial, resume=True))  # the same fields, but perhaps another optimiser
+    fit(with_options(trial, runs_dir=tmp_path / "others"))
+    assert len(make_rows(read_runs([own.folder, tmp_path / "others" / own.name / "seed0"]))) == 2
+    assert "pipeline_tag: image-classification" in model_card(own.folder)
+    images = tmp_path / "images"
+    images.mkdir()
+    save_image(torch.rand(3, 32, 32), images / "noise.png")
+    options = classify.Options(
+        images=[images], run=own.folder, output_dir=tmp_path / "out", data_dir=trial.options.data_dir
+    )
+    classify.main(options)
+    assert len(list((tmp_path / "out").rglob("classes.csv"))) == 1

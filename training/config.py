@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +27,8 @@ class UserError(Exception):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """What decides a run's result besides the model, for any task. Each task has a subclass."""
+
+    task: ClassVar[str]  # what a run of it does: it is stored, and decides which scripts can use the run
 
     epochs: int
     """passes over the training set"""
@@ -115,6 +117,8 @@ class HeldOutConfig(TrainConfig):
 class ClassificationConfig(HeldOutConfig):
     """Image classification."""
 
+    task: ClassVar[str] = "classification"
+
     dataset: Literal["digits", "cifar10", "cifar100", "imagenet", "folder", "webdataset"]
     """training images; folder: your own, in DATA_DIR/train/CLASS/ and DATA_DIR/test/CLASS/; webdataset: in tar files"""
     crop_scale_min: float = 1.0
@@ -194,6 +198,8 @@ class ClassificationConfig(HeldOutConfig):
 class PretrainingConfig(ClassificationConfig):
     """Pretraining without labels: the model reconstructs masked patches."""
 
+    task: ClassVar[str] = "pretraining"
+
     def __post_init__(self):
         super().__post_init__()
         for name in ("mixup", "cutmix", "label_smoothing", "eval_flip"):
@@ -208,6 +214,8 @@ class PretrainingConfig(ClassificationConfig):
 @dataclass(frozen=True, kw_only=True)
 class SegmentationConfig(TrainConfig):
     """Semantic segmentation: a class for every pixel."""
+
+    task: ClassVar[str] = "segmentation"
 
     dataset: Literal["camvid", "voc", "cityscapes"] = "camvid"
     """images and masks to train on"""
@@ -253,6 +261,8 @@ class SegmentationConfig(TrainConfig):
 @dataclass(frozen=True, kw_only=True)
 class TextConfig(HeldOutConfig):
     """Language modelling on the bytes of one text."""
+
+    task: ClassVar[str] = "text"
 
     text: Path | None = None
     """text file; default: the English help topics that come with Python (pydoc_data.topics)"""
@@ -343,7 +353,7 @@ class Configuration:
 
     def flat(self) -> dict[str, Any]:
         """All fields in one dictionary; names are unique over model and training."""
-        return {"model_class": self.model_class} | self.model | self.train
+        return {"model_class": self.model_class, "train_class": self.train_class} | self.model | self.train
 
     def differences(self, other: "Configuration", ignore: frozenset[str] | set[str] = frozenset()) -> list[str]:
         """Fields in which other differs, as "n_layer: 6 -> 12". THE answer to "the same configuration?"."""

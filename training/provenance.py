@@ -20,6 +20,7 @@ def describe_run(experiment: Experiment, data: dict[str, Any], **facts: Any) -> 
         "config": configuration.fields(),
         "model_class": configuration.model_class,
         "train_class": configuration.train_class,
+        "task": experiment.train.task,
         "data": data,
         **facts,
         "versions": _versions(),

@@ -69,6 +69,7 @@ class ConfigFile(TypedDict):
     config: _Fields
     model_class: str
     train_class: NotRequired[str]
+    task: NotRequired[str]
     data: _Data
     parameters: Annotated[int, Field(ge=0)]
     hardware: _Hardware
@@ -160,6 +161,11 @@ def _config_classes(config: dict[str, Any]) -> tuple[tuple[str, str], tuple[type
     found = getattr(train_configs, train_class, None)
     known = isinstance(found, type) and issubclass(found, train_configs.TrainConfig)
     return (model_class, train_class), (CONFIG_CLASSES.get(model_class), found if known else None)
+
+
+def task_of(config: dict[str, Any]) -> str:
+    """`TrainConfig.task` of a run, from its config.json; "" for an old run of a class that is not in this project."""
+    return config.get("task") or getattr(_config_classes(config)[1][1], "task", "")
 
 
 def _check_fields(fields: dict[str, Any], config_class: type | None, part: str, path: Path, remedy: str) -> None:

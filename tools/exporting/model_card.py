@@ -9,7 +9,7 @@ from typing import Any
 
 from analysis.tables import accuracy_interval
 from training.metrics import METRICS
-from training.stored import EXPORTED, configuration_of, hardware_of, read_config, read_summary
+from training.stored import EXPORTED, configuration_of, hardware_of, read_config, read_summary, task_of
 
 DATA = {  # name, where it is described, what its publishers say about its use
     "digits": (
@@ -40,11 +40,12 @@ DATA = {  # name, where it is described, what its publishers say about its use
     "cityscapes": ("Cityscapes", "https://www.cityscapes-dataset.com/license/", "non-commercial use only"),
 }
 USES = {
-    "ClassificationConfig": ("image-classification", "classifying small images into the classes above"),
-    "SegmentationConfig": ("image-segmentation", "naming the class of every pixel of street or everyday scenes"),
-    "PretrainingConfig": ("image-feature-extraction", "starting another training from it"),
-    "TextConfig": ("text-generation", "continuing English text, byte by byte"),
+    "classification": ("image-classification", "classifying small images into the classes above"),
+    "segmentation": ("image-segmentation", "naming the class of every pixel of street or everyday scenes"),
+    "pretraining": ("image-feature-extraction", "starting another training from it"),
+    "text": ("text-generation", "continuing English text, byte by byte"),
 }
+OTHER_USE = ("other", "the task that it was trained for")
 RECIPE = ("epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "precision", "train_limit", "seed")
 
 
@@ -52,17 +53,18 @@ def model_card(folder: Path) -> str:
     """Markdown with the metadata that the Hugging Face Hub reads. folder: of a finished run. Raises Damaged."""
     config, summary = read_config(folder), read_summary(folder)
     configuration = configuration_of(config)
-    task, use = USES[configuration.train_class]
+    task = task_of(config)
+    tag, use = USES.get(task, OTHER_USE)
     name, url, licence = DATA.get(config["data"]["name"], (config["data"]["name"], None, "as its owner says"))
     train = configuration.train
     classes = config["data"].get("class_names")
     model = configuration.model_class.removesuffix("Config")
     chosen = "the last one" if train.get("train_val") else "the best on the validation part"
     samples, reads = "images", "images (B, C, height, width) in [-1, 1]"
-    if configuration.train_class == "TextConfig":
+    if task == "text":
         samples, reads = "text", "bytes as integers (B, T)"
     lines = [
-        *_metadata(task, config["data"]["name"]),
+        *_metadata(tag, config["data"]["name"]),
         "",
         f"# {config['experiment'].replace('+', ', ')}, seed {train['seed']}",
         "",
@@ -101,9 +103,9 @@ def model_card(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _metadata(task: str, data: str) -> list[str]:
+def _metadata(tag: str, data: str) -> list[str]:
     known = [f"datasets: [{json.dumps(data)}]"] if data in DATA else []
-    return ["---", "license: mit", f"pipeline_tag: {task}", "tags: [vision-bdh]", *known, "---"]
+    return ["---", "license: mit", f"pipeline_tag: {tag}", "tags: [vision-bdh]", *known, "---"]
 
 
 def _counts(summary: dict[str, Any], config: dict[str, Any]) -> str:

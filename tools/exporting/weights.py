@@ -32,6 +32,7 @@ def export_weights(model: nn.Module, folder: Path, target: Path) -> Path:
     has_card = read_summary(folder) is not None
     if has_card and not again and (target / CARD).exists():
         raise UserError(f"{target} has a {CARD}, which the model card would replace: give another --output folder")
+    card = model_card(folder).encode() if has_card else None
     tensors = {
         name: (tensor.to(torch.bfloat16) if name in parameters else tensor).contiguous()
         for name, tensor in model.state_dict().items()
@@ -43,8 +44,8 @@ def export_weights(model: nn.Module, folder: Path, target: Path) -> Path:
         elif again:
             (target / name).unlink(missing_ok=True)
     path = write_whole(target / EXPORTED, save(tensors))
-    if has_card:
-        write_whole(target / CARD, model_card(target).encode())
+    if card is not None:
+        write_whole(target / CARD, card)
     elif again:
         (target / CARD).unlink(missing_ok=True)
     return path
