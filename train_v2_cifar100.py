@@ -1,7 +1,7 @@
 """Vision-BDH v2 on CIFAR-100: the headline model on 100 classes with 400 training images each.
 
 The model of train_v2_cifar10.py with 100 outputs. Documented result: 51.44 % test accuracy after 50 epochs (one seed,
-40,000 images). An epoch costs the same as on CIFAR-10: about 50 s on an RTX 4060.
+40,000 images). An epoch costs the same as on CIFAR-10.
 
     python train_v2_cifar100.py --seed 1 --precision bf16
     python train_v2_cifar100.py --epochs 5 --n-layer 12

@@ -12,7 +12,9 @@ For each level, the test accuracy of
 A probe shows what is linearly decodable, not what the model uses. Probes learn from images that the model was trained
 on and fits better than new ones, which lowers their scores a little. Level 0 is what the first level reads, where a
 transformer's class token is the same for all images (features: interpretability/common/features.py). Intervals are 95 %
-(Wilson) over the choice of test images, not over seeds. Writes a figure (PNG and SVG) and a table (CSV).
+(Wilson) over the choice of test images, not over seeds; the table also has what each level gains over the one below it
+with the same method, paired by image: two levels can differ clearly though their intervals overlap. Writes a figure
+(PNG and SVG) and a table (CSV).
 
     python interpretability/probe.py --run runs/v2_cifar10/seed0
     python interpretability/probe.py --run runs/vit_tiny_cifar10/seed0 --tokens mean --train-images 10000
@@ -140,7 +142,8 @@ def collect(
 
 
 def accuracies(train: Pass, test: Pass, neighbours: int = 20, penalty: float = 1.0) -> pd.DataFrame:
-    """A row per method and level: method, level, accuracy, low, high (95 % interval), images, train_images.
+    """A row per method and level: method, level, accuracy, low, high (95 % interval), gain, gain_low, gain_high (over
+    the level below, paired by image; NaN for a method's first level), images, train_images.
 
     Prints the levels at which the linear probe did not converge. Raises UserError if there is too little to learn from.
     """
@@ -163,13 +166,28 @@ def accuracies(train: Pass, test: Pass, neighbours: int = 20, penalty: float = 1
     for method, by_level in (("readout", test.readout), ("run_with_levels", test.depth)):
         if by_level is not None:
             predictions += [(method, level, predicted) for level, predicted in enumerate(by_level, start=1)]
-    rows, n = [], len(test.labels)
+    rows, n, before = [], len(test.labels), {}
     for method, level, predicted in predictions:
-        right = int((predicted == test.labels).sum())
-        low, high = accuracy_interval(right, n)
-        row = dict(method=method, level=level, accuracy=right / n, low=low, high=high)
+        right = predicted == test.labels
+        low, high = accuracy_interval(int(right.sum()), n)
+        row = dict(method=method, level=level, accuracy=right.mean(), low=low, high=high)
+        row |= paired_gain(before.get(method), right)
+        before[method] = right
         rows.append(row | dict(images=n, train_images=len(train.labels)))
     return pd.DataFrame(rows)
+
+
+def paired_gain(before: np.ndarray | None, after: np.ndarray) -> dict[str, float]:
+    """Difference of two accuracies on the same images, with its 95 % interval by the normal approximation.
+
+    before, after: (n,) whether each image was classified correctly; NaN for all without before.
+    """
+    names = ("gain", "gain_low", "gain_high")
+    if before is None:
+        return dict.fromkeys(names, math.nan)
+    gains = after.astype(float) - before
+    mean, half = gains.mean(), 1.96 * gains.std(ddof=1) / math.sqrt(len(gains))
+    return dict(zip(names, (mean, mean - half, mean + half), strict=True))
 
 
 def chance(labels: np.ndarray) -> float:
@@ -181,9 +199,12 @@ def draw(table: pd.DataFrame, n_trained: int, by_chance: float, title: str) -> F
     """Accuracy over levels, a line per method with its interval; marks the trained depth and chance."""
     figure = titled_figure(0.75 * PAGE, 3.0, title)
     ax = figure.subplots()
+    drawn: list[float] = []  # by the method before
     for method, (label, color, marker, line) in STYLES.items():
         rows = table[table.method == method]
-        if len(rows):
+        hidden = method == "run_with_levels" and rows.accuracy.tolist() == drawn
+        drawn = rows.accuracy.tolist()
+        if len(rows) and not hidden:
             style = dict(color=color, marker=marker, markersize=4, label=label)
             if method == "run_with_levels":  # hollow and below the read-out, with which it often coincides
                 style |= dict(markerfacecolor="white", zorder=1.9)

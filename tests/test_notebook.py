@@ -1,10 +1,13 @@
 """The notebook runs from its first cell to its last, and is kept without output."""
 
+import re
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from models.pretrained import pretrained_names
 
 TOUR = Path(__file__).resolve().parents[1] / "notebooks" / "tour.ipynb"
 
@@ -20,8 +23,14 @@ def test_output_is_cleared(tour):
     assert len(cells) >= 6 and not any(cell.outputs or cell.execution_count for cell in cells)
 
 
+def test_the_model_that_it_opens_is_there(tour):
+    (name,) = re.findall(r'pretrained_folders\(\)\.get\("(.+?)"\)', "".join(cell.source for cell in tour.cells))
+    assert name in pretrained_names()
+
+
 def test_every_cell_runs(tour, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("VISION_BDH_DATA", str(tmp_path))  # there is no CIFAR-10
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     (setup,) = [cell for cell in tour.cells if "EPOCHS = 10" in cell.source]
     assert 'RUNS_DIR = ROOT / "runs" / "tour"' in setup.source

@@ -150,13 +150,16 @@ def test_planted_classes_are_found_and_noise_is_not():
         assert abs(table.accuracy[method, 1] - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 1000)
 
 
-def test_intervals_are_wilsons():
+def test_intervals_are_wilsons_and_those_of_gains_are_paired():
     rng = np.random.default_rng()
     table = accuracies(planted(rng, 80, 1e-3), planted(rng, 100, 1e-3)).set_index(["method", "level"])
     row, z, n = table.loc["readout", 2], 1.959964, 100
     centre, half = (0.5 + z**2 / (2 * n)) / (1 + z**2 / n), z / (1 + z**2 / n) * np.sqrt(0.25 / n + (z / (2 * n)) ** 2)
     assert (row.low, row.high) == pytest.approx((centre - half, centre + half), abs=1e-6)
     assert (row.images, row.train_images) == (100, 80)
+    half = 1.96 * np.sqrt(0.25 / 99)  # half of the images gain 1, the others nothing
+    assert (row.gain, row.gain_low, row.gain_high) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+    assert table.gain[:, 0].isna().all() and np.isnan(table.gain["readout", 1])
 
 
 def test_a_probe_that_does_not_converge_is_named_and_warns_of_nothing(monkeypatch, capsys):

@@ -83,9 +83,9 @@ def scale_16_bits(image: Image.Image) -> Image.Image:
 
 
 def require_8_bits(image: Image.Image) -> None:
-    """Raises ValueError for more than 8 bits a channel: Pillow would clip to 255, an almost white image."""
+    """Raises ValueError for grey values of more than 8 bits, which Pillow would clip to 255; it scales colours."""
     if image.mode[0] in "IF":
-        raise ValueError("it has more than 8 bits a channel")
+        raise ValueError("it has more than 8 bits a channel, convert it to 8")
 
 
 def why_unreadable(error: Exception) -> str:
