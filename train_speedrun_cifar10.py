@@ -1,8 +1,8 @@
 """Speedrun: a small Vision-BDH v4 that reaches the documented accuracy of v2, 81.73 %, in minutes on two CPU cores.
 
-v2 took 50 epochs for it, which would be 11 to 21 hours on two such cores. Rules: 40,000 of CIFAR-10's training images train, the
-other 10,000 validate, every choice was made on validation images (results/v4_search), the test images are read once,
-after the last epoch, and the time is that of all training steps, without start-up, validation and test.
+v2 took 50 epochs for it, which would be 11 to 21 hours on two such cores. Rules: 40,000 of CIFAR-10's training images
+train, the other 10,000 validate, every choice was made on validation images (results/v4_search), the test images are
+read once, after the last epoch, and the time is that of all training steps, without start-up, validation and test.
 analysis/time_to_accuracy.py makes the table and the figure.
 
     python train_speedrun_cifar10.py --precision bf16
