@@ -148,7 +148,7 @@ def draw(rates: list[dict], memory: list[dict], title: str) -> Figure:
     left.set_ylabel("images a second")
     style_axes(left, "y")
     right.plot([row["epoch"] for row in memory], [row["memory_mb"] for row in memory], marker="o", color=COLORS[1])
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.1 * max(row["memory_mb"] for row in memory))
     right.set_xlabel(f"epoch of {memory[0]['images']:,} images")
     right.set_ylabel(f"memory with {memory[0]['workers']} workers (MB)")
     style_axes(right, "y")
