@@ -203,7 +203,7 @@ def train_epoch(session: Session) -> tuple[dict[str, float], float]:
         leave=False,
         disable=processes.no_bar(),
     )
-    batches = processes.training_shares(session.data, session.epoch, progress.steps * train.grad_accum)
+    batches = session.data.train_batches(session.epoch, progress.steps * train.grad_accum)
     with bar:
         for first in range(progress.steps * group, n_samples, group):
             finite = _accumulate(session, progress, batches, min(group, n_samples - first))
@@ -283,7 +283,7 @@ def evaluate(session: Session, part: str) -> dict[str, float]:
     processes.copy_buffers(session.evaluated)
     model.eval()
     sums, seen = Sums(), 0
-    for inputs, targets in processes.evaluation_shares(session.data, part):
+    for inputs, targets in session.data.eval_batches(part):
         with session.autocast:
             outputs = task.predict(model, inputs)
             loss = loss_of(task, outputs, targets)
