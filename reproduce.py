@@ -36,7 +36,7 @@ from rich.table import Table
 from training import processes
 from analysis.reading import RunFiles, read_runs
 from plans import PLANS, Entry, Part, Plan, epoch_minutes, measure_step, training_flop
-from training.command_line import exit_with, experiment_of, flags_of, run_script
+from training.command_line import INTERRUPTED, exit_with, experiment_of, flags_of, run_script
 from training.config import ROOT, RunOptions, UserError
 from training.device import describe_hardware, has_fast_bf16, tune_cpu_allocator
 from training.runs import Run
@@ -297,7 +297,7 @@ def make(plan: Plan, planned: Sequence[Planned], options: Options) -> None:
             jobs, options.jobs, budget, lambda job: todo[job.label].keep(), processes=options.nproc_per_node
         )
     except KeyboardInterrupt:
-        exit_with("stopped; the same command continues", 130)
+        exit_with("stopped; the same command continues", INTERRUPTED)
     started = {each.job.label for each in chosen}
     if left := [label for label in todo if label not in started or label in outcome.left]:
         print(f"the time is over, {len(left)} runs left; the same command continues with {left[0]}")

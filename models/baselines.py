@@ -48,11 +48,6 @@ class BaselineConfig:
         return 3
 
 
-def _check_patches(img_size: int, patch_size: int, what: str) -> None:
-    if img_size % patch_size:
-        raise ValueError(f"img_size = {img_size} is not a multiple of {what}: change one of them")
-
-
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig(BaselineConfig):
     """Vision Transformer (torchvision); the defaults are ViT-Tiny for 32 x 32 images."""
@@ -76,7 +71,7 @@ class ViTConfig(BaselineConfig):
         super().__post_init__()
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}: change one of them")
-        _check_patches(self.img_size, self.patch_size, f"patch_size = {self.patch_size}")
+        check_image_size(self.img_size, self.patch_size, f"patch_size = {self.patch_size}")
 
     def build(self) -> nn.Module:
         model = ViT(
@@ -128,7 +123,7 @@ class DeiTTinyConfig(BaselineConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_patches(self.img_size, self.patch_size, f"{self.patch_size}, a patch of setting = {self.setting}")
+        check_image_size(self.img_size, self.patch_size, f"{self.patch_size}, a patch of setting = {self.setting}")
 
     @property
     def patch_size(self) -> int:

@@ -29,9 +29,6 @@ ACTIVATIONS = {"relu": F.relu, "relu2": lambda v: F.relu(v).square(), "gelu": F.
 class CoreConfig:
     """Size and design choices of the BDH step, common to all BDH models."""
 
-    # fields that do not affect the step; a subclass lists its own
-    outside_step: ClassVar[tuple[str, ...]] = ("drop_path",)
-
     n_layer: int = 6
     """number of levels: how many times the step is applied"""
     n_embd: int = 192

@@ -157,16 +157,20 @@ def count_parameters(model: nn.Module) -> int:
 
 def _recompute(model: nn.Module) -> None:
     """Turns on activation checkpointing of the model's BDH. Raises UserError if it has none."""
-    cores = [module for module in model.modules() if isinstance(module, BDHCore)]
+    cores = _cores(model)
     if not cores:
         raise UserError("--recompute works for BDH models only: leave it out")
     for core in cores:
         core.recompute = True
 
 
+def _cores(model: nn.Module) -> list[BDHCore]:
+    return [module for module in model.modules() if isinstance(module, BDHCore)]
+
+
 def _compile(model: nn.Module, device: torch.device) -> nn.Module:
     """The model through torch.compile, except on a CPU where it has a hand-written step, which is faster there."""
-    if device.type == "cpu" and getattr(model, "has_fast_path", lambda device: False)(device):
+    if device.type == "cpu" and any(core.has_fast_path(device) for core in _cores(model)):
         print("--compile is ignored on a CPU: the model's own fast path is faster (benchmarks/step_time.py --compile)")
         return model
     return torch.compile(model)

@@ -45,10 +45,10 @@ def _image_shape(config: Any) -> tuple[int, int, int]:
     return (config.in_channels, *height_and_width(config.img_size))
 
 
-def fresh_images(model: nn.Module, config: Any, batch_sizes: Iterable[int] = (1, 3)) -> Iterator[Tensor]:
+def fresh_images(model: nn.Module, config: Any) -> Iterator[Tensor]:
     """Random images in odd batch sizes, and for a BDH-UNet in other sizes, too."""
     channels, height, width = _image_shape(config)
-    for n in batch_sizes:
+    for n in (1, 3):
         yield torch.rand(n, channels, height, width) * 2 - 1
     if isinstance(model, BDHUNet):
         patch = config.patch_size
@@ -128,9 +128,9 @@ def onnx_session(path: Path, threads: int | None = None) -> Any:
         raise UserError(f"{path} cannot be read as ONNX ({str(error).strip().splitlines()[0]})") from None
 
 
-def onnx_answer(path: Path, threads: int | None = None) -> Callable[[Tensor], Tensor]:
+def onnx_answer(path: Path) -> Callable[[Tensor], Tensor]:
     """The model in an ONNX file as a function of images. Raises UserError for a bad file."""
-    session = onnx_session(path, threads)
+    session = onnx_session(path)
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.cpu().numpy()})[0])
 
