@@ -41,9 +41,7 @@ from training.config import ROOT, RunOptions, UserError
 from training.device import describe_hardware, has_fast_bf16, tune_cpu_allocator
 from training.runs import Run
 from training.schedule import Job, run_jobs
-from training.stored import EXPORTED
-
-KEPT = ("config.json", "metrics.csv", "summary.json")  # summary.json last: it marks the copy as complete
+from training.stored import EXPORTED, SMALL_FILES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +101,7 @@ class Planned:
     def is_kept(self) -> bool:
         """Whether its files are under results/. Raises UserError if a damaged or different run is there, or a part."""
         complete = Run(self.kept).is_complete(self.job.experiment)
-        missing = [name for name in KEPT if not (self.kept / name).is_file()]
+        missing = [name for name in SMALL_FILES if not (self.kept / name).is_file()]
         if missing and (self.kept / EXPORTED).exists():
             raise UserError(f"{self.kept} has weights but not {missing[0]}: restore it, or move the folder away")
         return complete and not missing
@@ -120,7 +118,7 @@ class Planned:
             return
         try:
             self.kept.mkdir(parents=True, exist_ok=True)
-            for name in KEPT:
+            for name in SMALL_FILES:
                 shutil.copyfile(self.job.experiment.folder / name, self.kept / f"{name}.partial")
                 (self.kept / f"{name}.partial").replace(self.kept / name)
         except OSError as error:
