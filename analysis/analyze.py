@@ -34,7 +34,7 @@ from analysis.plotting.bars import bar_inches, draw_results, wrap_labels
 from analysis.plotting.costs import MULTIPLIER, Tasks, draw_multipliers, draw_parameters, draw_speed, draw_time
 from analysis.plotting.curves import band_title, curves_of, draw_panels, labels_of
 from analysis.reading import Row, data_title, find_runs, make_rows, read_runs
-from analysis.tables import NOTE, results_table
+from analysis.tables import NOTE, results_table, write_tables
 from training.command_line import run_script
 from training.config import ROOT, UserError
 from training.metrics import METRICS
@@ -85,7 +85,7 @@ def analyze(
         chosen = f", one of them {relative_to}" if name == "speed" and relative_to else ""
         say(f"skipped: {name} needs {NEEDS[name]}{chosen}")
         style.remove_figure(output / f"{name}.png")
-    return (*paths, *write_tables(tasks, output / "results", "Results"))
+    return (*paths, *write_results(tasks, output / "results", "Results"))
 
 
 def by_task(rows: Iterable[Row]) -> Tasks:
@@ -96,19 +96,15 @@ def by_task(rows: Iterable[Row]) -> Tasks:
     return tasks
 
 
-def write_tables(tasks: Tasks, path: Path, title: str) -> tuple[Path, Path]:
+def write_results(tasks: Tasks, path: Path, title: str) -> tuple[Path, Path]:
     """Writes path with .md (a table for each data set) and .csv; returns both. Makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table, numbers = (path.with_name(f"{path.name}{suffix}") for suffix in (".md", ".csv"))
     lines = [f"# {title}", ""]
     for rows in tasks.values():
         lines += [f"## {data_title(rows)}", "", *results_table(rows), ""]
-    table.write_text("\n".join([*lines, NOTE]) + "\n", encoding="utf-8")
     rows = [row for rows in tasks.values() for row in rows]
     folders = [{"folder": row.folder} if row.folder else {} for row in rows]
     records = [folder | row.record() for folder, row in zip(folders, rows, strict=True)]
-    pd.DataFrame(records).to_csv(numbers, index=False)
-    return table, numbers
+    return write_tables(path, pd.DataFrame(records), [*lines, NOTE])
 
 
 def draw_curves(tasks: Tasks) -> Figure:

@@ -333,7 +333,7 @@ def main(options: Options) -> None:
         raise UserError("nothing fits into memory: give fewer --tokens or a smaller --batch-size")
     show(rows)
     path = options.output_dir / f"{file_stem(machine_of(device)[0], rows[0])}.csv"
-    print(*write_results(pd.DataFrame(rows), draw(rows), path), sep="\n")
+    print(*write_results(pd.DataFrame(rows), path, draw(rows)), sep="\n")
 
 
 if __name__ == "__main__":

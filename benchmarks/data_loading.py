@@ -166,8 +166,8 @@ def main(options: Options) -> None:
     title = f"JPEGs of {SIDE} pixels, random crops at {options.img_size}: {machine}"
     print(title, pd.DataFrame(rates).to_string(index=False), pd.DataFrame(memory).to_string(index=False), sep="\n")
     tables = [pd.DataFrame([{"machine": machine} | row for row in rows]) for rows in (rates, memory)]
-    print(*write_results(tables[0], draw(rates, memory, title), path), sep="\n")
-    tables[1].to_csv(path.with_name(f"data_loading_{place}_memory.csv"), index=False)
+    print(*write_results(tables[0], path, draw(rates, memory, title)), sep="\n")
+    write_results(tables[1], path.with_name(f"data_loading_{place}_memory.csv"))
 
 
 if __name__ == "__main__":

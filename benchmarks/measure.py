@@ -70,11 +70,11 @@ def changed(options: Any, *names: str) -> str:
     return "".join(f"_{name}={value}" for name, value in values.items())
 
 
-def write_results(table: pd.DataFrame, figure: Figure, path: Path) -> tuple[Path, Path, Path]:
-    """The table as CSV and the figure, with the same name, as PNG and SVG; returns the files. Makes the folder."""
+def write_results(table: pd.DataFrame, path: Path, figure: Figure | None = None) -> tuple[Path, ...]:
+    """The table as CSV and a figure, with the same name, as PNG and SVG; returns the files. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
-    return path, *save_figure(figure, path.with_suffix(".png"))
+    return path, *(save_figure(figure, path.with_suffix(".png")) if figure else ())
 
 
 # ---------------------------------------------------------------------------- time

@@ -19,8 +19,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from analysis.plotting.style import COLORS, MARKERS, PAGE, save_figure, style_axes
-from interpretability.common.figures import titled_figure
+from analysis.plotting.style import COLORS, MARKERS, PAGE, style_axes, titled_figure
+from benchmarks.measure import write_results
 from interpretability.common.trained import TrainedRun, progress
 from models.pruning import core_of, kept_neurons, neuron_counts, pruned
 from tools.exporting.evaluation import score
@@ -106,9 +106,8 @@ def main(options: Options) -> None:
         raise UserError(f"{options.run} does not classify images: give a run that does, such as runs/v2_cifar10/seed0")
     table = measure(run, options)
     path = options.output_dir / f"pruning_curve_{run.stem}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.assign(run=run.title).to_csv(path, index=False)
-    pictures = save_figure(draw(table, f"Pruned without further training: {run.title}"), path.with_suffix(".png"))
+    figure = draw(table, f"Pruned without further training: {run.title}")
+    path, *pictures = write_results(table.assign(run=run.title), path, figure)
     print(
         table.pivot(index="neurons_per_head", columns="order", values="accuracy").to_string(
             float_format="{:.3f}".format

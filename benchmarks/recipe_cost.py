@@ -27,6 +27,7 @@ from benchmarks.measure import (
     machine_of,
     prepare_device,
     seconds_of,
+    write_results,
 )
 from benchmarks.training_steps import made_up_batches, protocol, training_step
 from models.baselines import ViTConfig
@@ -98,8 +99,7 @@ def main(options: Options) -> None:
     table = measure(options, device)
     name, words = machine_of(device)
     path = options.output_dir / f"recipe_cost_{name}_{options.precision}{changed(options, 'batch_size')}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.assign(hardware=words, batch_size=options.batch_size).to_csv(path, index=False)
+    write_results(table.assign(hardware=words, batch_size=options.batch_size), path)
     shown = Table(title=f"time of a step / {BASE}, {words}")
     for title in ("setting", *MODELS):
         shown.add_column(title)

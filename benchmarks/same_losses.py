@@ -139,7 +139,7 @@ def main(options: Options) -> None:
     steps = pd.DataFrame({"step": np.arange(1, options.steps + 1), **losses})
     title = f"v2 of width {options.n_embd} on CIFAR-10, batch {options.batch_size}, no dropout: {machine}"
     path = options.output_dir / f"same_losses_{place}{width}.csv"
-    print(*write_results(steps, draw(losses, title), path), sep="\n")
+    print(*write_results(steps, path, draw(losses, title)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -199,8 +199,8 @@ def main(options: Options) -> None:
     print(fits.drop(columns="factor").to_string(index=False, float_format="{:.3f}".format))
     path = options.output_dir / f"scaling_{place}{changed(options, 'n_embd', 'n_head', 'precision')}.csv"
     table = pd.DataFrame([{"machine": machine} | row for row in rows])
-    print(*write_results(table, draw(rows, f"{machine}, {options.precision}"), path), sep="\n")
-    fits.to_csv(path.with_name(f"{path.stem}_exponents.csv"), index=False)
+    print(*write_results(table, path, draw(rows, f"{machine}, {options.precision}")), sep="\n")
+    write_results(fits, path.with_name(f"{path.stem}_exponents.csv"))
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def main(options: Options) -> None:
     batch = "" if options.batch_size == 32 else f"_batch{options.batch_size}"
     table = pd.DataFrame([{"machine": machine} | row for row in rows])
     path = options.output_dir / f"train_speed_{place}{batch}.csv"
-    print(*write_results(table, draw(rows, title), path), sep="\n")
+    print(*write_results(table, path, draw(rows, title)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -37,10 +37,9 @@ import tyro
 from matplotlib.figure import Figure
 from torch import nn
 
-from analysis.plotting.style import COLORS, PAGE, plain_text, remove_figure, save_figure, style_axes
+from analysis.plotting.style import COLORS, PAGE, plain_text, remove_figure, save_figure, style_axes, titled_figure
 from interpretability.common.activity import batches_of_patches, choose_images, kept_model, measured_on
 from interpretability.common.contact_sheet import TopPatch, draw_sheet
-from interpretability.common.figures import titled_figure
 from interpretability.common.selectivity import Measures, Responses, collect, measures, p_values, ranked, shuffled
 from interpretability.common.trained import RunChoice, TrainedRun, open_run, progress
 from training.command_line import run_script

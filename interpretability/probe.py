@@ -40,11 +40,10 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from analysis.plotting.style import COLORS, PAGE, save_figure, style_axes
+from analysis.plotting.style import COLORS, PAGE, save_figure, style_axes, titled_figure
 from analysis.tables import accuracy_interval
 from interpretability.common.depth import run_with_levels, why_not_deeper
 from interpretability.common.features import images_per_pass, stream_features
-from interpretability.common.figures import titled_figure
 from interpretability.common.recorder import record
 from interpretability.common.trained import RunChoice, open_run, progress
 from models.vision_bdh import VisionBDH

@@ -66,7 +66,7 @@ def rows_of(tmp_path):
 
 def tables_of(runs, output, dataset="camvid"):
     """The tables, without the slow figures."""
-    return segmentation.write_tables(segmentation_rows(read_runs(runs), dataset), output)
+    return segmentation.write_results(segmentation_rows(read_runs(runs), dataset), output)
 
 
 def test_numbers_of_two_seeds(two_seeds, tmp_path):
