@@ -26,12 +26,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from analysis.plotting.style import COLORS, PAGE, new_figure, style_axes
-from benchmarks.measure import BenchmarkOptions, machine_of, prepare_device, write_results
+from benchmarks.measure import BenchmarkOptions, machine_of, write_results
 from training.command_line import run_script
 from training.config import ClassificationConfig
 from training.data import DataSet, ImageBatches, data_folder, load_dataset, split_train
 from training.data.masks import find_masks
 from training.data.streaming import StreamedPart
+from training.device import prepare_device
 
 SIDE, QUALITY = 256, 90
 

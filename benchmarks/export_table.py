@@ -30,7 +30,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.measure import in_turns, machine_of, prepare_device, seconds_of, spread, write_results
+from benchmarks.measure import in_turns, machine_of, seconds_of, spread, write_results
 from interpretability.common.trained import TrainedRun
 from tools.exporting.evaluation import Predict, score
 from tools.exporting.programs import onnx_answer, write_int8, write_onnx
@@ -38,6 +38,7 @@ from tools.exporting.pruned import prune, write_pruned
 from tools.exporting.weights import export_weights
 from training.command_line import run_script
 from training.config import ROOT, UserError
+from training.device import prepare_device
 from training.runs import load_model
 
 CALIBRATION_IMAGES = 256

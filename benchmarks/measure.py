@@ -16,7 +16,7 @@ from torch._C._profiler import _EventType
 
 from analysis.plotting.style import save_figure
 from training.config import ROOT
-from training.device import describe_hardware, pick_device, synchronize, tune_cpu_allocator
+from training.device import describe_hardware, synchronize
 
 Precision = Literal["float32", "tf32", "bf16"]
 S, T = TypeVar("S", bound=Hashable), TypeVar("T")
@@ -44,14 +44,6 @@ class BenchmarkOptions:
                 least = 0 if name in MAY_BE_0 else 1
                 if isinstance(number, int | float) and not isinstance(number, bool) and not number >= least:
                     raise ValueError(f"{name} = {number} must be at least {least}")
-
-
-def prepare_device(name: str) -> torch.device:
-    """The device; on a CPU with memory allocation as in training. Raises UserError if there is no such device."""
-    device = pick_device(name)
-    if device.type == "cpu":
-        tune_cpu_allocator()
-    return device
 
 
 def machine_of(device: torch.device) -> tuple[str, str]:

@@ -18,12 +18,12 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import BenchmarkOptions, Precision, kept_memory_mb, machine_of, prepare_device, write_results
+from benchmarks.measure import BenchmarkOptions, Precision, kept_memory_mb, machine_of, write_results
 from models.baselines import ViTConfig
 from models.bdh import BDHCore
 from models.flops import flop_of
 from training.command_line import experiment_of, run_script
-from training.device import set_precision
+from training.device import prepare_device, set_precision
 from training.session import count_parameters
 
 SCRIPT, BASE = "train_v2_imagenet.py", "--n-embd 768 --n-head 8"

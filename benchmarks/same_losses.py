@@ -24,12 +24,13 @@ from torch import nn
 from tqdm import tqdm
 
 from analysis.plotting.style import COLORS, PAGE, add_legend, new_figure, style_axes
-from benchmarks.measure import BenchmarkOptions, Precision, machine_of, prepare_device, write_results
+from benchmarks.measure import BenchmarkOptions, Precision, machine_of, write_results
 from benchmarks.training_steps import Batch, StackedReference, endless_batches, protocol, training_step
 from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
 from training.command_line import run_script
 from training.config import ClassificationConfig
 from training.data import load_dataset, split_train
+from training.device import prepare_device
 
 SHOWN = 50  # steps averaged in the table
 PLAIN = "plain, float32"  # what all others are compared with

@@ -35,7 +35,6 @@ from benchmarks.measure import (
     in_full,
     in_turns,
     machine_of,
-    prepare_device,
     seconds_of,
     spread,
     step_memory_mb,
@@ -45,7 +44,7 @@ from benchmarks.training_steps import IMPLEMENTATIONS, made_up_batches, training
 from models.vision_bdh import VisionBDHConfig, v2_config
 from training.command_line import run_script
 from training.config import UserError
-from training.device import is_out_of_memory
+from training.device import is_out_of_memory, prepare_device
 
 VARIED = {"batch_size": "images a batch", "tokens": "tokens T", "neurons": "neurons of all heads", "n_layer": "levels"}
 

@@ -29,7 +29,6 @@ from benchmarks.measure import (
     in_full,
     machine_of,
     measure_steps,
-    prepare_device,
     seconds_of,
     write_results,
 )
@@ -38,6 +37,7 @@ from models.baselines import ResNet20Config, ViTConfig
 from models.flops import flop_per_image
 from models.vision_bdh import v2_config
 from training.command_line import run_script
+from training.device import prepare_device
 
 EPOCH = 40_000  # training images of the CIFAR protocol
 Name = Literal["v2", "vit_tiny", "resnet20"]

@@ -15,7 +15,7 @@ from training import batchnorm, processes, seeds
 from models.bdh import BDHCore
 from models.kernels import set_random_state
 from training.config import Experiment, UserError
-from training.device import effective_precision, pick_device, set_precision, tune_cpu_allocator
+from training.device import effective_precision, set_precision
 from training.optimiser import WeightAverage, make_schedule, set_step
 from training.progress import Progress
 from training.runs import Run
@@ -97,13 +97,6 @@ class Session:
         set_step(self.schedule, self.step)
         if inside := state.get("inside"):
             self.progress = Progress.load(inside, self.device)
-
-
-def choose_device(experiment: Experiment) -> torch.device:
-    device = pick_device(experiment.options.device)
-    if device.type == "cpu" and tune_cpu_allocator():
-        print("CPU: glibc keeps freed memory for the next step (mallopt; see benchmarks/step_time.py)")
-    return device
 
 
 def build_model(experiment: Experiment) -> nn.Module:
