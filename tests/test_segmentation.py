@@ -3,7 +3,6 @@
 import dataclasses
 import pickle
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 
-from training import SegmentationConfig, UserError
+from training import SegmentationConfig
 from tests.camvid_data import write_camvid
 from training.augment import JointTransform
 from training.data.masks import CAMVID, find_masks
@@ -248,12 +247,6 @@ def test_workers_that_are_not_forked_can_be_given_it():
     image, mask = coloured_blocks(np.random.default_rng(2))
     for one, other in zip(transform(image, mask, 3), copy(image, mask, 3), strict=True):
         assert np.array_equal(one, other)
-
-
-def test_a_missing_library_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "albumentations", None)
-    with pytest.raises(UserError, match=r"albumentations, which is missing.*requirements\.txt"):
-        JointTransform(make_config(), VOID, (32, 48))
 
 
 # ---------------------------------------------------------------------------- batches

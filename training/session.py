@@ -100,12 +100,9 @@ class Session:
 
 
 def build_model(experiment: Experiment) -> nn.Module:
-    """The model with weights drawn from the run's seed. Raises UserError if a library is missing."""
+    """The model with weights drawn from the run's seed."""
     torch.manual_seed(seeds.derive("weights", experiment.train.seed))
-    try:
-        model = experiment.model.build()
-    except ImportError as error:  # of a library that only this model needs
-        raise UserError(str(error)) from None
+    model = experiment.model.build()
     if experiment.options.recompute:
         _recompute(model)
     if experiment.train.sync_batchnorm:

@@ -16,10 +16,8 @@ from training.data.places import data_folder
 
 def load_digits(data_dir: Path | None, img_size: int, in_channels: int) -> DataSet:
     """scikit-learn's 1,797 handwritten digits, 8 x 8, grey; every fifth image of each class is the test set."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError("the digits need scikit-learn: pip install scikit-learn") from None
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # (N, 1, 8, 8)
     labels = digits.target.astype(np.int64)
