@@ -37,7 +37,7 @@ from training import processes
 from analysis.reading import RunFiles, read_runs
 from plans import PLANS, Entry, Part, Plan, epoch_minutes, measure_step, training_flop
 from training.command_line import INTERRUPTED, exit_with, experiment_of, flags_of, run_script
-from training.config import ROOT, RunOptions, UserError
+from training.config import ROOT, RunOptions, UserError, require
 from training.device import describe_hardware, has_fast_bf16, tune_cpu_allocator
 from training.runs import Run
 from training.schedule import Job, run_jobs
@@ -77,10 +77,9 @@ class Options:
 
     def __post_init__(self):
         for name in ("jobs", "nproc_per_node"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        if self.budget_minutes is not None and not self.budget_minutes > 0:
-            raise ValueError(f"budget_minutes = {self.budget_minutes} must be above 0")
+            require(getattr(self, name) >= 1, self, name, "must be at least 1")
+        budget = self.budget_minutes
+        require(budget is None or budget > 0, self, "budget_minutes", "must be above 0")
 
     @property
     def threads(self) -> int:

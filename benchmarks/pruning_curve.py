@@ -26,7 +26,7 @@ from models.pruning import core_of, kept_neurons, neuron_counts, pruned
 from tools.exporting.evaluation import score
 from tools.exporting.pruned import importance
 from training.command_line import run_script
-from training.config import ROOT, UserError
+from training.config import ROOT, UserError, require
 
 ORDERS = {"use": "most needed", "activity": "most active", "random": "at random"}
 
@@ -52,8 +52,7 @@ class Options:
 
     def __post_init__(self):
         for name in ("points", "calibration_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+            require(getattr(self, name) >= 1, self, name, "must be at least 1")
 
 
 def orders(run: TrainedRun, options: Options) -> dict[str, Tensor]:
