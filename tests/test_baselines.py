@@ -5,7 +5,6 @@ import math
 import runpy
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -27,8 +26,8 @@ from models.baselines import (
 from models.vision_bdh import VisionBDHConfig
 from tests.reference import count
 from tests.trials import same_weights, weights
+from training.config import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = {
     MobileNetV2Config: torchvision_models.mobilenet_v2,
     EfficientNetB0Config: torchvision_models.efficientnet_b0,
