@@ -323,8 +323,8 @@ class RunOptions:
 class Configuration:
     """What decides a run's result, as plain JSON values: equal configurations give runs that may be averaged.
 
-    Made by `of` from config objects or by `training.runs` from config.json, which may lack fields younger than the run:
-    `model_class` and `train_class` then fill in their defaults, which are the behaviour before the field existed.
+    Made by `of` from config objects or by `training.stored` from config.json, which may lack fields younger than the
+    run: `model_class` and `train_class` then fill in their defaults, which are the behaviour before the field existed.
     """
 
     model_class: str
