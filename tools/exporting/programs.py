@@ -128,9 +128,9 @@ def onnx_session(path: Path, threads: int | None = None) -> Any:
         raise UserError(f"{path} cannot be read as ONNX ({str(error).strip().splitlines()[0]})") from None
 
 
-def onnx_answer(path: Path) -> Callable[[Tensor], Tensor]:
+def onnx_answer(path: Path, threads: int | None = None) -> Callable[[Tensor], Tensor]:
     """The model in an ONNX file as a function of images. Raises UserError for a bad file."""
-    session = onnx_session(path)
+    session = onnx_session(path, threads)
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.cpu().numpy()})[0])
 
