@@ -36,14 +36,12 @@ from rich.table import Table
 from training import processes
 from analysis.reading import RunFiles, read_runs
 from plans import PLANS, Entry, Part, Plan, epoch_minutes, measure_step, training_flop
-from training.command_line import exit_with, experiment_of, flags_of, run_script
-from training.config import ROOT, RunOptions, UserError
+from training.command_line import INTERRUPTED, exit_with, experiment_of, flags_of, run_script
+from training.config import ROOT, RunOptions, UserError, require
 from training.device import describe_hardware, has_fast_bf16, tune_cpu_allocator
 from training.runs import Run
 from training.schedule import Job, run_jobs
-from training.stored import EXPORTED
-
-KEPT = ("config.json", "metrics.csv", "summary.json")  # summary.json last: it marks the copy as complete
+from training.stored import EXPORTED, SMALL_FILES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +77,9 @@ class Options:
 
     def __post_init__(self):
         for name in ("jobs", "nproc_per_node"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        if self.budget_minutes is not None and not self.budget_minutes > 0:
-            raise ValueError(f"budget_minutes = {self.budget_minutes} must be above 0")
+            require(getattr(self, name) >= 1, self, name, "must be at least 1")
+        budget = self.budget_minutes
+        require(budget is None or budget > 0, self, "budget_minutes", "must be above 0")
 
     @property
     def threads(self) -> int:
@@ -103,7 +100,7 @@ class Planned:
     def is_kept(self) -> bool:
         """Whether its files are under results/. Raises UserError if a damaged or different run is there, or a part."""
         complete = Run(self.kept).is_complete(self.job.experiment)
-        missing = [name for name in KEPT if not (self.kept / name).is_file()]
+        missing = [name for name in SMALL_FILES if not (self.kept / name).is_file()]
         if missing and (self.kept / EXPORTED).exists():
             raise UserError(f"{self.kept} has weights but not {missing[0]}: restore it, or move the folder away")
         return complete and not missing
@@ -120,7 +117,7 @@ class Planned:
             return
         try:
             self.kept.mkdir(parents=True, exist_ok=True)
-            for name in KEPT:
+            for name in SMALL_FILES:
                 shutil.copyfile(self.job.experiment.folder / name, self.kept / f"{name}.partial")
                 (self.kept / f"{name}.partial").replace(self.kept / name)
         except OSError as error:
@@ -297,7 +294,7 @@ def make(plan: Plan, planned: Sequence[Planned], options: Options) -> None:
             jobs, options.jobs, budget, lambda job: todo[job.label].keep(), processes=options.nproc_per_node
         )
     except KeyboardInterrupt:
-        exit_with("stopped; the same command continues", 130)
+        exit_with("stopped; the same command continues", INTERRUPTED)
     started = {each.job.label for each in chosen}
     if left := [label for label in todo if label not in started or label in outcome.left]:
         print(f"the time is over, {len(left)} runs left; the same command continues with {left[0]}")

@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analysis.plotting import style
 from analysis.plotting.bars import bar_inches, draw_results, wrap_labels
 from analysis.plotting.costs import MULTIPLIER, Tasks, draw_multipliers, draw_parameters, draw_speed, draw_time
 from analysis.plotting.curves import band_title, curves_of, draw_panels, labels_of
-from analysis.plotting.style import add_legend, legend_inches, look_of, new_blocks, plain_text, save_figure
 from analysis.reading import Row, data_title, find_runs, make_rows, read_runs
-from analysis.tables import NOTE, results_table
+from analysis.tables import NOTE, results_table, write_tables
 from training.command_line import run_script
 from training.config import ROOT, UserError
 from training.metrics import METRICS
@@ -80,13 +80,12 @@ def analyze(
     paths: list[Path] = []
     for name, figure in figures.items():
         if figure is not None:
-            paths += save_figure(figure, output / f"{name}.png")
+            paths += style.save_figure(figure, output / f"{name}.png")
             continue
         chosen = f", one of them {relative_to}" if name == "speed" and relative_to else ""
         say(f"skipped: {name} needs {NEEDS[name]}{chosen}")
-        for suffix in (".png", ".svg"):
-            (output / f"{name}{suffix}").unlink(missing_ok=True)
-    return (*paths, *write_tables(tasks, output / "results", "Results"))
+        style.remove_figure(output / f"{name}.png")
+    return (*paths, *write_results(tasks, output / "results", "Results"))
 
 
 def by_task(rows: Iterable[Row]) -> Tasks:
@@ -97,26 +96,23 @@ def by_task(rows: Iterable[Row]) -> Tasks:
     return tasks
 
 
-def write_tables(tasks: Tasks, path: Path, title: str) -> tuple[Path, Path]:
+def write_results(tasks: Tasks, path: Path, title: str) -> tuple[Path, Path]:
     """Writes path with .md (a table for each data set) and .csv; returns both. Makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table, numbers = (path.with_name(f"{path.name}{suffix}") for suffix in (".md", ".csv"))
     lines = [f"# {title}", ""]
     for rows in tasks.values():
         lines += [f"## {data_title(rows)}", "", *results_table(rows), ""]
-    table.write_text("\n".join([*lines, NOTE]) + "\n", encoding="utf-8")
     rows = [row for rows in tasks.values() for row in rows]
     folders = [{"folder": row.folder} if row.folder else {} for row in rows]
     records = [folder | row.record() for folder, row in zip(folders, rows, strict=True)]
-    pd.DataFrame(records).to_csv(numbers, index=False)
-    return table, numbers
+    return write_tables(path, pd.DataFrame(records), [*lines, NOTE])
 
 
 def draw_curves(tasks: Tasks) -> Figure:
     """For each data set: validation metric, validation loss and training loss over epochs."""
     curves = [curves_of(labels_of(rows)[0], rows) for rows in tasks.values()]
     titles = [labels_of(rows)[1] for rows in tasks.values()]
-    figure, blocks = new_blocks(titles, [2.6 + legend_inches([curve.text for curve in each]) for each in curves])
+    inches = [2.6 + style.legend_inches([curve.text for curve in each]) for each in curves]
+    figure, blocks = style.new_blocks(titles, inches)
     for block, (_, metric), each in zip(blocks, tasks, curves, strict=True):
         axes = block.subplots(1, 3)
         axes[2].sharey(axes[1])
@@ -124,7 +120,7 @@ def draw_curves(tasks: Tasks) -> Figure:
         panels = {f"val_{metric}": f"validation {METRICS[metric].title}"}
         panels |= {"val_loss": f"validation loss{unit}", "train_loss": f"training loss{unit}"}
         draw_panels(axes, panels, each)
-        add_legend(block, axes[0], band_title(each))
+        style.add_legend(block, axes[0], band_title(each))
     return figure
 
 
@@ -135,16 +131,16 @@ def draw_final(tasks: Tasks) -> Figure:
     names, titles = zip(*map(labels_of, tasks.values()), strict=True)
     labels = list(map(wrap_labels, names))
     inches = list(map(bar_inches, labels))
-    inches[-1] += legend_inches(folders) if several else 0
-    figure, blocks = new_blocks(titles, inches)
+    inches[-1] += style.legend_inches(folders) if several else 0
+    figure, blocks = style.new_blocks(titles, inches)
     for block, texts, rows in zip(blocks, labels, tasks.values(), strict=True):
         places = [folders.index(row.folder) if several else place for place, row in enumerate(rows)]
         ax = block.subplots()
-        draw_results(ax, rows, texts, [look_of(place)["color"] for place in places])
+        draw_results(ax, rows, texts, [style.look_of(place)["color"] for place in places])
         if several and block is blocks[-1]:
             for place, folder in enumerate(folders):
-                ax.plot([], [], "s", color=look_of(place)["color"], label=plain_text(folder))
-            add_legend(block, ax, "folder")
+                ax.plot([], [], "s", color=style.look_of(place)["color"], label=style.plain_text(folder))
+            style.add_legend(block, ax, "folder")
     return figure
 
 

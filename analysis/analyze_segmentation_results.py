@@ -35,7 +35,7 @@ from analysis.plotting.curves import (
     seeds_text,
 )
 from analysis.reading import Row, RunFiles, find_runs, make_rows, read_runs
-from analysis.tables import markdown_table
+from analysis.tables import markdown_table, write_tables
 from training.command_line import run_script
 from training.config import ROOT, UserError
 
@@ -79,16 +79,13 @@ def analyze_segmentation(runs: Sequence[Path], output: Path, dataset: str = "cam
     paths: list[Path] = []
     for name, draw in FIGURES.items():
         paths += style.save_figure(draw(rows), output / f"{name}.png")
-    return (*paths, *write_tables(rows, output))
+    return (*paths, *write_results(rows, output))
 
 
-def write_tables(rows: Sequence[Row], output: Path) -> tuple[Path, Path]:
-    """performance_comparison.csv and performance_comparison.md in the folder output; returns them."""
-    output.mkdir(parents=True, exist_ok=True)
-    table, report = output / "performance_comparison.csv", output / "performance_comparison.md"
-    pd.DataFrame([comparison_line(row) for row in rows]).to_csv(table, index=False)
-    report.write_text("\n".join(report_lines(rows)) + "\n", encoding="utf-8")
-    return table, report
+def write_results(rows: Sequence[Row], output: Path) -> tuple[Path, Path]:
+    """performance_comparison.md and performance_comparison.csv in the folder output; returns them."""
+    table = pd.DataFrame([comparison_line(row) for row in rows])
+    return write_tables(output / "performance_comparison", table, report_lines(rows))
 
 
 def segmentation_rows(runs: Iterable[RunFiles], dataset: str) -> list[Row]:

@@ -21,7 +21,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis.reading import Row, find_runs, make_rows, read_runs, result_title, row_called
-from analysis.tables import check_output, markdown_table
+from analysis.tables import check_output, markdown_table, write_tables
 from training.command_line import run_script
 from training.config import ROOT
 
@@ -50,11 +50,8 @@ def compare(runs: Sequence[Path], default: str, output: Path) -> pd.DataFrame:
     rows = [row for row in make_rows(read_runs(runs)) if row.finished]
     chosen = row_called(default, rows, "--default", "finished run")
     table = pd.DataFrame([_line(row, chosen) for row in rows if row.task == chosen.task])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(output.with_name(f"{output.name}.csv"), index=False)
-    markdown = "\n".join(_markdown(table, chosen))
-    output.with_name(f"{output.name}.md").write_text(markdown + "\n", encoding="utf-8")
-    print(f"{markdown}\n\n{output}.md\n{output}.csv")
+    lines = _markdown(table, chosen)
+    print(*lines, "", *write_tables(output, table, lines), sep="\n")
     return table
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tyro
 
-from analysis.analyze import by_task, draw_final, write_tables
+from analysis.analyze import by_task, draw_final, write_results
 from analysis.plotting.style import save_figure
 from analysis.reading import Row, find_runs, make_rows, read_runs
 from analysis.tables import check_output
@@ -43,7 +43,7 @@ def compare_results(paths: Sequence[Path], output: Path) -> tuple[Path, ...]:
     """
     check_output(output)
     tasks = by_task(read_rows(paths))
-    tables = write_tables(tasks, output, "Results side by side")
+    tables = write_results(tasks, output, "Results side by side")
     return (*tables, *save_figure(draw_final(tasks), output.with_name(f"{output.name}.png")))
 
 

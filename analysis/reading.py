@@ -15,6 +15,7 @@ import pandas as pd
 from training.config import Configuration, UserError
 from training.metrics import METRICS, Metric
 from training.stored import (
+    SMALL_FILES,
     Damaged,
     configuration_of,
     first_line,
@@ -179,8 +180,7 @@ def find_runs(root: Path) -> list[Path]:
 
     Two, so that a run that has lost one of them is found, and named when it cannot be read.
     """
-    names = ("config.json", "metrics.csv", "summary.json")
-    found = Counter(path.parent for name in names for path in root.rglob(name))
+    found = Counter(path.parent for name in SMALL_FILES for path in root.rglob(name))
     return sorted(folder for folder, files in found.items() if files >= 2)
 
 

@@ -19,6 +19,15 @@ def check_output(output: Path) -> None:
         raise UserError(f"--output {output} is a folder: add a file name without suffix")
 
 
+def write_tables(output: Path, table: pd.DataFrame, lines: Iterable[str]) -> tuple[Path, Path]:
+    """Writes the path output with .md (the lines) and .csv (the table); returns both. Makes the folder."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    report, numbers = (output.with_name(f"{output.name}{suffix}") for suffix in (".md", ".csv"))
+    report.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    table.to_csv(numbers, index=False)
+    return report, numbers
+
+
 def markdown_table(titles: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence[str] = ()) -> list[str]:
     """Lines of a table. left: titles of the columns aligned left; all others are aligned right."""
     rule = "|".join(" --- " if title in left else " ---: " for title in titles)

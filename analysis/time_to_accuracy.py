@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from analysis.plotting import style
 from analysis.plotting.curves import labels_of
 from analysis.reading import Row, RunFiles, find_runs, make_rows, read_runs
-from analysis.tables import check_output, markdown_table
+from analysis.tables import check_output, markdown_table, write_tables
 from models import build_config
 from models.flops import flop_of
 from training.command_line import run_script
@@ -117,8 +117,6 @@ def main(options: Options) -> None:
             f"{options.runs_dir} must hold finished runs of classification on one data set: name another --runs-dir"
         )
     table = pd.DataFrame([measure(row, options.target) for row in rows])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(output.with_name(f"{output.name}.csv"), index=False)
     percent = f"{100 * options.target:.2f} %"
     lines = [
         [
@@ -136,12 +134,12 @@ def main(options: Options) -> None:
     ]
     titles = ["experiment", "parameters", "seeds", "epochs", "minutes", "PFLOP", "test accuracy (%)"]
     titles += [f"minutes to {percent}", f"PFLOP to {percent}"]
-    text = "\n".join(markdown_table(titles, lines, left=("experiment",)))
     hardware = "; ".join(dict.fromkeys(table.hardware))
-    text += f"\n\nMinutes are of training alone, on {hardware}. The target is validation accuracy.\n"
-    output.with_name(f"{output.name}.md").write_text(text, encoding="utf-8")
+    note = f"Minutes are of training alone, on {hardware}. The target is validation accuracy."
+    text = [*markdown_table(titles, lines, left=("experiment",)), "", note]
+    write_tables(output, table, text)
     png, _ = style.save_figure(draw(rows, options.target), output.with_name(f"{output.name}.png"))
-    print(f"{text}\n{png}")
+    print(*text, "", png, sep="\n")
 
 
 def _number(value: float, form: str) -> str:

@@ -44,7 +44,6 @@ from benchmarks.measure import (
     in_turns,
     kept_memory_mb,
     machine_of,
-    prepare_device,
     spread,
     step_memory_mb,
     write_results,
@@ -54,7 +53,7 @@ from models.kernels import raw_attention, scores_are_cheaper
 from models.rotary import RotaryAttention
 from training.command_line import run_script
 from training.config import UserError
-from training.device import effective_precision, fits_in_memory, set_precision, synchronize
+from training.device import effective_precision, fits_in_memory, prepare_device, set_precision, synchronize
 
 PARTS = {"attention": "attention alone", "level": "one whole level"}
 LOOKS = {  # of each side; larger markers first, so that curves that coincide remain visible
@@ -333,7 +332,7 @@ def main(options: Options) -> None:
         raise UserError("nothing fits into memory: give fewer --tokens or a smaller --batch-size")
     show(rows)
     path = options.output_dir / f"{file_stem(machine_of(device)[0], rows[0])}.csv"
-    print(*write_results(pd.DataFrame(rows), draw(rows), path), sep="\n")
+    print(*write_results(pd.DataFrame(rows), path, draw(rows)), sep="\n")
 
 
 if __name__ == "__main__":

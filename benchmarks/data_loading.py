@@ -26,12 +26,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from analysis.plotting.style import COLORS, PAGE, new_figure, style_axes
-from benchmarks.measure import BenchmarkOptions, machine_of, prepare_device, write_results
+from benchmarks.measure import BenchmarkOptions, machine_of, write_results
 from training.command_line import run_script
 from training.config import ClassificationConfig
 from training.data import DataSet, ImageBatches, data_folder, load_dataset, split_train
 from training.data.masks import find_masks
 from training.data.streaming import StreamedPart
+from training.device import prepare_device
 
 SIDE, QUALITY = 256, 90
 
@@ -166,8 +167,8 @@ def main(options: Options) -> None:
     title = f"JPEGs of {SIDE} pixels, random crops at {options.img_size}: {machine}"
     print(title, pd.DataFrame(rates).to_string(index=False), pd.DataFrame(memory).to_string(index=False), sep="\n")
     tables = [pd.DataFrame([{"machine": machine} | row for row in rows]) for rows in (rates, memory)]
-    print(*write_results(tables[0], draw(rates, memory, title), path), sep="\n")
-    tables[1].to_csv(path.with_name(f"data_loading_{place}_memory.csv"), index=False)
+    print(*write_results(tables[0], path, draw(rates, memory, title)), sep="\n")
+    write_results(tables[1], path.with_name(f"data_loading_{place}_memory.csv"))
 
 
 if __name__ == "__main__":

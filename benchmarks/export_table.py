@@ -30,7 +30,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.measure import in_turns, machine_of, prepare_device, seconds_of, spread
+from benchmarks.measure import in_turns, machine_of, seconds_of, spread, write_results
 from interpretability.common.trained import TrainedRun
 from tools.exporting.evaluation import Predict, score
 from tools.exporting.programs import onnx_answer, write_int8, write_onnx
@@ -38,6 +38,7 @@ from tools.exporting.pruned import prune, write_pruned
 from tools.exporting.weights import export_weights
 from training.command_line import run_script
 from training.config import ROOT, UserError
+from training.device import prepare_device
 from training.runs import load_model
 
 CALIBRATION_IMAGES = 256
@@ -223,8 +224,7 @@ def main(options: Options) -> None:
     torch.set_num_threads(max(options.threads))
     name, words = machine_of(device)
     path = options.output_dir / f"export_table_{name}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.assign(batch_size=options.batch_size, hardware=words).round(6).to_csv(path, index=False)
+    write_results(table.assign(batch_size=options.batch_size, hardware=words).round(6), path)
     Console(width=160).print(show(table, words))
     print(path)
 

@@ -16,7 +16,7 @@ from torch._C._profiler import _EventType
 
 from analysis.plotting.style import save_figure
 from training.config import ROOT
-from training.device import describe_hardware, pick_device, synchronize, tune_cpu_allocator
+from training.device import describe_hardware, synchronize
 
 Precision = Literal["float32", "tf32", "bf16"]
 S, T = TypeVar("S", bound=Hashable), TypeVar("T")
@@ -46,14 +46,6 @@ class BenchmarkOptions:
                     raise ValueError(f"{name} = {number} must be at least {least}")
 
 
-def prepare_device(name: str) -> torch.device:
-    """The device; on a CPU with memory allocation as in training. Raises UserError if there is no such device."""
-    device = pick_device(name)
-    if device.type == "cpu":
-        tune_cpu_allocator()
-    return device
-
-
 def machine_of(device: torch.device) -> tuple[str, str]:
     """The machine in file names, as "cpu_2threads", and in words, with PyTorch's version."""
     about = describe_hardware(device)
@@ -70,11 +62,11 @@ def changed(options: Any, *names: str) -> str:
     return "".join(f"_{name}={value}" for name, value in values.items())
 
 
-def write_results(table: pd.DataFrame, figure: Figure, path: Path) -> tuple[Path, Path, Path]:
-    """The table as CSV and the figure, with the same name, as PNG and SVG; returns the files. Makes the folder."""
+def write_results(table: pd.DataFrame, path: Path, figure: Figure | None = None) -> tuple[Path, ...]:
+    """The table as CSV and a figure, with the same name, as PNG and SVG; returns the files. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table.to_csv(path, index=False)
-    return path, *save_figure(figure, path.with_suffix(".png"))
+    return path, *(save_figure(figure, path.with_suffix(".png")) if figure else ())
 
 
 # ---------------------------------------------------------------------------- time

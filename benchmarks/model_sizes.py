@@ -18,12 +18,12 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import BenchmarkOptions, Precision, kept_memory_mb, machine_of, prepare_device
+from benchmarks.measure import BenchmarkOptions, Precision, kept_memory_mb, machine_of, write_results
 from models.baselines import ViTConfig
 from models.bdh import BDHCore
 from models.flops import flop_of
 from training.command_line import experiment_of, run_script
-from training.device import set_precision
+from training.device import prepare_device, set_precision
 from training.session import count_parameters
 
 SCRIPT, BASE = "train_v2_imagenet.py", "--n-embd 768 --n-head 8"
@@ -89,9 +89,7 @@ def main(options: Options) -> None:
     table = pd.DataFrame(rows)
     print(table.to_string(index=False, na_rep="", float_format="{:,.1f}".format))
     path = options.output_dir / f"model_sizes_{machine_of(device)[0]}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.assign(machine=machine_of(device)[1]).to_csv(path, index=False)
-    print(path)
+    print(*write_results(table.assign(machine=machine_of(device)[1]), path))
 
 
 if __name__ == "__main__":

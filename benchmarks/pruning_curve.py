@@ -19,14 +19,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from analysis.plotting.style import COLORS, MARKERS, PAGE, save_figure, style_axes
-from interpretability.common.figures import titled_figure
+from analysis.plotting.style import COLORS, MARKERS, PAGE, style_axes, titled_figure
+from benchmarks.measure import write_results
 from interpretability.common.trained import TrainedRun, progress
 from models.pruning import core_of, kept_neurons, neuron_counts, pruned
 from tools.exporting.evaluation import score
 from tools.exporting.pruned import importance
 from training.command_line import run_script
-from training.config import ROOT, UserError
+from training.config import ROOT, UserError, require
 
 ORDERS = {"use": "most needed", "activity": "most active", "random": "at random"}
 
@@ -52,8 +52,7 @@ class Options:
 
     def __post_init__(self):
         for name in ("points", "calibration_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+            require(getattr(self, name) >= 1, self, name, "must be at least 1")
 
 
 def orders(run: TrainedRun, options: Options) -> dict[str, Tensor]:
@@ -106,9 +105,8 @@ def main(options: Options) -> None:
         raise UserError(f"{options.run} does not classify images: give a run that does, such as runs/v2_cifar10/seed0")
     table = measure(run, options)
     path = options.output_dir / f"pruning_curve_{run.stem}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.assign(run=run.title).to_csv(path, index=False)
-    pictures = save_figure(draw(table, f"Pruned without further training: {run.title}"), path.with_suffix(".png"))
+    figure = draw(table, f"Pruned without further training: {run.title}")
+    path, *pictures = write_results(table.assign(run=run.title), path, figure)
     print(
         table.pivot(index="neurons_per_head", columns="order", values="accuracy").to_string(
             float_format="{:.3f}".format

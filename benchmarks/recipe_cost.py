@@ -22,16 +22,15 @@ from benchmarks.measure import (
     BenchmarkOptions,
     Precision,
     changed,
-    in_full,
-    in_turns,
     machine_of,
-    prepare_device,
-    seconds_of,
+    measure_steps,
+    write_results,
 )
 from benchmarks.training_steps import made_up_batches, protocol, training_step
 from models.baselines import ViTConfig
 from models.vision_bdh import v2_config
 from training.command_line import run_script
+from training.device import prepare_device
 
 BASE = "published protocol"
 FIELDS = {
@@ -71,7 +70,7 @@ def settings() -> dict[str, dict]:
 
 
 def measure(options: Options, device: torch.device) -> pd.DataFrame:
-    """Median seconds per step by model and setting, and the ratio to the published protocol's."""
+    """Time and memory of a step by model and setting, and the ratio of its time to the published protocol's."""
     rows = []
     for model_name, make_config in MODELS.items():
         sides = {}
@@ -81,14 +80,11 @@ def measure(options: Options, device: torch.device) -> pd.DataFrame:
             train = protocol(batch_size=options.batch_size, **fields)
             batches = made_up_batches(options.batch_size, 32, 10, device, train)
             torch.manual_seed(0)
-            step = training_step(config.build().train(), batches, options.precision, device, train=train)
-            sides[name] = in_full(step, 1, device)
-        for step in sides.values():
-            step()  # warm-up
-        times = {name: pd.Series(each).median() for name, each in in_turns(sides, seconds_of, options.repeats).items()}
+            sides[name] = training_step(config.build().train(), batches, options.precision, device, train=train)
+        measured = measure_steps(sides, device, options.repeats)
         rows += [
-            {"model": model_name, "setting": name, "seconds": seconds, "ratio": seconds / times[BASE]}
-            for name, seconds in times.items()
+            {"model": model_name, "setting": name, "ratio": each["seconds"] / measured[BASE]["seconds"]} | each
+            for name, each in measured.items()
         ]
     return pd.DataFrame(rows)
 
@@ -98,8 +94,7 @@ def main(options: Options) -> None:
     table = measure(options, device)
     name, words = machine_of(device)
     path = options.output_dir / f"recipe_cost_{name}_{options.precision}{changed(options, 'batch_size')}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.assign(hardware=words, batch_size=options.batch_size).to_csv(path, index=False)
+    write_results(table.assign(hardware=words, batch_size=options.batch_size), path)
     shown = Table(title=f"time of a step / {BASE}, {words}")
     for title in ("setting", *MODELS):
         shown.add_column(title)

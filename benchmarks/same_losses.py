@@ -24,12 +24,13 @@ from torch import nn
 from tqdm import tqdm
 
 from analysis.plotting.style import COLORS, PAGE, add_legend, new_figure, style_axes
-from benchmarks.measure import BenchmarkOptions, Precision, machine_of, prepare_device, write_results
+from benchmarks.measure import BenchmarkOptions, Precision, machine_of, write_results
 from benchmarks.training_steps import Batch, StackedReference, endless_batches, protocol, training_step
 from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
 from training.command_line import run_script
 from training.config import ClassificationConfig
 from training.data import load_dataset, split_train
+from training.device import prepare_device
 
 SHOWN = 50  # steps averaged in the table
 PLAIN = "plain, float32"  # what all others are compared with
@@ -139,7 +140,7 @@ def main(options: Options) -> None:
     steps = pd.DataFrame({"step": np.arange(1, options.steps + 1), **losses})
     title = f"v2 of width {options.n_embd} on CIFAR-10, batch {options.batch_size}, no dropout: {machine}"
     path = options.output_dir / f"same_losses_{place}{width}.csv"
-    print(*write_results(steps, draw(losses, title), path), sep="\n")
+    print(*write_results(steps, path, draw(losses, title)), sep="\n")
 
 
 if __name__ == "__main__":

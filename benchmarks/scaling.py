@@ -35,7 +35,6 @@ from benchmarks.measure import (
     in_full,
     in_turns,
     machine_of,
-    prepare_device,
     seconds_of,
     spread,
     step_memory_mb,
@@ -45,7 +44,7 @@ from benchmarks.training_steps import IMPLEMENTATIONS, made_up_batches, training
 from models.vision_bdh import VisionBDHConfig, v2_config
 from training.command_line import run_script
 from training.config import UserError
-from training.device import is_out_of_memory
+from training.device import is_out_of_memory, prepare_device
 
 VARIED = {"batch_size": "images a batch", "tokens": "tokens T", "neurons": "neurons of all heads", "n_layer": "levels"}
 
@@ -199,8 +198,8 @@ def main(options: Options) -> None:
     print(fits.drop(columns="factor").to_string(index=False, float_format="{:.3f}".format))
     path = options.output_dir / f"scaling_{place}{changed(options, 'n_embd', 'n_head', 'precision')}.csv"
     table = pd.DataFrame([{"machine": machine} | row for row in rows])
-    print(*write_results(table, draw(rows, f"{machine}, {options.precision}"), path), sep="\n")
-    fits.to_csv(path.with_name(f"{path.stem}_exponents.csv"), index=False)
+    print(*write_results(table, path, draw(rows, f"{machine}, {options.precision}")), sep="\n")
+    write_results(fits, path.with_name(f"{path.stem}_exponents.csv"))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from benchmarks.measure import BenchmarkOptions, Precision, changed, in_full, machine_of, measure_steps
+from benchmarks.measure import BenchmarkOptions, Precision, changed, in_full, machine_of, measure_steps, write_results
 from benchmarks.training_steps import IMPLEMENTATIONS, Batch, StackedReference, training_step
 from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
 from training.command_line import run_script
@@ -145,10 +145,8 @@ def main(options: Options) -> None:
     table = with_ratios(measure_allocations(options))
     place, machine = machine_of(pick_device(options.device))
     print(f"v2 training step: {machine}\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
-    options.output_dir.mkdir(parents=True, exist_ok=True)
     path = options.output_dir / f"step_time_{place}{changed(options, 'batch_size', 'compile')}.csv"
-    table.assign(machine=machine).to_csv(path, index=False)
-    print(path)
+    print(*write_results(table.assign(machine=machine), path))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ from benchmarks.measure import (
     in_full,
     machine_of,
     measure_steps,
-    prepare_device,
     seconds_of,
     write_results,
 )
@@ -38,6 +37,7 @@ from models.baselines import ResNet20Config, ViTConfig
 from models.flops import flop_per_image
 from models.vision_bdh import v2_config
 from training.command_line import run_script
+from training.device import prepare_device
 
 EPOCH = 40_000  # training images of the CIFAR protocol
 Name = Literal["v2", "vit_tiny", "resnet20"]
@@ -169,7 +169,7 @@ def main(options: Options) -> None:
     batch = "" if options.batch_size == 32 else f"_batch{options.batch_size}"
     table = pd.DataFrame([{"machine": machine} | row for row in rows])
     path = options.output_dir / f"train_speed_{place}{batch}.csv"
-    print(*write_results(table, draw(rows, title), path), sep="\n")
+    print(*write_results(table, path, draw(rows, title)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from analysis.plotting.style import DPI, PAGE
-from interpretability.common.figures import titled_figure
+from analysis.plotting.style import DPI, PAGE, titled_figure
 from interpretability.common.image_choice import ImagePaths, image_files, picture_names
 from interpretability.common.trained import Places, TrainedRun, progress
 from training.command_line import run_script

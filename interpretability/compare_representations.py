@@ -27,9 +27,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from analysis.plotting.style import PAGE, SEQUENTIAL, save_figure
+from analysis.plotting.style import PAGE, SEQUENTIAL, save_figure, titled_figure
 from interpretability.common.features import Tokens, images_per_pass, level_features
-from interpretability.common.figures import titled_figure
 from interpretability.common.similarity import IMAGES_PER_DIMENSION, linear_cka, main_directions, svcca, unbiased_hsic
 from interpretability.common.trained import PairChoice, TrainedRun, open_runs, progress
 from training.command_line import run_script

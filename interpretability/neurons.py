@@ -37,14 +37,13 @@ import tyro
 from matplotlib.figure import Figure
 from torch import nn
 
-from analysis.plotting.style import COLORS, PAGE, plain_text, remove_figure, save_figure, style_axes
+from analysis.plotting.style import COLORS, PAGE, plain_text, remove_figure, save_figure, style_axes, titled_figure
 from interpretability.common.activity import batches_of_patches, choose_images, kept_model, measured_on
 from interpretability.common.contact_sheet import TopPatch, draw_sheet
-from interpretability.common.figures import titled_figure
 from interpretability.common.selectivity import Measures, Responses, collect, measures, p_values, ranked, shuffled
 from interpretability.common.trained import RunChoice, TrainedRun, open_run, progress
 from training.command_line import run_script
-from training.config import UserError
+from training.config import UserError, require
 from training.data.finding import cut_name
 
 SHEET_NOTE = (  # explains the contact sheets
@@ -85,16 +84,16 @@ class Options(RunChoice):
     seed: int = 0
     """seed of the shuffles"""
 
+    def __post_init__(self):
+        for name, least in (("rows", 1), ("top", 1), ("around", 0), ("shuffles", 1), ("seed", 0)):
+            require(getattr(self, name) >= least, self, name, f"must be at least {least}")
+        least = 1 / (self.shuffles + 1)
+        limits = f"must be below 1 and at least {least:.2g}, the smallest p value of {self.shuffles} shuffles"
+        require(least <= self.chance < 1, self, "chance", f"{limits}: change it, or give more --shuffles")
+
 
 def check(options: Options, run: TrainedRun) -> None:
-    """Raises UserError for numbers out of range, and neurons or classes that do not exist."""
-    for name, least in (("rows", 1), ("top", 1), ("around", 0), ("shuffles", 1), ("seed", 0)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name} {getattr(options, name)} must be {least} or more")
-    least = 1 / (options.shuffles + 1)
-    if not least <= options.chance < 1:
-        limits = f"below 1 and at least {least:.2g}, the smallest p value of {options.shuffles} shuffles"
-        raise UserError(f"--chance {options.chance} must be {limits}: change it, or give more --shuffles")
+    """Raises UserError for neurons or classes that do not exist."""
     sizes, wanted = run.sizes, options.selective_for
     for level, head, number in options.neuron:
         if not (1 <= level <= sizes.n_layer and 1 <= head <= sizes.n_head and 0 <= number < sizes.n_neurons):

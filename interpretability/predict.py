@@ -22,8 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import nn
 
-from analysis.plotting.style import DPI, PAGE
-from interpretability.common.figures import titled_figure
+from analysis.plotting.style import DPI, PAGE, titled_figure
 from interpretability.common.image_choice import ImagePaths, image_files, picture_names
 from interpretability.common.trained import Places, TrainedRun, progress
 from models.vision_bdh import ImageSize

@@ -42,16 +42,15 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from analysis.plotting.style import COLORS, PAGE, save_figure, style_axes
+from analysis.plotting.style import COLORS, PAGE, save_figure, style_axes, titled_figure
 from analysis.tables import accuracy_interval
 from interpretability.common.depth import run_with_levels, why_not_deeper
 from interpretability.common.features import images_per_pass, stream_features
-from interpretability.common.figures import titled_figure
 from interpretability.common.recorder import record
 from interpretability.common.trained import RunChoice, open_run, progress
 from models.vision_bdh import VisionBDH
 from training.command_line import run_script
-from training.config import UserError
+from training.config import UserError, require
 
 SETTINGS = ("tokens", "normalise", "neighbours", "penalty")  # named in the output files
 MAX_ITERATIONS = 2000  # of the linear probe's optimiser
@@ -82,6 +81,11 @@ class Options(RunChoice):
     """number of nearest neighbours"""
     penalty: float = 1.0
     """L2 penalty of the linear probe: the loss is summed over images, plus penalty / 2 * sum of squared weights"""
+
+    def __post_init__(self):
+        for name in ("images", "train_images", "neighbours"):
+            require(getattr(self, name) >= 1, self, name, "must be at least 1")
+        require(0 < self.penalty < math.inf, self, "penalty", "must be a number above 0")
 
 
 @dataclass
@@ -229,11 +233,6 @@ def draw(table: pd.DataFrame, n_trained: int, by_chance: float, title: str) -> F
 def main(options: Options) -> None:
     run = open_run(options)
     run.require("logits")
-    for name in ("images", "train_images", "neighbours"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
-    if not 0 < options.penalty < math.inf:
-        raise UserError(f"--penalty {options.penalty} must be a number above 0")
     n_levels = choose_levels(run.model, run.adapter.n_levels, options.max_levels)
     training, indices = run.choose_training_images(options.train_images), run.choose_images(options.images)
     size = images_per_pass(run.n_patches)

@@ -54,7 +54,7 @@ from interpretability.common.activity import (
 )
 from interpretability.common.trained import RunChoice, TrainedRun, open_run
 from training.command_line import run_script
-from training.config import UserError
+from training.config import require
 from training.runs import Run
 
 ALL = "all"  # in tables: over all levels, heads or classes
@@ -71,6 +71,10 @@ class Options(RunChoice):
     """a neuron is always on if it is active on at least this share of the patches"""
     checkpoint_images: int = 100
     """number of test images for each checkpoint kept in training; 0: leave these out"""
+
+    def __post_init__(self):
+        require(0 < self.always_on <= 1, self, "always_on", "must be above 0 and at most 1")
+        require(self.checkpoint_images >= 0, self, "checkpoint_images", "must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -261,10 +265,6 @@ def _level_colors(n_levels: int) -> np.ndarray:
 
 
 def main(options: Options) -> None:
-    if not 0 < options.always_on <= 1:
-        raise UserError(f"--always-on {options.always_on} must be above 0 and at most 1")
-    if options.checkpoint_images < 0:
-        raise UserError(f"--checkpoint-images {options.checkpoint_images} must be 0 or more")
     run = open_run(options)
     indices = choose_images(run, options.images)
     shared = run.sizes.shared

@@ -48,11 +48,6 @@ class BaselineConfig:
         return 3
 
 
-def _check_patches(img_size: int, patch_size: int, what: str) -> None:
-    if img_size % patch_size:
-        raise ValueError(f"img_size = {img_size} is not a multiple of {what}: change one of them")
-
-
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig(BaselineConfig):
     """Vision Transformer (torchvision); the defaults are ViT-Tiny for 32 x 32 images."""
@@ -76,7 +71,7 @@ class ViTConfig(BaselineConfig):
         super().__post_init__()
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd = {self.n_embd} is not a multiple of n_head = {self.n_head}: change one of them")
-        _check_patches(self.img_size, self.patch_size, f"patch_size = {self.patch_size}")
+        check_image_size(self.img_size, self.patch_size, f"patch_size = {self.patch_size}")
 
     def build(self) -> nn.Module:
         model = ViT(
@@ -128,7 +123,7 @@ class DeiTTinyConfig(BaselineConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_patches(self.img_size, self.patch_size, f"{self.patch_size}, a patch of setting = {self.setting}")
+        check_image_size(self.img_size, self.patch_size, f"{self.patch_size}, a patch of setting = {self.setting}")
 
     @property
     def patch_size(self) -> int:
@@ -136,11 +131,8 @@ class DeiTTinyConfig(BaselineConfig):
         return {"published": 16, "fitted": 4}[self.setting]
 
     def build(self) -> nn.Module:
-        """Raises ImportError if timm is not installed."""
-        try:
-            import timm  # here, because the import takes seconds and no other model needs it
-        except ImportError as error:
-            raise ImportError(f"DeiT-Tiny needs timm: pip install timm ({error})") from error
+        import timm  # here, because the import takes seconds and no other model needs it
+
         return timm.create_model(
             "deit_tiny_patch16_224",
             pretrained=False,
@@ -274,12 +266,14 @@ class ResNetUNetConfig(BaselineConfig):
         check_image_size(self.img_size, 32, "32, the encoder's downsampling factor")
 
     def build(self) -> "ResNetUNet":
-        """With random weights, see `load_encoder_weights`. Raises ImportError if the library is not installed."""
+        """With random weights, see `load_encoder_weights`."""
         return ResNetUNet(self)
 
     def load_encoder_weights(self, model: "ResNetUNet") -> None:
         """Loads the pretrained encoder weights, downloading them unless they are cached."""
-        encoder = _import_smp().encoders.get_encoder(f"resnet{self.depth}", weights=self.encoder_weights)
+        from segmentation_models_pytorch.encoders import get_encoder  # here, because the import takes seconds
+
+        encoder = get_encoder(f"resnet{self.depth}", weights=self.encoder_weights)
         model.unet.encoder.load_state_dict(encoder.state_dict())
 
 
@@ -288,7 +282,9 @@ class ResNetUNet(nn.Module):
 
     def __init__(self, config: ResNetUNetConfig):
         super().__init__()
-        self.unet = _import_smp().Unet(f"resnet{config.depth}", encoder_weights=None, classes=config.num_classes)
+        from segmentation_models_pytorch import Unet  # here, because the import takes seconds
+
+        self.unet = Unet(f"resnet{config.depth}", encoder_weights=None, classes=config.num_classes)
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
@@ -296,13 +292,3 @@ class ResNetUNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, 3, height, width) -> logits (B, num_classes, height, width)."""
         return self.unet(((images + 1) / 2 - self.mean) / self.std)
-
-
-def _import_smp():
-    try:
-        import segmentation_models_pytorch  # here, because the import takes seconds and no other model needs it
-    except ImportError as error:
-        raise ImportError(
-            f"the ResNet U-Nets need segmentation-models-pytorch: pip install segmentation-models-pytorch ({error})"
-        ) from error
-    return segmentation_models_pytorch

@@ -2,9 +2,9 @@
 
 Letters in shapes: B sequences or images, T tokens, D = n_embd, H = n_head, N neurons per head, V vocabulary size.
 
-A design choice is a field of `CoreConfig` and its line in `BDHCore.states`, `plain_update` or `activity`. The fast path
-is taken only for the fields and values in `kernels.FAST_PATH_SERVES`; with any other field away from its default, the
-model takes the plain path by itself.
+A design choice is a field of `CoreConfig` and its line in one of the methods of `BDHCore`: `activity`, `plain_update`,
+`update`, `level_update`, `mixed` or `states`. The fast path is taken only for the fields and values in
+`kernels.FAST_PATH_SERVES`; with any other field away from its default, the model takes the plain path by itself.
 """
 
 import math
@@ -28,9 +28,6 @@ ACTIVATIONS = {"relu": F.relu, "relu2": lambda v: F.relu(v).square(), "gelu": F.
 @dataclass(frozen=True, kw_only=True)
 class CoreConfig:
     """Size and design choices of the BDH step, common to all BDH models."""
-
-    # fields that do not affect the step; a subclass lists its own
-    outside_step: ClassVar[tuple[str, ...]] = ("drop_path",)
 
     n_layer: int = 6
     """number of levels: how many times the step is applied"""

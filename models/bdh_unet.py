@@ -101,10 +101,6 @@ class BDHUNet(nn.Module):
             x = stage(x, skip)
         return self.head(x)
 
-    def has_fast_path(self, device: torch.device) -> bool:
-        """Whether the encoder takes its fast path on that device, see `BDHCore.has_fast_path`."""
-        return self.encoder.has_fast_path(device)
-
 
 class DecoderStage(nn.Module):
     """Doubles the resolution; the skip connection is concatenated between the two convolutions."""

@@ -17,9 +17,9 @@ from typing import TypeVar
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
-from models.bdh import BDH, BDHConfig
-from models.bdh_unet import BDHUNet, BDHUNetConfig
-from models.vision_bdh import VisionBDH, VisionBDHConfig
+from models.bdh import BDH
+from models.bdh_unet import BDHUNet
+from models.vision_bdh import VisionBDH
 
 M = TypeVar("M", bound=nn.Module)
 ABOUT = dict(library_name="vision-bdh", license="mit", tags=["vision-bdh", "arxiv:2509.26507"])
@@ -28,22 +28,13 @@ ABOUT = dict(library_name="vision-bdh", license="mit", tags=["vision-bdh", "arxi
 class HubVisionBDH(VisionBDH, PyTorchModelHubMixin, pipeline_tag="image-classification", **ABOUT):
     """VisionBDH on the Hub."""
 
-    def __init__(self, config: VisionBDHConfig):
-        super().__init__(config)
-
 
 class HubBDHUNet(BDHUNet, PyTorchModelHubMixin, pipeline_tag="image-segmentation", **ABOUT):
     """BDHUNet on the Hub."""
 
-    def __init__(self, config: BDHUNetConfig):
-        super().__init__(config)
-
 
 class HubBDH(BDH, PyTorchModelHubMixin, pipeline_tag="text-generation", **ABOUT):
     """The language model on the Hub."""
-
-    def __init__(self, config: BDHConfig):
-        super().__init__(config)
 
 
 HUB_CLASSES = {VisionBDH: HubVisionBDH, BDHUNet: HubBDHUNet, BDH: HubBDH}

@@ -51,6 +51,7 @@ FAST_PATH_SERVES: dict[str, Any] = {
     "init": ANY,  # initial weights only
     "rotary": ("raster", "axial"),  # passed as phases; there is no path without rotation
     "shared": ANY,  # each level is given its weights
+    "drop_path": ANY,  # outside the update
     "level_gain": ANY,  # outside the update
     "update_gain": ANY,  # outside the update
 }

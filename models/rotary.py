@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from models import kernels
 
 
-def rope_frequencies(n_neurons: int, theta: float = 2.0**16) -> Tensor:
-    """(N,) float32, turns per position: theta ** (-2 floor(j / 2) / N) / (2 pi), equal within a pair (RoPE)."""
+def rope_frequencies(n_neurons: int) -> Tensor:
+    """(N,) float32, turns per position: (2 ** 16) ** (-2 floor(j / 2) / N) / (2 pi), equal within a pair (RoPE)."""
     pair = torch.arange(n_neurons, dtype=torch.float32) // 2
-    return theta ** (-2 * pair / n_neurons) / (2 * math.pi)
+    return (2.0**16) ** (-2 * pair / n_neurons) / (2 * math.pi)
 
 
 def rope(v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

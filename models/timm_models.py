@@ -22,12 +22,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from models import vision_bdh
+from models import build_config, vision_bdh
 from models.pretrained import RESULTS, pretrained_folders
 from models.vision_bdh import VisionBDH, VisionBDHConfig, init_projection, interpolate_positions
 from training.config import UserError
@@ -118,8 +117,6 @@ class TimmVisionBDH(VisionBDH):
             raise ValueError(f"output_fmt = {output_fmt!r} must be NCHW or NLC")
         take, _ = feature_take_indices(self.config.n_layer, indices)
         tokens, grid = self.embed(x)
-        if self.cls_token is not None:
-            tokens = torch.cat((self.cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
         states = self.states(tokens, grid)
         found = []
         for level in take:
@@ -197,11 +194,11 @@ def register_pretrained(results: Path = RESULTS) -> list[str]:
     for name, folder in pretrained_folders(results).items():
         try:
             config = read_config(folder)
-            if config["model_class"] != "VisionBDHConfig":
-                continue
-            model = VisionBDHConfig(**config["config"]["model"])
-        except (UserError, TypeError, ValueError) as error:
+            model = build_config(config["model_class"], config["config"]["model"])
+        except (UserError, ValueError) as error:
             warnings.warn(f"{folder} is not registered: {error}", stacklevel=2)
+            continue
+        if type(model) is not VisionBDHConfig:
             continue
         names.append("vision_bdh_" + re.sub(r"[^0-9A-Za-z_]+", "_", name))
         _register(names[-1], model, folder / EXPORTED)

@@ -202,12 +202,16 @@ class VisionBDH(VisionEncoder):
         self.head = nn.Linear(config.n_embd, config.num_classes)
         init_projection(self.head, config.init_projections)
 
-    def tokens(self, images: Tensor) -> Tensor:
-        """Last state. images: (B, C, height, width) -> (B, T, D), T patches plus 1 for a class token."""
-        x, grid = self.embed(images)
+    def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
+        """As the encoder's, with the class token first if there is one: T patches plus 1."""
+        x, grid = super().embed(images)
         if self.cls_token is not None:
             x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
-        return self.levels(x, grid)
+        return x, grid
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Last state. images: (B, C, height, width) -> (B, T, D)."""
+        return self.levels(*self.embed(images))
 
     def pool_weights(self, tokens: Tensor) -> Tensor:
         """Weights of pool=seq: Hassani et al. 2021, arXiv 2104.05704, equation 4. tokens: (B, T, D) -> (B, T)."""

@@ -97,7 +97,7 @@ def _member(environment, folder, work, args):
     (folder / "result").write_bytes(pickle.dumps(result))
 
 
-def kill():
+def kill(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -6,7 +6,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,9 +14,9 @@ import torch
 
 from training import ClassificationConfig, Experiment, RunOptions, fit
 from models.vision_bdh import v2_config
+from training.config import ROOT
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = dict(patch_size=8, n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4)  # 16 tokens, N = 16
 
 

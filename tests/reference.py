@@ -1,13 +1,16 @@
 """Plain reference implementation of BDH and Vision-BDH, written from the equations alone, and helpers around it.
 
-It computes one head at a time and shares nothing with the code under test. Letters in shapes: B images or sequences, T
-tokens, D width, H heads, N neurons per head.
+The reference computes one head at a time and shares nothing with the code under test. Letters in shapes: B images or
+sequences, T tokens, D width, H heads, N neurons per head.
 """
 
 import itertools
 import math
 
+import pytest
 import torch
+
+from models import kernels
 
 
 def norm(x):
@@ -245,6 +248,26 @@ def assert_close(actual, expected, tolerance):
     assert actual.shape == expected.shape
     assert torch.isfinite(actual).all()
     assert (actual - expected).norm() <= tolerance * expected.norm(), (actual - expected).norm() / expected.norm()
+
+
+def relative_error(actual, expected):
+    """Norm of the difference over the norm of what is expected, both in float64."""
+    assert actual.shape == expected.shape
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def results_in(autocast, model, images, cotangent, fast):
+    """Logits and the gradients of all parameters by name, inside autocast, on the chosen path."""
+    calls, real = [], kernels.fast_update
+    model.use_fast_path = fast
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "fast_update", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+        with autocast:
+            logits = model(images)
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(logits, parameters, cotangent.to(logits.dtype))
+    assert bool(calls) == fast
+    return logits, dict(zip(names, gradients, strict=True))
 
 
 def assert_equals_reference(model, inputs, every_weight_counts=True):

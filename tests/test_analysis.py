@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from training import UserError
-from analysis.analyze import analyze, by_task, draw_curves, draw_final, write_tables
+from analysis.analyze import analyze, by_task, draw_curves, draw_final, write_results
 from analysis.plotting.curves import labels_of
 from analysis.plotting.style import plain_text
 from analysis.reading import find_runs, make_rows, read_runs
@@ -22,7 +22,7 @@ OPTIONAL = ["accuracy_against_parameters", "accuracy_against_time", "speed", "ml
 
 def tables_of(runs, output):
     """results.md and results.csv, without the slow figures."""
-    return write_tables(by_task(make_rows(read_runs(runs))), output / "results", "Results")
+    return write_results(by_task(make_rows(read_runs(runs))), output / "results", "Results")
 
 
 def test_averages_over_seeds(make_run, tmp_path):

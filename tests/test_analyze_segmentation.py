@@ -17,7 +17,7 @@ FIRST = dict(miou=(0.10, 0.37, 0.40, 0.385, 0.39), train_miou=(0.1, 0.3, 0.46, 0
 SECOND = dict(miou=(0.20, 0.30, 0.40, 0.47, 0.50), train_miou=(0.1, 0.2, 0.3, 0.4, 0.48))  # best: epoch 5
 SKY, POLE = (0.1, 0.2, 0.8, 0.4, 0.5), (0.1, 0.2, None, 0.3, 0.3)
 NAMES = [f"{name}.{kind}" for name in segmentation.FIGURES for kind in ("png", "svg")]
-NAMES += ["performance_comparison.csv", "performance_comparison.md"]
+NAMES += ["performance_comparison.md", "performance_comparison.csv"]
 LONG = "bdh_unet+learning_rate=0.001+mlp_internal_dim_multiplier=32+attention=softmax+patch_size=16+n_embd="
 SCRIPT = "analysis/analyze_segmentation_results.py"
 
@@ -66,14 +66,14 @@ def rows_of(tmp_path):
 
 def tables_of(runs, output, dataset="camvid"):
     """The tables, without the slow figures."""
-    return segmentation.write_tables(segmentation_rows(read_runs(runs), dataset), output)
+    return segmentation.write_results(segmentation_rows(read_runs(runs), dataset), output)
 
 
 def test_numbers_of_two_seeds(two_seeds, tmp_path):
     """Against values worked out by hand from FIRST and SECOND."""
     paths = analyze_segmentation(two_seeds, tmp_path / "out")
     assert [path.name for path in paths] == NAMES
-    (line,) = read_table(paths[-2])
+    (line,) = read_table(paths[-1])
     assert [line[key] for key in ("experiment", "dataset", "hardware")] == ["bdh_unet", "camvid", "GPU X"]
     assert [int(line[key]) for key in ("seeds", "seeds_not_finished", "parameters")] == [2, 0, 2_000_000]
     miou = ("best_val_miou_mean", "best_val_miou_std", "final_val_miou_mean", "best_val_miou_per_million_parameters")
@@ -87,7 +87,7 @@ def test_numbers_of_two_seeds(two_seeds, tmp_path):
 
 
 def test_numbers_of_one_seed(write_run, tmp_path):
-    (line,) = read_table(tables_of([write_run()], tmp_path / "out")[-2])
+    (line,) = read_table(tables_of([write_run()], tmp_path / "out")[-1])
     assert numbers_of(line, "best_val_miou_mean", "best_epoch_median", "iou_sky") == [0.40, 3, 0.8]
     assert line["best_val_miou_std"] == line["iou_pole"] == ""
     assert numbers_of(line, "train_val_miou_gap_at_best_mean", "val_miou_batch_at_best_mean") == [0.06, 0.37]
@@ -97,7 +97,7 @@ def test_a_run_that_is_not_finished(two_seeds, write_run, tmp_path):
     """It is told apart everywhere, comes last, and does not change the mean of seeds that are finished."""
     write_run(seed=2, epochs=5, miou=(0.9, 0.8))
     write_run("unet", epochs=9, miou=(0.6, 0.55, 0.5))
-    first, second = read_table(tables_of(find_runs(tmp_path / "runs"), tmp_path / "out")[0])
+    first, second = read_table(tables_of(find_runs(tmp_path / "runs"), tmp_path / "out")[-1])
     assert (first["experiment"], first["seeds"], first["seeds_not_finished"]) == ("bdh_unet", "2", "1")
     assert numbers_of(first, "best_val_miou_mean") == [0.45]
     assert (second["seeds"], second["epochs"], second["epochs_done"]) == ("0", "9", "3")
@@ -111,7 +111,7 @@ def test_a_run_that_is_not_finished(two_seeds, write_run, tmp_path):
 def test_markdown(two_seeds, write_run, tmp_path):
     """The numbers of the CSV file side by side, in percent, with notes."""
     write_run("unet", miou=(0.1, 0.2, 0.3), parameters=14_000_000)
-    text = tables_of(find_runs(tmp_path / "runs"), tmp_path / "out")[-1].read_text()
+    text = tables_of(find_runs(tmp_path / "runs"), tmp_path / "out")[0].read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     table = {cells[0]: cells[1:] for cells in rows}
     assert table["experiment"] == ["bdh_unet", "unet"] and table["parameters"] == ["2,000,000", "14,000,000"]
@@ -210,8 +210,8 @@ def test_other_runs_are_ignored(make_run, write_run, tmp_path):
     write_run("on_voc", data="voc")
     write_run()
     runs = find_runs(tmp_path / "runs")
-    assert [line["experiment"] for line in read_table(tables_of(runs, tmp_path / "out")[-2])] == ["bdh_unet"]
-    (line,) = read_table(tables_of(runs, tmp_path / "voc", "voc")[-2])
+    assert [line["experiment"] for line in read_table(tables_of(runs, tmp_path / "out")[-1])] == ["bdh_unet"]
+    (line,) = read_table(tables_of(runs, tmp_path / "voc", "voc")[-1])
     assert (line["experiment"], line["dataset"]) == ("on_voc", "voc")
 
 
@@ -231,7 +231,7 @@ def test_damaged_runs_are_left_out_with_one_line(write_run, tmp_path, capsys, ch
 
     whole, broken = write_run(), write_run(seed=1)
     damage(broken)
-    (line,) = read_table(tables_of([whole, broken], tmp_path / "out")[-2])
+    (line,) = read_table(tables_of([whole, broken], tmp_path / "out")[-1])
     assert line["seeds"] == "1"
     error = capsys.readouterr().err
     assert error.startswith(f"warning: {broken} is left out") and error.count("\n") == 1

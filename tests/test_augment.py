@@ -9,13 +9,10 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2.functional import horizontal_flip, resized_crop
 
 from training import ClassificationConfig, augment, seeds
+from tests.trials import generator
 from training.data import DataSet, ImageBatches, Split
 
 CROPS_AND_FLIPS = dict(crop_scale_min=0.5, horizontal_flip=True)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # ---------------------------------------------------------------------------- crops and flips

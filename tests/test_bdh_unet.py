@@ -107,8 +107,8 @@ def test_training_reaches_every_weight(fields):
 
 
 def test_the_fast_path_is_the_encoders():
-    assert small_unet().has_fast_path(torch.device("cpu"))
-    assert not small_unet(gate="sigmoid").has_fast_path(torch.device("cpu"))
+    assert small_unet().encoder.has_fast_path(torch.device("cpu"))
+    assert not small_unet(gate="sigmoid").encoder.has_fast_path(torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------- skips

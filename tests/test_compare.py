@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from training import UserError
-from analysis.analyze import by_task, write_tables
+from analysis.analyze import by_task, write_results
 from analysis.compare import compare, difference_interval
 from analysis.reading import make_rows, read_runs
 from tests.trials import read_table
@@ -77,7 +77,7 @@ def test_a_metric_not_in_percent_keeps_its_unit_and_its_direction(make_run, tmp_
     shown = capsys.readouterr().out
     assert "test bits per byte" in shown and "| 1.7500 |" in shown and "| -0.2500 |" in shown
     assert "%" not in shown.replace("95 %", "")
-    table = write_tables(by_task(make_rows(read_runs(folders))), tmp_path / "out", "Results")[0].read_text()
+    table = write_results(by_task(make_rows(read_runs(folders))), tmp_path / "out", "Results")[0].read_text()
     assert table.index("n_layer=12") < table.index("| bdh_text |")  # lower is better, and the best comes first
     assert "test bits per byte" in table and "%" not in table.split("Mean over")[0]
 

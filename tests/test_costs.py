@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from training import UserError
-from analysis.analyze import by_task, write_tables
+from analysis.analyze import by_task, write_results
 from analysis.plotting.costs import draw_multipliers, draw_parameters, draw_speed, draw_time, sweeps_of
 from analysis.plotting.style import COLORS, choose_scale
 from analysis.reading import find_runs, make_rows, read_runs
@@ -272,6 +272,6 @@ def test_files_say_what_the_figures_show(cost_run, tmp_path):
     seconds, speeds = [[10, 20, 30, 40, 50], [11, 21, 31, 41, 51]], [[100, 200, 300, 400, 500], [600] * 5]
     columns = [{"epoch_time_sec": seconds[seed], "images_per_sec": speeds[seed]} for seed in (0, 1)]
     folders = [cost_run(seed=seed, columns=columns[seed]) for seed in (0, 1)]
-    (line,) = read_table(write_tables(by_task(make_rows(read_runs(folders))), tmp_path / "out", "Results")[-1])
+    (line,) = read_table(write_results(by_task(make_rows(read_runs(folders))), tmp_path / "out", "Results")[-1])
     assert float(line["training_time_sec_median"]) == np.median([150, 155])
     assert float(line["images_per_sec_median"]) == np.median([300, 600])

@@ -18,7 +18,7 @@ from models import kernels
 from models.bdh_unet import bdh_unet_config
 from models.rotary import RotaryAttention, rope
 from models.vision_bdh import v1_config, v2_config, v3_config
-from tests.reference import randomised
+from tests.reference import randomised, relative_error, results_in
 from tests.rehearsal import make_session
 from tests.trials import interrupt, read_metrics, resumed, weights
 from training.device import describe_hardware, fits_in_memory, pick_device, set_precision, synchronize
@@ -26,24 +26,6 @@ from training.runs import load_model
 
 FIELDS = dict(n_layer=1, n_embd=32, n_head=2, mlp_internal_dim_multiplier=4, patch_size=2, dropout=0.0)  # N = 64
 SCORES, STATE = 6, 8  # rows of patches: 36 tokens take the order by scores, 64 that by state
-
-
-def relative_error(actual, expected):
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def results_in(precision, device, model, images, cotangent, fast):
-    """Logits and the gradients of all parameters by name, in that precision, on the chosen path."""
-    autocast, calls, real = set_precision(precision, device), [], kernels.fast_update
-    model.use_fast_path = fast
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "fast_update", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
-        with autocast:
-            outputs = model(images)
-        names, parameters = zip(*model.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(outputs, parameters, cotangent.to(outputs.dtype))
-    assert bool(calls) == fast
-    return outputs, dict(zip(names, gradients, strict=True))
 
 
 @pytest.fixture
@@ -74,9 +56,9 @@ def test_the_fast_step_is_near_the_plain_one(precision, tolerance, rows, fields,
     model = randomised(config.build()).float().to(device)
     images, cotangent = torch.randn(16, 3, 2 * rows, 2 * rows), torch.randn(16, 10)
     images, cotangent = images.to(device), cotangent.to(device)
-    expected, expected_grads = results_in("float32", device, model, images, cotangent, fast=False)
-    _, plain_grads = results_in(precision, device, model, images, cotangent, fast=False)
-    actual, grads = results_in(precision, device, model, images, cotangent, fast=True)
+    expected, expected_grads = results_in(set_precision("float32", device), model, images, cotangent, fast=False)
+    _, plain_grads = results_in(set_precision(precision, device), model, images, cotangent, fast=False)
+    actual, grads = results_in(set_precision(precision, device), model, images, cotangent, fast=True)
     assert relative_error(actual, expected) < tolerance
     for name, grad in grads.items():
         assert grad.dtype == torch.float32, name

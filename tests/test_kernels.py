@@ -1,5 +1,6 @@
 """models/kernels.py on fresh random inputs: the order of raw attention, and the fast step against the plain one."""
 
+import contextlib
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from models import kernels
 from models.bdh import LN_EPS, BDHCore, CoreConfig, layer_norm
 from models.rotary import RotaryAttention, rope
 from models.vision_bdh import v1_config, v2_config
-from tests.reference import randomised
+from tests.reference import randomised, relative_error, results_in
 
 SMALL = dict(n_layer=2, n_embd=6, n_head=3, mlp_internal_dim_multiplier=5, img_size=6, patch_size=2)  # T = 9, N = 10
 # images, tokens, width, heads, multiplier; and the order of the attention product chosen at such sizes
@@ -82,12 +83,6 @@ def fast_update(core, x, *, masters=None, weights=None, images_per_slice=None, d
 
 def plain_update(core, x):
     return core.plain_update(x, core.step_weights()[0], core.attn.tables(x.shape[1]))
-
-
-def relative_error(actual, expected):
-    """Norm of the difference over the norm of what is expected, both in float64."""
-    assert actual.shape == expected.shape
-    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 # ---------------------------------------------------------------------------- (q k^T) x or q (k^T x)
@@ -298,16 +293,6 @@ def test_inference_then_training(fast):
     assert torch.equal(model(images), logits)
 
 
-def results_in(model, images, cotangent, *, fast, autocast):
-    """Logits and the gradients of all parameters by name, on the chosen path, under bfloat16 autocast or not."""
-    model.use_fast_path = fast
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits = model(images)
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    grads = torch.autograd.grad(logits, parameters, cotangent.to(logits.dtype))
-    return logits, dict(zip(names, grads, strict=True))
-
-
 @pytest.mark.parametrize(("grid", "attention"), [(4, "raw"), (7, "raw"), (4, "softmax")])
 def test_bfloat16_autocast_is_near_float32(monkeypatch, grid, attention):
     # A rounding to bfloat16 errs by up to 2^-9, 0.0011 in the mean square. About ten lie between x and y (x, E,
@@ -319,15 +304,15 @@ def test_bfloat16_autocast_is_near_float32(monkeypatch, grid, attention):
     # the second level on other ReLUs flip, and there is no bound that always holds.
     fields = dict(n_embd=16, n_head=2, mlp_internal_dim_multiplier=4, img_size=2 * grid, patch_size=2, dropout=0.0)
     images, cotangent = torch.randn(16, 3, 2 * grid, 2 * grid), torch.randn(16, 10)
-    seen, fast = [], kernels.fast_update
+    bf16, seen, fast = torch.autocast("cpu", torch.bfloat16), [], kernels.fast_update
     monkeypatch.setattr(kernels, "fast_update", lambda *a, **k: (seen.append(a[2][0].dtype), fast(*a, **k))[1])
     for n_layer in (1, 2):
         model = randomised(v1_config(**fields, n_layer=n_layer, attention=attention).build()).float()
         assert kernels.scores_are_cheaper(grid**2, model.config.n_neurons, 16) == (grid == 4)
-        expected, expected_grads = results_in(model, images, cotangent, fast=False, autocast=False)
-        _, plain_grads = results_in(model, images, cotangent, fast=False, autocast=True)
+        expected, expected_grads = results_in(contextlib.nullcontext(), model, images, cotangent, fast=False)
+        _, plain_grads = results_in(bf16, model, images, cotangent, fast=False)
         seen.clear()
-        actual, actual_grads = results_in(model, images, cotangent, fast=True, autocast=True)
+        actual, actual_grads = results_in(bf16, model, images, cotangent, fast=True)
         assert seen == [torch.bfloat16] * n_layer
         assert 0 < relative_error(actual, expected) < 0.03
         for name, grad in actual_grads.items():

@@ -79,7 +79,7 @@ def test_a_test_part_is_read_where_there_is_one(camvid, layout):
     shutil.copytree(folder / f"val{suffix}", folder / f"test{suffix}")
     data = make_batches("camvid", folder)
     assert [data.size(part) for part in ("train", "val", "test")] == [4, 2, 2]
-    assert data.description["images"] == {"train": 4, "val": 2, "test": 2}
+    assert find_masks("camvid", folder).description["images"] == {"train": 4, "val": 2, "test": 2}
 
 
 def test_palette_masks_and_files_that_are_no_images(camvid):
@@ -312,7 +312,7 @@ def test_voc(voc):
     expected = np.zeros((16, 24))
     expected[:4], expected[4:8, :12], expected[-1] = 20, 3, VOC.void
     assert VOC.void == 21 and np.array_equal(masks[0], expected)
-    assert data.description["class_names"][:2] == ["background", "aeroplane"]
+    assert find_masks("voc", voc).description["class_names"][:2] == ["background", "aeroplane"]
 
 
 def test_voc_faults(voc, tmp_path, monkeypatch):

@@ -231,15 +231,20 @@ def test_bad_input(run, data_dir, call_script, tmp_path, capsys):
         (("--neuron", 1, 1, 16), "from 0 to 15"),
         (("--selective-for", "clas 3"), "did you mean class 3?"),
         (("--selective-for", "zebra"), "classes are class 0, class 1"),
-        (("--top", 0), "--top 0 must be 1 or more"),
-        (("--around", -1), "--around -1 must be 0 or more"),
-        (("--seed", -1), "--seed -1 must be 0 or more"),
         (("--images", 0), "give --images 1 or more"),
-        (("--shuffles", 50), "--chance 0.01 must be below 1 and at least 0.02"),
         (("--images", 1), "give more --images"),
     ):
         assert call_script(SCRIPT, "--run", run, "--data-dir", data_dir, "--output-dir", tmp_path / "out", *flags) == 1
         check_error(capsys, said)
     assert not list((tmp_path / "out").rglob("*.*"))
-    for flags in (("--neuron", 1, 1), ("--quantity", "z_sparse"), ("--shufles", 3)):
+    for flags, said in (
+        (("--top", 0), "top = 0 must be at least 1"),
+        (("--around", -1), "around = -1 must be at least 0"),
+        (("--seed", -1), "seed = -1 must be at least 0"),
+        (("--shuffles", 50), "chance = 0.01 must be below 1 and at least 0.02"),
+        (("--neuron", 1, 1), "--neuron"),
+        (("--quantity", "z_sparse"), "z_sparse"),
+        (("--shufles", 3), "--shuffles"),
+    ):
         assert call_script(SCRIPT, *flags) == 2
+        assert said in capsys.readouterr().err

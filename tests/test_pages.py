@@ -2,15 +2,14 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from analysis.pages import HEADLINE
 from tests.claimed_runs import write_run, write_seeds
+from training.config import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "analysis/claims.py"
 MARKERS = {
     name: (f"<!-- {name}: begin, made by analysis/claims.py -->", f"<!-- {name}: end -->")

@@ -234,11 +234,6 @@ def test_script_on_vit(runs, call_script, data_dir, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--images", 0], "--images 0 must be at least 1"),
-        (["--train-images", -1], "--train-images -1 must be at least 1"),
-        (["--neighbours", 0], "--neighbours 0 must be at least 1"),
-        (["--penalty", 0], "--penalty 0.0 must be a number above 0"),
-        (["--penalty", "nan"], "--penalty nan must be a number above 0"),
         (["--max-levels", 1], "the model has 2 levels"),
         (["--train-images", 5], "5 training images are too few"),
         (["--run", "none"], "none does not exist"),
@@ -249,6 +244,21 @@ def test_bad_input(runs, call_script, data_dir, tmp_path, capsys, flags, message
     assert call_script(SCRIPT, *where, "--data-dir", data_dir, "--output-dir", "out", *flags) == 1
     check_error(capsys, message)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--images", 0], "images = 0 must be at least 1"),
+        (["--train-images", -1], "train_images = -1 must be at least 1"),
+        (["--neighbours", 0], "neighbours = 0 must be at least 1"),
+        (["--penalty", 0], "penalty = 0.0 must be a number above 0"),
+        (["--penalty", "nan"], "penalty = nan must be a number above 0"),
+    ],
+)
+def test_wrong_flags(call_script, capsys, flags, message):
+    assert call_script(SCRIPT, *flags) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_models_without_classes_are_refused(experiment, call_script, data_dir, capsys):

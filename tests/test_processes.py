@@ -43,7 +43,7 @@ from tests.trials import interrupt, read_rows, resumed, wait_for, with_options
 from training.batchnorm import sync_batchnorm
 from training.command_line import experiment_of, flags_of
 from training.config import ROOT
-from training.data.arrays import load_cifar
+from training.data import load_dataset
 from training.data.batches import ImageBatches, draw_split
 from training.device import pick_device
 from training.launch import train
@@ -85,7 +85,7 @@ def test_shares_cover_a_batch_once_and_hold_the_partners(n_processes, monkeypatc
 def test_shares_are_made_as_whole_batches_are(data_dir, monkeypatch):
     """Crops, flips, RandAugment and partners in mixup agree; the last batch of 2 leaves a share empty."""
     config = ClassificationConfig(dataset="cifar10", batch_size=10, train_limit=53, **MIXED, **COMMON)
-    source = load_cifar("cifar10", data_dir)
+    source = load_dataset("cifar10", data_dir)
     data = ImageBatches(source, draw_split(source, 0.2, 53, 0), config, 7, torch.device("cpu"))
     assert data.size("train") == 42
     whole = {"train": list(data.train_batches(1)), "val": list(data.eval_batches("val"))}

@@ -28,7 +28,7 @@ from models.baselines import DeiTTinyConfig, ResNet20Config, ViTConfig
 from models.bdh_unet import bdh_unet_config
 from models.vision_bdh import v2_config, v3_config
 from tests.camvid_data import write_camvid
-from tests.trials import resumed
+from tests.trials import generator, resumed
 from training.augment import JointTransform, PadAndCrop, RandomErasing
 from training.contracts import check_source
 from training.mixing import Mix, SmoothLabels
@@ -42,10 +42,6 @@ from training.tasks import median_frequencies, pixel_cross_entropy
 def make_train(**fields):
     defaults = dict(dataset="cifar10", epochs=1, batch_size=8, learning_rate=0.02, weight_decay=0.1)
     return ClassificationConfig(**(defaults | fields))
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # ---------------------------------------------------------------------------- optimizers

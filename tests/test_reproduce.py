@@ -17,6 +17,7 @@ from reproduce import Options, main, planned_runs
 from tests.claimed_runs import write_run
 from training.command_line import experiment_of
 from training.schedule import Outcome
+from training.stored import SMALL_FILES
 
 TINY = "--patch-size 8 --n-layer 1 --n-embd 8 --n-head 2 --mlp-internal-dim-multiplier 4 --epochs 2"
 
@@ -254,7 +255,7 @@ def test_a_plan_carried_out(small_plan, data_dir, tmp_path, capsys):
     results, runs = tmp_path / "results" / "small_cpu", tmp_path / "runs"
     (name,) = (path.name for path in results.iterdir())
     assert name.startswith("v2_cifar10+epochs=2+")
-    names = {f"{name}/seed{seed}/{file}" for seed in (0, 1) for file in reproduce.KEPT}
+    names = {f"{name}/seed{seed}/{file}" for seed in (0, 1) for file in SMALL_FILES}
     assert files_of(results).keys() == names
     assert all((results / each).read_bytes() == (runs / each).read_bytes() for each in names)
 

@@ -239,11 +239,15 @@ def test_bad_input(run, data_dir, call_script, experiment, tmp_path, capsys):
         (("--run", vit.folder), "has no x_sparse"),
         (("--run", tmp_path), "has no weights to open"),
         (("--run", run, "--images", 0), "give --images 1 or more"),
-        (("--run", run, "--always-on", 0), "--always-on 0.0 must be above 0"),
-        (("--run", run, "--always-on", 1.5), "--always-on 1.5 must be above 0 and at most 1"),
-        (("--run", run, "--checkpoint-images", -1), "must be 0 or more"),
     ):
         assert call_script(SCRIPT, "--data-dir", data_dir, "--output-dir", tmp_path / "out", *flags) == 1
         check_error(capsys, said)
-    assert call_script(SCRIPT, "--alway-on", 0.5) == 2
+    for flag, value, said in (
+        ("--always-on", 0, "always_on = 0.0 must be above 0"),
+        ("--always-on", 1.5, "always_on = 1.5 must be above 0 and at most 1"),
+        ("--checkpoint-images", -1, "checkpoint_images = -1 must be at least 0"),
+        ("--alway-on", 0.5, "--always-on"),
+    ):
+        assert call_script(SCRIPT, flag, value) == 2
+        assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

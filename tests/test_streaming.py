@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms import functional as transforms
 
 from training import ClassificationConfig, UserError, fit, loop
-from tests.children import before, launch_in_child, nth
+from tests.children import before, kill, launch_in_child, nth
 from tests.photos import SIDES, write_photos
 from tests.trials import interrupt, read_rows, resumed, same_weights, wait_for, weights, with_options
 from training.augment import draw_crop
@@ -178,10 +178,6 @@ def stop_in_the_third_step(folder, how):
     before(loop, "optimizer_step", nth(3, how))
 
 
-def kill_alone(*args):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def members(group):
     """Processes of a group that still run."""
     found = []
@@ -205,7 +201,7 @@ def test_no_worker_is_left_behind(end, trial, photos, tmp_path):
         write_photos(folder / "val", 4)
         (folder / "train" / "n02" / "5.JPEG").write_bytes(b"")
     else:
-        how = ctrl_c if end == "Ctrl-C" else kill_alone
+        how = ctrl_c if end == "Ctrl-C" else kill
         sabotage = functools.partial(stop_in_the_third_step, tmp_path, how)
     code, said = launch_in_child(trial("trial", folder), sabotage)
     wait_for(lambda: not members(int((tmp_path / "group").read_text())), seconds=60)

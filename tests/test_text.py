@@ -125,6 +125,8 @@ def test_order_and_offset_follow_the_seed_and_the_epoch():
 
     first = epoch(0, 0)
     assert torch.equal(first, epoch(0, 0))
+    later = torch.cat([inputs for inputs, _ in batches_of(text).train_batches(0, 2)])  # from the third batch on
+    assert torch.equal(first[16:], later)
     others = [epoch(0, 1), epoch(0, 2), epoch(1, 0)]
     assert not any(torch.equal(first, other) for other in others)
 

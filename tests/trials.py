@@ -18,6 +18,10 @@ COLUMNS = (
 ).split()
 
 
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def with_options(trial, **options):
     return dataclasses.replace(trial, options=dataclasses.replace(trial.options, **options))
 

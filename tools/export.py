@@ -38,7 +38,7 @@ from tools.exporting.programs import onnx_answer, write_int8, write_onnx, write_
 from tools.exporting.pruned import fine_tuning_command, prune, write_pruned
 from tools.exporting.weights import check_target, export_weights
 from training.command_line import run_script
-from training.config import UserError
+from training.config import UserError, require
 
 CALIBRATION_BATCH = 64
 
@@ -64,12 +64,9 @@ class Options:
     run on your own images (--dataset folder): their folder"""
 
     def __post_init__(self):
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep = {self.keep} must be above 0 and at most 1")
-        if self.calibration_images < 1:
-            raise ValueError(f"calibration_images = {self.calibration_images} must be at least 1")
-        if self.test_images is not None and self.test_images < 0:
-            raise ValueError(f"test_images = {self.test_images} must not be negative")
+        require(0 < self.keep <= 1, self, "keep", "must be above 0 and at most 1")
+        require(self.calibration_images >= 1, self, "calibration_images", "must be at least 1")
+        require(self.test_images is None or self.test_images >= 0, self, "test_images", "must not be negative")
 
 
 class Export:

@@ -38,7 +38,7 @@ from analysis.reading import read_runs
 from models.vision_bdh import v2_config
 from training.command_line import flags_of, run_script
 from training.config import ROOT
-from training.runs import load_model
+from training.runs import FILES, load_model
 from training.stored import load_checkpoint, read_summary
 
 SCRIPT = "train_v2_cifar10.py"
@@ -47,7 +47,6 @@ MODEL = dict(patch_size=8, n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multi
 TRAIN = dict(dataset="digits", epochs=EPOCHS, batch_size=64, learning_rate=1e-2, train_limit=200, precision="float32")
 SAME, MESSAGE, FAULT = "same result", "one message", "FAULT"
 
-FILES = ("config.json", "split.npz", "metrics.csv", "last.pt", "previous.pt", "best.pt", "summary.json")
 DAMAGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "cut": lambda content, draw: content[: draw.randrange(1, max(2, len(content)))],
     "empty": lambda content, draw: b"",

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from training.command_line import run_script
 from training.config import UserError
-from training.console import prepare_streams
 from training.data import data_folder
 from training.data.finding import count, printable
 from training.data.image_files import orientation
@@ -108,7 +107,6 @@ def notes(files: MaskFiles, found: dict[str, Found]) -> list[str]:
 
 
 def main(options: Options) -> None:
-    prepare_streams()
     folder = data_folder("camvid", options.data_dir)
     files = find_masks("camvid", folder)
     layout = "colours, folded to 11 classes" if isinstance(files.read_mask, ColourMasks) else "labels"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.config import SegmentationConfig, UserError
+from training.config import SegmentationConfig
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # as torchvision's RandomResizedCrop
 CROP_ATTEMPTS = 10
@@ -182,17 +182,10 @@ class JointTransform:
     """
 
     def __init__(self, config: SegmentationConfig, void: int, img_size: tuple[int, int]):
-        """img_size: height and width of the images, and of crops after a random scale.
-
-        Raises UserError if albumentations is missing.
-        """
+        """img_size: height and width of the images, and of crops after a random scale."""
         os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else importing it asks the network for a newer version
-        try:
-            import albumentations
-        except ImportError as error:  # or of OpenCV, which it needs
-            raise UserError(
-                f"segmentation needs albumentations, which is missing ({error}): pip install -r requirements.txt"
-            ) from None
+        import albumentations
+
         scaled = []
         if config.scale_min < 1 or config.scale_max > 1:
             scaled = [

@@ -72,20 +72,20 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "grad_accum"):
-            _require(getattr(self, name) >= 1, self, name, "must be at least 1")
-        _require(self.learning_rate > 0, self, "learning_rate", "must be above 0")
-        _require(self.max_grad_norm > 0, self, "max_grad_norm", "must be above 0")
+            require(getattr(self, name) >= 1, self, name, "must be at least 1")
+        require(self.learning_rate > 0, self, "learning_rate", "must be above 0")
+        require(self.max_grad_norm > 0, self, "max_grad_norm", "must be above 0")
         for name in ("weight_decay", "warmup_steps", "seed"):
-            _require(getattr(self, name) >= 0, self, name, "must not be negative")
+            require(getattr(self, name) >= 0, self, name, "must not be negative")
         object.__setattr__(self, "betas", tuple(self.betas))  # JSON has lists only
-        _require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "must be at least 0 and below 1")
-        _require(0 <= self.momentum < 1, self, "momentum", "must be at least 0 and below 1")
-        _require(self.ema is None or 0 < self.ema < 1, self, "ema", "must be above 0 and below 1")
+        require(all(0 <= beta < 1 for beta in self.betas), self, "betas", "must be at least 0 and below 1")
+        require(0 <= self.momentum < 1, self, "momentum", "must be at least 0 and below 1")
+        require(self.ema is None or 0 < self.ema < 1, self, "ema", "must be above 0 and below 1")
         rate, muon = self.adamw_learning_rate, self.optimizer == "muon"
-        _require(rate is None or (muon and rate > 0), self, "adamw_learning_rate", "is for muon, and above 0")
+        require(rate is None or (muon and rate > 0), self, "adamw_learning_rate", "is for muon, and above 0")
         default = type(self).momentum
-        _require(self.optimizer != "adamw" or self.momentum == default, self, "momentum", "is for muon and sgd only")
-        _require(self.optimizer != "sgd" or self.betas == type(self).betas, self, "betas", "are for adamw and muon")
+        require(self.optimizer != "adamw" or self.momentum == default, self, "momentum", "is for muon and sgd only")
+        require(self.optimizer != "sgd" or self.betas == type(self).betas, self, "betas", "are for adamw and muon")
 
     def check_new(self) -> None:
         """Raises ValueError for what no new run may have, such as settings without effect; stored runs may."""
@@ -110,7 +110,7 @@ class HeldOutConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _require(0 < self.val_fraction < 1, self, "val_fraction", "must be above 0 and below 1")
+        require(0 < self.val_fraction < 1, self, "val_fraction", "must be above 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,24 +152,24 @@ class ClassificationConfig(HeldOutConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _require(0 < self.crop_scale_min <= 1, self, "crop_scale_min", "must be above 0 and at most 1")
+        require(0 < self.crop_scale_min <= 1, self, "crop_scale_min", "must be above 0 and at most 1")
         has_crops = self.crop_scale_min < 1
-        _require(has_crops or not self.crop_original, self, "crop_original", "needs crops: set crop_scale_min, as 0.08")
-        _require(0 < self.eval_crop <= 1, self, "eval_crop", "must be above 0 and at most 1")
-        _require(self.train_limit is None or self.train_limit >= 2, self, "train_limit", "must be at least 2")
+        require(has_crops or not self.crop_original, self, "crop_original", "needs crops: set crop_scale_min, as 0.08")
+        require(0 < self.eval_crop <= 1, self, "eval_crop", "must be above 0 and at most 1")
+        require(self.train_limit is None or self.train_limit >= 2, self, "train_limit", "must be at least 2")
         for name in ("crop_padding", "randaugment", "mixup", "cutmix"):
-            _require(getattr(self, name) >= 0, self, name, "must not be negative")
-        _require(0 <= self.randaugment_magnitude <= 30, self, "randaugment_magnitude", "must be between 0 and 30")
+            require(getattr(self, name) >= 0, self, name, "must not be negative")
+        require(0 <= self.randaugment_magnitude <= 30, self, "randaugment_magnitude", "must be between 0 and 30")
         for name in ("random_erasing", "label_smoothing"):
-            _require(0 <= getattr(self, name) < 1, self, name, "must be at least 0 and below 1")
-        _require(1 <= self.repeat_augment <= self.batch_size, self, "repeat_augment", "must be 1 to batch_size")
-        _require(self.crop_padding == 0 or self.crop_scale_min == 1, self, "crop_padding", "needs crop_scale_min = 1")
+            require(0 <= getattr(self, name) < 1, self, name, "must be at least 0 and below 1")
+        require(1 <= self.repeat_augment <= self.batch_size, self, "repeat_augment", "must be 1 to batch_size")
+        require(self.crop_padding == 0 or self.crop_scale_min == 1, self, "crop_padding", "needs crop_scale_min = 1")
 
     def check_new(self) -> None:
         divides = self.batch_size % self.repeat_augment == 0
-        _require(divides, self, "repeat_augment", f"must divide batch_size = {self.batch_size}")
+        require(divides, self, "repeat_augment", f"must divide batch_size = {self.batch_size}")
         has_randaugment = self.randaugment > 0 or self.randaugment_magnitude == type(self).randaugment_magnitude
-        _require(has_randaugment, self, "randaugment_magnitude", "needs operations: set randaugment, as 2")
+        require(has_randaugment, self, "randaugment_magnitude", "needs operations: set randaugment, as 2")
 
     def make_task(self) -> "Task":
         from training.tasks import Classification
@@ -203,7 +203,7 @@ class PretrainingConfig(ClassificationConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in ("mixup", "cutmix", "label_smoothing", "eval_flip"):
-            _require(not getattr(self, name), self, name, "concerns labels, which pretraining does not use")
+            require(not getattr(self, name), self, name, "concerns labels, which pretraining does not use")
 
     def make_task(self) -> "Task":
         from training.tasks import MaskedImages
@@ -243,14 +243,14 @@ class SegmentationConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in ("dice_weight", "horizontal_flip", "brightness_contrast", "shift_scale_rotate"):
-            _require(0 <= getattr(self, name) <= 1, self, name, "must be between 0 and 1")
-        _require(0.1 <= self.scale_min <= 1, self, "scale_min", "must be between 0.1 and 1")
-        _require(1 <= self.scale_max <= 8, self, "scale_max", "must be between 1 and 8")
-        _require(self.train_limit is None or self.train_limit >= 1, self, "train_limit", "must be at least 1")
+            require(0 <= getattr(self, name) <= 1, self, name, "must be between 0 and 1")
+        require(0.1 <= self.scale_min <= 1, self, "scale_min", "must be between 0.1 and 1")
+        require(1 <= self.scale_max <= 8, self, "scale_max", "must be between 1 and 8")
+        require(self.train_limit is None or self.train_limit >= 1, self, "train_limit", "must be at least 1")
 
     def check_new(self) -> None:
         weighted = self.class_weighting == "none" or self.dice_weight < 1
-        _require(weighted, self, "class_weighting", "weights the cross-entropy, which dice_weight = 1 turns off")
+        require(weighted, self, "class_weighting", "weights the cross-entropy, which dice_weight = 1 turns off")
 
     def make_task(self) -> "Task":
         from training.tasks import Segmentation
@@ -273,9 +273,9 @@ class TextConfig(HeldOutConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _require(self.context >= 2, self, "context", "must be at least 2")
-        _require(0 < self.test_fraction < 1, self, "test_fraction", "must be above 0 and below 1")
-        _require(self.test_fraction + self.val_fraction < 1, self, "test_fraction", "and val_fraction leave no text")
+        require(self.context >= 2, self, "context", "must be at least 2")
+        require(0 < self.test_fraction < 1, self, "test_fraction", "must be above 0 and below 1")
+        require(self.test_fraction + self.val_fraction < 1, self, "test_fraction", "and val_fraction leave no text")
 
     def make_task(self) -> "Task":
         from training.tasks import LanguageModelling
@@ -319,10 +319,10 @@ class RunOptions:
     def __post_init__(self):
         for name in ("eval_batch_size", "log_every", "keep_every"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, self, name, "must be at least 1")
-        _require(self.num_workers >= 0, self, "num_workers", "must not be negative")
+            require(value is None or value >= 1, self, name, "must be at least 1")
+        require(self.num_workers >= 0, self, "num_workers", "must not be negative")
         minutes = self.checkpoint_minutes
-        _require(minutes is None or minutes > 0, self, "checkpoint_minutes", "must be above 0")
+        require(minutes is None or minutes > 0, self, "checkpoint_minutes", "must be above 0")
         if self.name is not None and (not re.fullmatch(r"[\w+=.,-]+", self.name) or self.name in (".", "..")):
             raise ValueError(f"name = {self.name!r} must be a plain folder name of letters, digits and _ + = . , -")
         if self.resume and self.overwrite:
@@ -333,8 +333,8 @@ class RunOptions:
 class Configuration:
     """What decides a run's result, as plain JSON values: equal configurations give runs that may be averaged.
 
-    Made by `of` from config objects or by `training.runs` from config.json, which may lack fields younger than the run:
-    `model_class` and `train_class` then fill in their defaults, which are the behaviour before the field existed.
+    Made by `of` from config objects or by `training.stored` from config.json, which may lack fields younger than the
+    run: `model_class` and `train_class` then fill in their defaults, which are the behaviour before the field existed.
     """
 
     model_class: str
@@ -412,6 +412,7 @@ def _plain(value: Any) -> Any:
     return name_of_file(value) if isinstance(value, Path) else json.loads(json.dumps(value))
 
 
-def _require(holds: bool, config: Any, name: str, rule: str) -> None:
+def require(holds: bool, config: Any, name: str, rule: str) -> None:
+    """Raises ValueError, which says the field's value and the rule, unless it holds."""
     if not holds:
         raise ValueError(f"{name} = {getattr(config, name)} {rule}")

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -57,6 +58,14 @@ def _pick_own(name: str) -> torch.device:
         raise UserError(f"{n_here} processes on this machine need as many GPUs, there are {n_gpus}: --nproc-per-node")
     device = torch.device("cuda", processes.local_rank())
     torch.cuda.set_device(device)
+    return device
+
+
+def prepare_device(name: str, say: Callable[[str], None] = lambda line: None) -> torch.device:
+    """The device, as `pick_device`; on a CPU with memory allocation for training, which `say` is told of."""
+    device = pick_device(name)
+    if device.type == "cpu" and tune_cpu_allocator():
+        say("CPU: glibc keeps freed memory for the next step (mallopt; see benchmarks/step_time.py)")
     return device
 
 

@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from training import contracts, processes
 from training.config import Experiment, UserError
-from training.device import describe_hardware, peak_memory_mb, synchronize
+from training.device import describe_hardware, peak_memory_mb, prepare_device, synchronize
 from training.metrics import METRICS, Sums
 from training.onlooker import Onlooker
 from training.progress import Progress, counts_of, loss_of, ratios_of, share_of_loss
 from training.provenance import describe_run
 from training.runs import Run
-from training.session import Session, announce, build_model, choose_device, count_parameters, make_session
+from training.session import Session, announce, build_model, count_parameters, make_session
 from training.start import start_weights
 from training.tasks import Task
 from training.trackers import Trackers
@@ -62,7 +62,7 @@ def _fit(experiment: Experiment, run: Run) -> dict[str, Any]:
 
 def _start(experiment: Experiment, run: Run, trackers: Trackers) -> Session:
     """A new run. Everything that can fail for the user's reasons fails before the folder is touched."""
-    device, task = choose_device(experiment), experiment.train.make_task()
+    device, task = prepare_device(experiment.options.device, say=print), experiment.train.make_task()
     with processes.main_first():
         source = task.open(experiment)
         contracts.check_source(experiment.train, source)
@@ -89,7 +89,7 @@ def _hardware(device: torch.device) -> dict[str, Any]:
 def _resume(experiment: Experiment, run: Run, trackers: Trackers) -> Session:
     """The run in the folder, as its last checkpoint has it."""
     config = processes.from_main(run.read_config)
-    device, task = choose_device(experiment), experiment.train.make_task()
+    device, task = prepare_device(experiment.options.device, say=print), experiment.train.make_task()
     with processes.main_first():
         source = task.open(experiment)
     processes.from_main(lambda: run.check_data(source.description))
@@ -203,7 +203,7 @@ def train_epoch(session: Session) -> tuple[dict[str, float], float]:
         leave=False,
         disable=processes.no_bar(),
     )
-    batches = processes.training_shares(session.data, session.epoch, progress.steps * train.grad_accum)
+    batches = session.data.train_batches(session.epoch, progress.steps * train.grad_accum)
     with bar:
         for first in range(progress.steps * group, n_samples, group):
             finite = _accumulate(session, progress, batches, min(group, n_samples - first))
@@ -283,7 +283,7 @@ def evaluate(session: Session, part: str) -> dict[str, float]:
     processes.copy_buffers(session.evaluated)
     model.eval()
     sums, seen = Sums(), 0
-    for inputs, targets in processes.evaluation_shares(session.data, part):
+    for inputs, targets in session.data.eval_batches(part):
         with session.autocast:
             outputs = task.predict(model, inputs)
             loss = loss_of(task, outputs, targets)

@@ -26,14 +26,14 @@ def make_optimizer(model: nn.Module, train: "TrainConfig") -> Optimizer:
     """The optimizer that the train config describes; each group's `lr` is its peak rate."""
     if train.optimizer == "muon":
         return _make_muon(model, train)
-    groups = _decay_groups(model.named_parameters(), train)
+    groups = decay_groups(model.named_parameters(), train)
     if train.optimizer == "sgd":
         return SGD(groups, lr=train.learning_rate, momentum=train.momentum, nesterov=train.momentum > 0)
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     return AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=fused)
 
 
-def _decay_groups(named: Iterator[tuple[str, nn.Parameter]], train: "TrainConfig") -> list[dict]:
+def decay_groups(named: Iterator[tuple[str, nn.Parameter]], train: "TrainConfig") -> list[dict]:
     """One group with weight decay on everything, or two: `decay="matrices"` spares biases, norms, positions, tokens."""
     if train.decay == "all":
         return [{"params": [each for _, each in named], "weight_decay": train.weight_decay}]
@@ -56,7 +56,7 @@ def _make_muon(model: nn.Module, train: "TrainConfig") -> MuonWithAdamW:
         "shapes": list(shapes.values()),
         "weight_decay": train.weight_decay,
     }
-    adamw = [group | {"lr": adamw_rate, "shapes": None} for group in _decay_groups(rest, train)]
+    adamw = [group | {"lr": adamw_rate, "shapes": None} for group in decay_groups(rest, train)]
     return MuonWithAdamW([muon, *adamw], lr=train.learning_rate, momentum=train.momentum, betas=train.betas)
 
 

@@ -9,7 +9,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -162,30 +162,6 @@ def share_with_partners(n: int) -> tuple[list[slice], slice]:
         return [low, high], slice(first, first + length)
     first = mine.start - low.start
     return [slice(low.start, high.stop)], slice(first, first + length)
-
-
-def training_shares(data: Any, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of every batch of an epoch, from batch number `first` on.
-
-    data: `tasks.Batches`; unless it makes shares itself (`makes_shares = True`), whole batches are made and cut.
-    """
-    if getattr(data, "makes_shares", False):
-        return data.train_batches(epoch, first)
-    batches = data.train_batches(epoch)
-    return _cut(islice(batches, first, None) if first else batches)
-
-
-def evaluation_shares(data: Any, part: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of every batch of a part."""
-    return data.eval_batches(part) if getattr(data, "makes_shares", False) else _cut(data.eval_batches(part))
-
-
-def _cut(batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    return (
-        batches
-        if count() == 1
-        else ((inputs[share(len(targets))], targets[share(len(targets))]) for inputs, targets in batches)
-    )
 
 
 # ---------------------------------------------------------------------------- sums and messages

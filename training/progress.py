@@ -73,14 +73,14 @@ def share_of_loss(task: Task, loss: Tensor, n: int, batch: int, in_step: int) ->
 
     n: samples of this process's share of a batch of `batch` samples; in_step: of all batches of the optimizer step.
     """
-    whole = getattr(task, "whole_batch", False)  # such a loss is that of all shares, equal in every process
+    whole = task.whole_batch  # such a loss is that of all shares, equal in every process
     return loss * ((batch if whole else processes.count() * n) / in_step)
 
 
 def loss_of(task: Task, outputs: Any, targets: Tensor) -> Tensor:
     """The task's loss; 0 for an empty share, whose mean is NaN. Its gradient is then 0."""
     loss = task.loss(outputs, targets)
-    if len(targets) or getattr(task, "whole_batch", False):
+    if len(targets) or task.whole_batch:
         return loss
     return loss.masked_fill(torch.ones_like(loss, dtype=torch.bool), 0.0)
 

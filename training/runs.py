@@ -436,6 +436,6 @@ def _disk_error(path: Path, error: Exception) -> UserError:
     )
 
 
-def _shorten(value: Any, longest: int = 120) -> str:
+def _shorten(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= longest else f"{text[:longest]}..."
+    return text if len(text) <= 120 else f"{text[:120]}..."

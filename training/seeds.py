@@ -23,6 +23,6 @@ def derive(stream: str, seed: int, epoch: int = 0, rank: int = 0) -> int:
     return int(words[0] >> np.uint64(1))
 
 
-def generator(stream: str, seed: int, epoch: int = 0, rank: int = 0) -> torch.Generator:
+def generator(stream: str, seed: int, epoch: int = 0) -> torch.Generator:
     """A CPU generator with that seed: the same draws whatever the device."""
-    return torch.Generator().manual_seed(derive(stream, seed, epoch, rank))
+    return torch.Generator().manual_seed(derive(stream, seed, epoch))

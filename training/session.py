@@ -15,7 +15,7 @@ from training import batchnorm, processes, seeds
 from models.bdh import BDHCore
 from models.kernels import set_random_state
 from training.config import Experiment, UserError
-from training.device import effective_precision, pick_device, set_precision, tune_cpu_allocator
+from training.device import effective_precision, set_precision
 from training.optimiser import WeightAverage, make_schedule, set_step
 from training.progress import Progress
 from training.runs import Run
@@ -99,20 +99,10 @@ class Session:
             self.progress = Progress.load(inside, self.device)
 
 
-def choose_device(experiment: Experiment) -> torch.device:
-    device = pick_device(experiment.options.device)
-    if device.type == "cpu" and tune_cpu_allocator():
-        print("CPU: glibc keeps freed memory for the next step (mallopt; see benchmarks/step_time.py)")
-    return device
-
-
 def build_model(experiment: Experiment) -> nn.Module:
-    """The model with weights drawn from the run's seed. Raises UserError if a library is missing."""
+    """The model with weights drawn from the run's seed."""
     torch.manual_seed(seeds.derive("weights", experiment.train.seed))
-    try:
-        model = experiment.model.build()
-    except ImportError as error:  # of a library that only this model needs
-        raise UserError(str(error)) from None
+    model = experiment.model.build()
     if experiment.options.recompute:
         _recompute(model)
     if experiment.train.sync_batchnorm:
@@ -157,16 +147,20 @@ def count_parameters(model: nn.Module) -> int:
 
 def _recompute(model: nn.Module) -> None:
     """Turns on activation checkpointing of the model's BDH. Raises UserError if it has none."""
-    cores = [module for module in model.modules() if isinstance(module, BDHCore)]
+    cores = _cores(model)
     if not cores:
         raise UserError("--recompute works for BDH models only: leave it out")
     for core in cores:
         core.recompute = True
 
 
+def _cores(model: nn.Module) -> list[BDHCore]:
+    return [module for module in model.modules() if isinstance(module, BDHCore)]
+
+
 def _compile(model: nn.Module, device: torch.device) -> nn.Module:
     """The model through torch.compile, except on a CPU where it has a hand-written step, which is faster there."""
-    if device.type == "cpu" and getattr(model, "has_fast_path", lambda device: False)(device):
+    if device.type == "cpu" and any(core.has_fast_path(device) for core in _cores(model)):
         print("--compile is ignored on a CPU: the model's own fast path is faster (benchmarks/step_time.py --compile)")
         return model
     return torch.compile(model)

@@ -25,6 +25,7 @@ from training.data.batches import Split
 if TYPE_CHECKING:
     import pandas as pd
 
+SMALL_FILES = ("config.json", "metrics.csv", "summary.json")  # the last one marks a copied run as complete
 EXPORTED = "best_bf16.safetensors"  # written by tools/export.py from best.pt
 CARD = "README.md"  # its model card
 EXPORTS = (EXPORTED, "model*.pt2", "model*.onnx")  # files that it writes beside a run, but for the card

@@ -17,7 +17,7 @@ from typing import Any
 
 from training import processes
 from training.command_line import INTERRUPTED, exit_with, flags_of, name_with_changes, parse_experiment
-from training.config import Experiment, RunOptions, UserError, changed_fields
+from training.config import Experiment, RunOptions, UserError, changed_fields, require
 from training.console import prepare_streams
 from training.launch import train, train_asked
 from training.schedule import Job, Outcome, run_jobs
@@ -43,8 +43,7 @@ class SweepOptions(RunOptions):
     def __post_init__(self):
         super().__post_init__()
         for name in ("seeds", "jobs", "nproc_per_node"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+            require(getattr(self, name) >= 1, self, name, "must be at least 1")
         if self.sweep is None and (self.cross or self.seeds > 1 or self.jobs > 1):
             raise ValueError("cross, seeds and jobs belong to a sweep: name its fields with --sweep")
         if self.sweep is None and self.nproc_per_node > 1:

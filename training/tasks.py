@@ -35,21 +35,20 @@ class Source(Protocol):
 class Batches(Protocol):
     """The data of a run on its device, as batches: pairs of what the model reads and the targets.
 
-    With several processes, each makes whole batches and keeps its share. Data for which that is too slow set
-    `makes_shares = True`; then both methods yield shares (see `processes.share`), and `train_batches` takes a second
-    argument, the number of the batch to begin with.
+    With several processes, each yields its share of every batch (`processes.share`).
     """
 
-    description: dict[str, Any]
-    """that of the source"""
     split: Split | None
     """which samples validate, if that is drawn"""
 
     def size(self, part: str) -> int:
         """Samples of "train", "val" or "test"; 0 if there is no such part."""
 
-    def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every training sample once, in batches of train.batch_size; random draws depend on seed and epoch alone."""
+    def train_batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every training sample once, in batches of train.batch_size, from batch number `first` on.
+
+        Random draws depend on seed and epoch alone.
+        """
 
     def eval_batches(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Every sample of a part once, in order."""

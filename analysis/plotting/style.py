@@ -71,6 +71,14 @@ def new_blocks(titles: Sequence[str], inches: Sequence[float]) -> tuple[Figure, 
     return figure, list(blocks)
 
 
+def titled_figure(width: float, height: float, title: str) -> Figure:
+    """An empty figure, height inches below a title that is wrapped to its width. title: raw, $ is escaped here."""
+    lines = [line for part in title.splitlines() for line in textwrap.wrap(part, int(TITLE * width / PAGE))]
+    figure = new_figure(width, height + LINE * len(lines))
+    figure.suptitle(plain_text("\n".join(lines)), x=0.01, ha="left")
+    return figure
+
+
 def save_figure(figure: Figure, path: Path) -> tuple[Path, Path]:
     """Writes path with the suffix .png (200 dpi) and .svg; returns both. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

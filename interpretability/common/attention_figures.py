@@ -245,9 +245,8 @@ def check_writer(kind: str) -> None:
 def animate(views: Sequence[View], path: Path) -> None:
     """Writes one frame per level to path (.gif or .mp4). A run with fewer levels than the other stops at its last.
 
-    Raises UserError if ffmpeg is missing or fails.
+    Raises UserError if ffmpeg fails; see `check_writer`.
     """
-    check_writer(path.suffix[1:])
     figure = Figure()
 
     def draw_frame(place: int) -> None:

@@ -24,7 +24,7 @@ from training.data.finding import cut_name
 from training.data.image_files import read_images
 from training.data.masks import CLASSES, BadFile, MaskFiles, find_masks
 from training.data.segmentation import read_pair, scale_image, scale_mask, training_pairs
-from training.device import pick_device, tune_cpu_allocator
+from training.device import prepare_device
 from training.runs import Run, load_model
 from training.stored import EXPORTED, configuration_of
 
@@ -85,9 +85,7 @@ class TrainedRun:
         self.checkpoint = folder
         self.folder = folder.parent if folder.suffix in (".pt", ".safetensors") else folder
         self.data_dir = data_dir
-        self.device = pick_device(device)
-        if self.device.type == "cpu":
-            tune_cpu_allocator()
+        self.device = prepare_device(device)
         model, self.config = load_model(folder)
         self.model: nn.Module = model.to(self.device)
         self.sizes: Any = build_config(self.config["model_class"], self.config["config"]["model"])

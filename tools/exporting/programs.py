@@ -45,10 +45,10 @@ def _image_shape(config: Any) -> tuple[int, int, int]:
     return (config.in_channels, *height_and_width(config.img_size))
 
 
-def fresh_images(model: nn.Module, config: Any, batch_sizes: Iterable[int] = (1, 3)) -> Iterator[Tensor]:
+def fresh_images(model: nn.Module, config: Any) -> Iterator[Tensor]:
     """Random images in odd batch sizes, and for a BDH-UNet in other sizes, too."""
     channels, height, width = _image_shape(config)
-    for n in batch_sizes:
+    for n in (1, 3):
         yield torch.rand(n, channels, height, width) * 2 - 1
     if isinstance(model, BDHUNet):
         patch = config.patch_size

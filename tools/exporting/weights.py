@@ -13,9 +13,7 @@ from torch import nn
 
 from tools.exporting.model_card import model_card
 from training.config import UserError
-from training.stored import CARD, EXPORTED, read_config, read_summary
-
-COPIED = ("config.json", "metrics.csv", "summary.json")
+from training.stored import CARD, EXPORTED, SMALL_FILES, read_config, read_summary
 
 
 def export_weights(model: nn.Module, folder: Path, target: Path) -> Path:
@@ -38,7 +36,7 @@ def export_weights(model: nn.Module, folder: Path, target: Path) -> Path:
         for name, tensor in model.state_dict().items()
     }
     target.mkdir(parents=True, exist_ok=True)
-    for name in COPIED if elsewhere else ():
+    for name in SMALL_FILES if elsewhere else ():
         if (folder / name).is_file():
             write_whole(target / name, (folder / name).read_bytes())
         elif again:

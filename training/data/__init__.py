@@ -1,5 +1,6 @@
 """Data sets and batches. One file per kind of data:
 
+    places        where the files of a data set lie
     arrays        digits, CIFAR-10, CIFAR-100
     folder        images in one folder per class: your own, ImageNet
     tar_files     images in tar files, as the webdataset package writes them

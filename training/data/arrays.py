@@ -14,12 +14,10 @@ from training.data.batches import DataSet
 from training.data.places import data_folder
 
 
-def load_digits(data_dir: Path | None = None, img_size: int = 8, in_channels: int = 1) -> DataSet:
+def load_digits(data_dir: Path | None, img_size: int, in_channels: int) -> DataSet:
     """scikit-learn's 1,797 handwritten digits, 8 x 8, grey; every fifth image of each class is the test set."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError("the digits need scikit-learn: pip install scikit-learn") from None
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # (N, 1, 8, 8)
     labels = digits.target.astype(np.int64)
@@ -31,7 +29,7 @@ def load_digits(data_dir: Path | None = None, img_size: int = 8, in_channels: in
     )
 
 
-def load_cifar(name: str, data_dir: Path | None = None, img_size: int = 32, in_channels: int = 3) -> DataSet:
+def load_cifar(name: str, data_dir: Path | None, img_size: int, in_channels: int) -> DataSet:
     """CIFAR-10 or CIFAR-100 from its npz, which is downloaded and written once. Raises UserError."""
     path = data_folder(name, data_dir) / f"{name}.npz"
     if not path.is_file():

@@ -159,8 +159,6 @@ class ImageBatches:
     several processes, each reads and augments its share of a batch, and the mirrored share if images are mixed.
     """
 
-    makes_shares = True
-
     def __init__(
         self,
         dataset: DataSet,
@@ -179,7 +177,6 @@ class ImageBatches:
         self.eval_batch_size = eval_batch_size
         self.device = device
         self.split = split
-        self.description = dataset.description
         if in_memory:
             self.parts = {
                 name: MemoryPart(read_images(images), labels, device) for name, (images, labels) in parts.items()

@@ -128,7 +128,6 @@ class MaskBatches:
     """
 
     split = None  # the data sets have official validation sets
-    makes_shares = True
 
     def __init__(
         self,
@@ -146,7 +145,6 @@ class MaskBatches:
         for note in files.notes:
             print(note)
         transform = JointTransform(config, files.classes.void, height_and_width(img_size))
-        self.description = files.description
         self.batch_size = config.batch_size
         self.device = device
         pairs = files.pairs | {"train": training_pairs(files, config.train_val, config.train_limit, config.seed)}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training import seeds
+from training import processes, seeds
 from training.config import TextConfig, UserError
 from training.data.finding import printable
 
@@ -62,7 +62,6 @@ class TextBatches:
 
     def __init__(self, text: Text, config: TextConfig, eval_batch_size: int, device: torch.device):
         self.config = config
-        self.description = text.description
         content = text.content
         self.eval_batch_size = eval_batch_size
         n_test, n_val = (round(share * len(content)) for share in (config.test_fraction, config.val_fraction))
@@ -80,12 +79,13 @@ class TextBatches:
         fit = (len(self.parts[part]) - 1) // self.config.context
         return fit - 1 if part == "train" else fit
 
-    def train_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def train_batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Every piece once: bytes (B, T) int64, and the byte after each."""
         draws = seeds.generator("order", self.config.seed, epoch)
         offset = int(torch.randint(self.config.context, (), generator=draws))
         order = torch.randperm(self.size("train"), generator=draws)
-        yield from self._batches("train", order * self.config.context + offset, self.config.batch_size)
+        starts = (order * self.config.context + offset)[first * self.config.batch_size :]
+        yield from self._batches("train", starts, self.config.batch_size)
 
     def eval_batches(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
         """The pieces of a part in order; a shorter rest at its end is dropped."""
@@ -94,6 +94,7 @@ class TextBatches:
     def _batches(self, part: str, starts: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         text = self.parts[part]
         window = torch.arange(self.config.context + 1, device=text.device)
-        for first in starts.to(text.device).split(batch_size):
-            pieces = text[first[:, None] + window].long()  # (B, T + 1)
+        for batch in starts.to(text.device).split(batch_size):
+            mine = batch[processes.share(len(batch))]
+            pieces = text[mine[:, None] + window].long()  # (B, T + 1)
             yield pieces[:, :-1], pieces[:, 1:]
