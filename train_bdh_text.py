@@ -17,7 +17,7 @@ The authors' own size (25.3 million parameters) is for a GPU; the small batch of
 import torch
 
 from training import Experiment, TextConfig, launch
-from models.bdh import BDHConfig
+from models.language import BDHConfig
 from training.runs import load_model
 
 EXPERIMENT = Experiment(

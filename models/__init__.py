@@ -20,8 +20,8 @@ from models.baselines import (
     ResNetUNetConfig,
     ViTConfig,
 )
-from models.bdh import BDHConfig
 from models.bdh_unet import BDHUNetConfig
+from models.language import BDHConfig
 from models.masked_bdh import MaskedBDHConfig
 from models.vision_bdh import VisionBDHConfig
 

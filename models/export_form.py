@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.bdh import BDH, BDHCore, StepWeights
+from models.bdh import BDHCore, StepWeights
 from models.bdh_unet import BDHUNet
+from models.language import BDH
 from models.vision_bdh import VisionBDH, VisionEncoder
 
 

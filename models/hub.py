@@ -17,8 +17,8 @@ from typing import TypeVar
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
-from models.bdh import BDH
 from models.bdh_unet import BDHUNet
+from models.language import BDH
 from models.vision_bdh import VisionBDH
 
 M = TypeVar("M", bound=nn.Module)

@@ -22,8 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, TextConfig, fit
-from models.bdh import BDHConfig
 from models.bdh_unet import bdh_unet_config
+from models.language import BDHConfig
 from models.vision_bdh import v2_config
 from tests.camvid_data import write_camvid
 from tests.conftest import made_up_cifar

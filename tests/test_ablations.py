@@ -11,7 +11,8 @@ import torch
 from interpretability.common.depth import run_with_levels, why_not_deeper
 from interpretability.common.recorder import record
 from models import CONFIG_CLASSES, kernels
-from models.bdh import BDHConfig, BDHCore, CoreConfig
+from models.bdh import BDHCore, CoreConfig
+from models.language import BDHConfig
 from models.vision_bdh import VisionBDH, VisionBDHConfig, v1_config, v2_config, v2_softmax_config, v3_config
 from tests.reference import SMALL, assert_close, assert_equals_reference, randomised, small_images
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import rotary
-from models.bdh import BDHConfig
+from models.language import BDHConfig
 from tests.reference import (
     SIZES,
     assert_close,

@@ -13,9 +13,9 @@ import torch
 from training import UserError
 from interpretability.common.trained import TrainedRun
 from models.baselines import ViTConfig
-from models.bdh import BDHConfig
 from models.bdh_unet import bdh_unet_config
 from models.export_form import export_form
+from models.language import BDHConfig
 from models.vision_bdh import v1_config, v2_config, v3_config
 from tests.inspecting import check_error, train_unet, with_large_weights
 from tools.exporting import programs

@@ -7,9 +7,9 @@ import torch
 from huggingface_hub import ModelCard
 
 from models.baselines import ResNet20Config
-from models.bdh import BDHConfig
 from models.bdh_unet import bdh_unet_config
 from models.hub import HubBDH, HubBDHUNet, HubVisionBDH, on_hub
+from models.language import BDHConfig
 from models.vision_bdh import v3_config
 from tests.inspecting import with_large_weights
 

@@ -31,8 +31,9 @@ from training import (
     tasks,
 )
 from models.baselines import ResNet20Config, ViTConfig
-from models.bdh import BDHConfig, BDHCore
+from models.bdh import BDHCore
 from models.bdh_unet import bdh_unet_config
+from models.language import BDHConfig
 from models.masked_bdh import MaskedBDHConfig
 from models.vision_bdh import v2_config, v4_config
 from tests.camvid_data import write_camvid

@@ -9,8 +9,9 @@ from torch import nn
 from interpretability.common.adapters import adapter_of
 from interpretability.common.recorder import record
 from models.baselines import DeiTTinyConfig, ViTConfig
-from models.bdh import BDH, BDHConfig, layer_norm
+from models.bdh import layer_norm
 from models.bdh_unet import bdh_unet_config
+from models.language import BDH, BDHConfig
 from models.vision_bdh import v1_config, v2_config, v2_softmax_config, v3_config
 from tests.inspecting import BDH as BDH_SIZES
 from tests.inspecting import VIT as VIT_SIZES

@@ -13,7 +13,7 @@ import torch
 
 from training import Experiment, RunOptions, TextConfig, UserError, fit, loop
 from analysis.analyze import analyze
-from models.bdh import BDHConfig
+from models.language import BDHConfig
 from tests.trials import interrupt, read_rows, resumed, same_weights, snapshot, weights
 from training.command_line import experiment_of
 from training.data.text import Text, TextBatches, load_text

@@ -12,7 +12,7 @@ from PIL import Image
 from training import TextConfig, UserError, fit
 from interpretability.common.trained import PairChoice, RunChoice, TrainedRun, latest_run, open_run, open_runs
 from models.baselines import ResNet20Config
-from models.bdh import BDHConfig
+from models.language import BDHConfig
 from tests.inspecting import train_unet
 from training.augment import normalise
 from training.data import load_dataset
