@@ -2,11 +2,12 @@
 
 import json
 import math
+from unittest import mock
 
 import pytest
 import torch
 
-from training import fit, loop, seeds
+from training import fit, loop, provenance, seeds
 from tests.trials import COLUMNS, read_metrics, same_weights, weights
 from training.data import load_dataset
 from training.optimiser import make_schedule, rate_factor, set_step
@@ -212,9 +213,43 @@ def test_a_run_has_its_files_and_columns(finished):
         assert [{key: float(row[key]) for key in row} for row in state["history"]] == rows[:epoch]
 
 
-def test_losses_and_accuracies_are_means_over_images(finished):
-    """What validation and test found, counted again one image at a time; 48 and 40 do not fill batches of 9."""
-    trial, summary = finished
+def test_a_row_tells_speed_and_accuracy_of_training_alone(experiment, monkeypatch):
+    """By a clock on which training takes 10 s and validation 100."""
+    clock, right = [], []
+    train, evaluate, counts_of = loop.train_epoch, loop.evaluate, loop.counts_of
+
+    def counts(task, outputs, targets, loss):
+        right.append((outputs.argmax(1) == targets).sum().item() * loss.requires_grad)
+        return counts_of(task, outputs, targets, loss)
+
+    monkeypatch.setattr(loop, "time", mock.Mock(perf_counter=lambda: sum(clock)))
+    monkeypatch.setattr(loop, "train_epoch", lambda session: clock.append(10) or train(session))
+    monkeypatch.setattr(loop, "evaluate", lambda *args: clock.append(100) or evaluate(*args))
+    monkeypatch.setattr(loop, "counts_of", counts)
+    trial = experiment(epochs=1)
+    fit(trial)
+    (row,) = read_metrics(trial.folder)
+    assert (row["epoch_time_sec"], row["images_per_sec"]) == (110, 19.2)
+    assert row["train_accuracy"] == pytest.approx(sum(right) / 192) != row["val_accuracy"]
+
+
+@pytest.mark.parametrize(("status", "ending"), [("", ""), (" M training/loop.py", "+changes")])
+def test_the_commit_tells_of_changed_files(status, ending, monkeypatch):
+    def run(command, **_):
+        return mock.Mock(stdout="abc\n" if "rev-parse" in command else status)
+
+    monkeypatch.setattr(provenance.subprocess, "run", run)
+    assert provenance.describe_run(mock.Mock(), {})["commit"] == "abc" + ending
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(ema=0.9), dict(eval_flip=True)], ids=str)
+def test_losses_and_accuracies_are_means_over_images(fields, experiment):
+    """What validation and test found, counted again one image at a time; 48 and 40 do not fill batches of 9.
+
+    With ema by the average, that is kept; with eval_flip of each image and its mirror image.
+    """
+    trial = experiment(options={"eval_batch_size": 9}, **fields)
+    summary = fit(trial)
     dataset, val = load_dataset("cifar10", trial.options.data_dir), Run(trial.folder).read_split().val
     model, _ = load_model(trial.folder)
     for found, prefix, images, labels in (
@@ -222,7 +257,10 @@ def test_losses_and_accuracies_are_means_over_images(finished):
         (summary["best"], "val_", dataset.train_images[val], dataset.train_labels[val]),
     ):
         with torch.no_grad():
-            logits = torch.cat([model(torch.from_numpy(image)[None].float() / 127.5 - 1) for image in images])
+            inputs = [torch.from_numpy(image)[None].float() / 127.5 - 1 for image in images]
+            logits = torch.cat([model(image) for image in inputs])
+            if "eval_flip" in fields:
+                logits = (logits + torch.cat([model(image.flip(-1)) for image in inputs])) / 2
         labels = torch.from_numpy(labels)
         assert found[f"{prefix}accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
         losses = -logits.log_softmax(1)[torch.arange(len(labels)), labels]
@@ -231,14 +269,16 @@ def test_losses_and_accuracies_are_means_over_images(finished):
 
 def test_the_same_seed_repeats_a_run_and_another_does_not(experiment):
     def trained(name, seed):
-        trial = experiment(name, epochs=1, seed=seed)
+        trial = experiment(name, epochs=1, seed=seed, options={"keep_every": 1})
         torch.rand(3)  # the global generator's state before the run has no part in it
         fit(trial)
-        return weights(trial.folder)
+        before = weights(trial.folder, "epoch_000.pt")
+        return before, weights(trial.folder), Run(trial.folder).read_split().val.tolist()
 
-    one, again, other = trained("one", 1), trained("again", 1), trained("one", 2)
-    assert same_weights(one, again)
-    assert not any(torch.equal(one[name], other[name]) for name in ("encoder", "decoder", "head.weight"))
+    (before, after, val), again, other = trained("one", 1), trained("again", 1), trained("one", 2)
+    assert same_weights(before, again[0]) and same_weights(after, again[1]) and val == again[2]
+    assert not any(torch.equal(before[name], other[0][name]) for name in ("encoder", "decoder", "head.weight"))
+    assert val != other[2]
 
 
 def test_dropout_is_drawn_anew_each_epoch_and_seed(experiment, monkeypatch):
