@@ -10,7 +10,7 @@ import torch
 from training import fit, loop, provenance, seeds
 from tests.trials import COLUMNS, read_metrics, same_weights, weights
 from training.data import load_dataset
-from training.optimiser import make_schedule, rate_factor, set_step
+from training.optimiser import WeightAverage, make_schedule, rate_factor, set_step
 from training.runs import Run, load_model
 from training.stored import load_checkpoint
 
@@ -250,6 +250,7 @@ def test_losses_and_accuracies_are_means_over_images(fields, experiment):
     """
     trial = experiment(options={"eval_batch_size": 9}, **fields)
     summary = fit(trial)
+    assert summary.get("eval_flip", False) == ("eval_flip" in fields)
     dataset, val = load_dataset("cifar10", trial.options.data_dir), Run(trial.folder).read_split().val
     model, _ = load_model(trial.folder)
     for found, prefix, images, labels in (
@@ -340,6 +341,39 @@ def test_weights_kept_on_the_way(experiment):
     torch.manual_seed(seeds.derive("weights", trial.train.seed))
     assert same_weights(models[0], trial.model.build().state_dict())
     assert not Run(plain.folder).kept_weights()
+
+
+# ---------------------------------------------------------------------------- averaging
+
+
+def test_the_average_is_that_of_its_formula():
+    """And buffers are copied."""
+    model = torch.nn.BatchNorm1d(3)
+    average, expected = WeightAverage(model, 0.7), None
+    for t in range(8):
+        model(torch.randn(8, 3))
+        with torch.no_grad():
+            model.weight.normal_()
+        average.update_parameters(model)
+        decay = min(0.7, (1 + t) / (10 + t))
+        expected = model.weight.detach().clone() if t == 0 else decay * expected + (1 - decay) * model.weight.detach()
+        assert torch.allclose(average.module.weight, expected, atol=1e-6)
+        assert same_weights(dict(average.module.named_buffers()), dict(model.named_buffers()))
+
+
+def test_the_best_weights_are_the_average_of_those_after_each_step(experiment, monkeypatch):
+    average, real = [], loop.optimizer_step
+
+    def step(session):
+        rate, t = real(session), len(average)
+        new, decay = session.model.encoder.detach().clone(), min(0.9, (1 + t) / (10 + t))
+        average.append(decay * average[-1] + (1 - decay) * new if t else new)
+        return rate
+
+    monkeypatch.setattr(loop, "optimizer_step", step)
+    trial = experiment(ema=0.9, epochs=1)
+    fit(trial)
+    torch.testing.assert_close(weights(trial.folder, "best.pt")["encoder"], average[-1])
 
 
 # ---------------------------------------------------------------------------- a loss that is not finite
