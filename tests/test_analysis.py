@@ -58,6 +58,15 @@ def test_averages_over_seeds(make_run, tmp_path):
     assert cells[4] == f"{100 * accuracy.max(1).mean():.2f}"
 
 
+def test_bars_have_one_standard_deviation(make_run):
+    tests = (0.70, 0.76, 0.75)
+    folders = [make_run(seed=seed, test=test)[0] for seed, test in enumerate(tests)]
+    ax = draw_final(by_task(make_rows(read_runs(folders)))).subfigs[0].axes[0]
+    (bar,) = [each for each in ax.containers if getattr(each, "has_xerr", False)]
+    mean, deviation = 100 * np.mean(tests), 100 * np.std(tests, ddof=1)
+    assert bar[2][0].get_segments()[0][:, 0] == pytest.approx([mean - deviation, mean + deviation])
+
+
 def test_one_seed_has_no_deviation(make_run, tmp_path):
     paths = tables_of([make_run(test=0.7654)[0]], tmp_path)
     (line,) = read_table(paths[-1])

@@ -4,12 +4,16 @@ import json
 
 import pytest
 
-from tests.golden import RECORD, measure, measure_scripts
+from tests.golden import CONFIGURATIONS, RECORD, configurations, measure, measure_scripts
 
 
 @pytest.fixture(scope="module")
 def record():
     return json.loads(RECORD.read_text())
+
+
+def test_the_configuration_of_every_script_is_the_recorded_one():
+    assert configurations() == json.loads(CONFIGURATIONS.read_text()), "renew it with `python tests/golden.py --write`"
 
 
 def test_the_losses_are_those_of_the_golden_record(record):
