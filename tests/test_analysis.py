@@ -115,6 +115,12 @@ def test_a_copy_of_a_run_is_no_second_seed(make_run, tmp_path, capsys):
     assert str(copy) in capsys.readouterr().err
 
 
+def test_epochs_done_are_those_of_every_seed(make_run, tmp_path):
+    runs = [make_run(seed=seed, done=done)[0] for seed, done in enumerate((4, 2, 3))]
+    (line,) = read_table(tables_of(runs, tmp_path)[-1])
+    assert line["epochs_done"] == "2"
+
+
 def test_runs_that_are_not_finished(make_run, tmp_path):
     _, rows = make_run(seed=0)
     make_run(seed=1, done=2)
