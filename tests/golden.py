@@ -1,8 +1,9 @@
 """Golden record: runs whose losses must not change. `python tests/golden.py` compares with the record; `--write` makes
 it anew, which only a deliberate change of the published protocol justifies.
 
-Three tiny runs in detail, and the losses of the first 20 optimizer steps of every script, with its own protocol but for
-a small model (where it has flags for that) and so few samples that an epoch is one step.
+Three tiny runs in detail; the losses of the first 20 optimizer steps of every script, with its own protocol but for a
+small model (where it has flags for that) and so few samples that an epoch is one step; and every script's configuration
+as it is without flags, in a file of its own.
 
 The digits are exact on one CPU; another CPU rounds differently, so the test allows 1e-4 of each number.
 """
@@ -32,6 +33,7 @@ from tests.tiny_scripts import SCRIPTS
 from training.command_line import experiment_of, flags_of
 
 RECORD = Path(__file__).with_suffix(".json")
+CONFIGURATIONS = RECORD.with_name("golden_configurations.json")
 COLUMNS = ("train_loss", "val_loss", "learning_rate")  # and the metric, whose column depends on the task
 STEPS = 20
 SIZE = dict(n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
@@ -92,6 +94,11 @@ def script_flags(script: str, folder: Path) -> list[str]:
     return [*flags_of(fields), "--precision", "float32", "--name", Path(script).stem, *where]
 
 
+def configurations() -> dict[str, dict]:
+    """All fields of model and training by script."""
+    return {script: experiment_of(script).configuration.flat() for script in SCRIPTS}
+
+
 def measure_scripts() -> dict[str, list[float]]:
     """The losses of the first 20 steps of each script, on one thread."""
     torch.set_num_threads(1)
@@ -147,6 +154,8 @@ if __name__ == "__main__":
     now = {"runs": measure(), "first_losses": measure_scripts()}
     if "--write" in sys.argv[1:]:
         RECORD.write_text(json.dumps(now, indent=1) + "\n")
+        lines = [f"{json.dumps(script)}: {json.dumps(fields)}" for script, fields in configurations().items()]
+        CONFIGURATIONS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     before = json.loads(RECORD.read_text())
     for part, entries in now.items():
         for name, entry in entries.items():

@@ -58,6 +58,15 @@ def test_averages_over_seeds(make_run, tmp_path):
     assert cells[4] == f"{100 * accuracy.max(1).mean():.2f}"
 
 
+def test_bars_have_one_standard_deviation(make_run):
+    tests = (0.70, 0.76, 0.75)
+    folders = [make_run(seed=seed, test=test)[0] for seed, test in enumerate(tests)]
+    ax = draw_final(by_task(make_rows(read_runs(folders)))).subfigs[0].axes[0]
+    (bar,) = [each for each in ax.containers if getattr(each, "has_xerr", False)]
+    mean, deviation = 100 * np.mean(tests), 100 * np.std(tests, ddof=1)
+    assert bar[2][0].get_segments()[0][:, 0] == pytest.approx([mean - deviation, mean + deviation])
+
+
 def test_one_seed_has_no_deviation(make_run, tmp_path):
     paths = tables_of([make_run(test=0.7654)[0]], tmp_path)
     (line,) = read_table(paths[-1])
@@ -104,6 +113,12 @@ def test_a_copy_of_a_run_is_no_second_seed(make_run, tmp_path, capsys):
     (line,) = read_table(tables_of(find_runs(tmp_path / "runs"), tmp_path / "out")[-1])
     assert line["seeds"] == "2"
     assert str(copy) in capsys.readouterr().err
+
+
+def test_epochs_done_are_those_of_every_seed(make_run, tmp_path):
+    runs = [make_run(seed=seed, done=done)[0] for seed, done in enumerate((4, 2, 3))]
+    (line,) = read_table(tables_of(runs, tmp_path)[-1])
+    assert line["epochs_done"] == "2"
 
 
 def test_runs_that_are_not_finished(make_run, tmp_path):

@@ -124,6 +124,16 @@ def test_a_side_that_does_not_fit_is_left_out_and_says_so(monkeypatch, capsys):
     draw(rows)
 
 
+def test_panels_show_what_their_titles_say(rows):
+    columns = {"forward": "forward_seconds", "backward": "backward_seconds", "peak memory": "step_memory_mb"}
+    panels = [(part, *each) for part in SIDES for each in columns.items()]
+    for ax, (part, title, column) in zip(draw(rows).axes, panels, strict=True):
+        plain = [row[column] for row in rows if (row["part"], row["side"]) == (part, "plain")]
+        scale = 1 if column == "step_memory_mb" else 1e3
+        assert ax.get_title().endswith(f": {title}") and ax.lines[0].get_label().startswith("plain")
+        assert ax.lines[0].get_ydata() == pytest.approx([scale * value for value in plain])
+
+
 def test_the_script_writes_its_table_and_its_plot(call_script, tmp_path, capsys):
     assert call_script("benchmarks/attention_cost.py", *FLAGS, "--tokens", "8", "48", "--output-dir", "out") == 0
     table = pd.read_csv(tmp_path / "out" / "attention_cost_cpu_1threads.csv")

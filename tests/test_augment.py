@@ -195,6 +195,11 @@ def test_flips_alone_mirror_some_images_and_leave_the_rest():
     assert 10 < kept.sum() < 40
 
 
+def test_crops_without_flips_mirror_nothing():
+    _, flips = augment.CropAndFlip(0.8, flip=False).draw(100, 32, 32, torch.Generator())
+    assert not flips.any()
+
+
 class Negative:
     """An augmentation of a user's own: the negative of some images, told by the sign of their labels."""
 

@@ -3,9 +3,12 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from benchmarks import export_table, pruning_curve
 from interpretability.common.trained import TrainedRun
 from tests.inspecting import check_error, train_unet
+from tools.export import Export, Options
 from tools.exporting.evaluation import score
 
 
@@ -40,6 +43,33 @@ def test_the_curve_of_pruning(trained_run, data_dir, call_script, tmp_path):
     opened = TrainedRun(trained_run, data_dir, "cpu")
     whole = table[table.neurons_per_head == 16].accuracy
     assert (whole == score(opened, opened.model).value).all()  # nothing pruned, in any order
+
+
+def test_the_curves_are_labelled_by_their_order():
+    rows = [
+        dict(order=order, neurons_per_head=4, accuracy=value, low=value, high=value)
+        for order, value in (("use", 0.9), ("activity", 0.6), ("random", 0.1))
+    ]
+    (ax,) = pruning_curve.draw(pd.DataFrame(rows), "title").axes
+    shown = {line.get_label(): line.get_ydata()[0] for line in ax.lines}
+    assert shown == {"most needed": 90, "most active": 60, "at random": 10}
+
+
+def test_activity_is_read_from_training_images(trained_run, data_dir, monkeypatch):
+    """For int8, for pruning, and in both benchmarks."""
+    run, seen = TrainedRun(trained_run, data_dir, "cpu"), []
+
+    def importance(model, images, order):
+        seen.extend(images)
+        return torch.zeros(2, 16)
+
+    monkeypatch.setattr(pruning_curve, "importance", importance)
+    pruning_curve.orders(run, pruning_curve.Options(run=trained_run, calibration_images=20))
+    export = Export(Options(run=trained_run, data_dir=data_dir, calibration_images=20))
+    known = torch.cat([images for images, _ in run.training_batches(np.arange(192))])
+    for images in (seen, export._training_images(), export_table.training_images(run)):
+        for image in torch.cat(list(images)):
+            assert (known == image).flatten(1).all(1).any()
 
 
 def test_runs_that_do_not_classify_get_one_message(call_script, tmp_path, capsys):

@@ -4,12 +4,18 @@ import json
 
 import pytest
 
-from tests.golden import RECORD, measure, measure_scripts
+from tests.golden import CONFIGURATIONS, RECORD, configurations, measure, measure_scripts
 
 
 @pytest.fixture(scope="module")
 def record():
     return json.loads(RECORD.read_text())
+
+
+def test_the_configuration_of_every_script_is_the_recorded_one():
+    """But for fields younger than the record, whose defaults change nothing."""
+    recorded, now = json.loads(CONFIGURATIONS.read_text()), configurations()
+    assert {script: {key: now[script].get(key) for key in recorded.get(script, ())} for script in now} == recorded
 
 
 def test_the_losses_are_those_of_the_golden_record(record):

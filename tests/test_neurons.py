@@ -88,17 +88,23 @@ def test_most_selective():
 
 
 def test_distributions_are_those_of_the_measures(planted):
-    figure = draw_measures({"now": planted, "before": planted}, top=4, title="title")
-    index, auroc, precision = figure.axes
-    null = planted.by_level[0][1]
+    responses = collect(planted_model(), batches(planted_images(LABELS), [0, 0, 1, 1] * 5, size=7), "x_sparse", k=4)
+    before = Found.of(responses, n_shuffles=9, seed=0)  # its class-0 neurons miss half of the images of their class
+    figure = draw_measures({"now": planted, "before": before}, top=4, title="title")
+    measures, null = planted.by_level[0]
+    assert [ax.get_xlabel() for ax in figure.axes] == [
+        "class selectivity index",
+        "AUROC for the best class",
+        "best class among the top patches",
+    ]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["labels shuffled", "now", "before"]
-    for ax, name, n_bins in ((index, "index", 40), (auroc, "auroc", 40), (precision, "precision", 5)):
-        shuffles, now, before = (patch.get_data() for patch in ax.patches)
-        assert len(now.values) == n_bins and now.values.sum() == pytest.approx(100)
-        assert np.array_equal(now.values, before.values)
-        values = getattr(null, name)[~np.isnan(getattr(null, name))]
-        assert np.allclose(shuffles.values, 100 * np.histogram(values, shuffles.edges)[0] / len(values))
-    assert now.values.tolist()[-1] >= 50  # the neurons of class 0, half of the active ones
+    for ax, name, n_bins in zip(figure.axes, ("index", "auroc", "precision"), (40, 40, 5), strict=True):
+        drawn = [patch.get_data() for patch in ax.patches]
+        for shown, each in zip(drawn, (null, measures, before.by_level[0][0]), strict=True):
+            values = getattr(each, name)[~np.isnan(getattr(each, name))]
+            assert len(shown.values) == n_bins
+            assert np.allclose(shown.values, 100 * np.histogram(values, shown.edges)[0] / len(values))
+    assert drawn[1].values[-1] >= 50  # the neurons of class 0, half of the active ones
 
 
 # ---------------------------------------------------------------------------- contact sheets

@@ -180,6 +180,14 @@ def test_too_little_to_learn_from():
         accuracies(planted(rng, 30, 1, n_classes=1), test)
 
 
+def test_near_neighbours_count_more_and_a_large_penalty_leaves_the_commonest_class():
+    known = Pass([np.array([[0.0], [10], [11], [12]])], np.array([1, 0, 0, 0]), np.zeros((0, 4)), None)
+    new = Pass([np.array([[0.1]])], np.array([1]), np.zeros((0, 1)), None)
+    for penalty, linear in ((1e4, 0), (1e-4, 1)):
+        table = accuracies(known, new, neighbours=3, penalty=penalty).set_index("method")
+        assert table.accuracy.to_dict() == {"linear_probe": linear, "knn": 1}
+
+
 def test_chance_is_the_commonest_class():
     assert chance(np.array([2, 0, 2, 2, 1])) == 0.6
 

@@ -6,8 +6,10 @@ import json
 import os
 import resource
 import signal
+import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ from analysis.reading import read_runs
 from tests.children import before, kill, launch_in_child, nth
 from tests.trials import MEASURED, interrupt, read_rows, resumed, snapshot, with_options
 from training.launch import train
+from training.progress import Progress
 from training.runs import Run, load_model
+from training.session import Session
 from training.stored import EXPORTED, load_checkpoint
 
 TRIAL = dict(epochs=4, crop_scale_min=0.8, horizontal_flip=True)  # 6 steps an epoch; dropout is on
@@ -259,6 +263,21 @@ def test_parameter_groups_with_their_own_rates_resume(experiment):
     assert_same_run(cut.folder, whole.folder)
     rates = [group["initial_lr"] for group in load_checkpoint(cut.folder / "last.pt")["optimizer"]["param_groups"]]
     assert rates == [1e-2, 1e-3]
+
+
+def test_the_time_before_a_stop_counts():
+    progress = Progress.start(torch.device("cpu"))
+    progress.started -= 1000
+    again = Progress.load(progress.state(torch.device("cpu")), torch.device("cpu"))
+    assert again.started == pytest.approx(progress.started, abs=100)
+
+
+@pytest.mark.parametrize(("minutes_ago", "due"), [(0.5, False), (1.5, True)])
+def test_a_checkpoint_inside_an_epoch_is_due_after_that_many_minutes(minutes_ago, due):
+    session = mock.Mock(saved=time.monotonic() - 60 * minutes_ago)
+    session.experiment.options.checkpoint_minutes = 1
+    Session.save_if_due(session)
+    assert session.save.called == due
 
 
 # ---------------------------------------------------------------------------- full disk

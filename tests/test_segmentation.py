@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 import random
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from training.augment import JointTransform
 from training.data.masks import CAMVID, find_masks
 from training.data.segmentation import MaskBatches
 from training.metrics import Sums, batch_miou, confusion_matrices, metric_of
-from training.tasks import at_size_of, dice_loss, pixel_cross_entropy
+from training.tasks import at_size_of, dice_loss, median_frequencies, pixel_cross_entropy
 
 VOID = CAMVID.void
 TRAIN = dict(epochs=1, batch_size=4, learning_rate=1e-3, weight_decay=0.0)
@@ -324,6 +325,20 @@ def test_a_limit_draws_some_of_the_training_images(camvid):
     assert places == sorted(set(places))
     images = find_masks("camvid", camvid).description["images"]
     assert images["train"] == 7  # the data are the same, whatever part of them is used
+
+
+def test_a_limit_draws_by_the_seed(camvid):
+    drawn = [make_batches(camvid, train_limit=3, seed=seed).parts["train"].images.tobytes() for seed in range(4)]
+    assert len(set(drawn)) > 1
+
+
+def test_the_loss_weights_classes_by_the_training_masks(camvid):
+    task, trial = make_config(class_weighting="median_frequency", dice_weight=0.0).make_task(), mock.Mock()
+    trial.model.img_size, trial.options.num_workers = 16, 0
+    data = task.load(find_masks("camvid", camvid), None, trial, CPU)
+    weights = median_frequencies(data.parts["train"].masks, 11)
+    logits, masks = random_maps()
+    torch.testing.assert_close(task.loss(logits, masks), pixel_cross_entropy(logits, masks, weights))
 
 
 def test_masks_of_their_own_size(camvid):

@@ -15,6 +15,7 @@ from interpretability.sparsity import (
     Counts,
     count,
     dead_table,
+    draw_neurons,
     draw_shares,
     neuron_table,
     over_training,
@@ -89,7 +90,7 @@ def test_tables_against_means():
 
 
 def test_dead_at_every_level():
-    """Over all levels only what is dead at each of them; not asked where levels have neurons of their own."""
+    """Over all levels only what is dead at each of them; not asked where levels have neurons of their own; as bars."""
     by_neuron = np.array([[10, 0, 0, 10], [10, 7, 0, 0]])[:, None, None].repeat(3, 1)  # (L, Q, H, N), of 10 patches
     counts = Counts(by_neuron, by_neuron.sum(-1, keepdims=True), np.array([10]), 10)
     table = dead_table(counts, 0.99, shared=True)
@@ -97,7 +98,11 @@ def test_dead_at_every_level():
     assert gated.level.tolist() == [1, 2, "all"] and gated.dead.tolist() == [2, 2, 1]
     assert gated.always_on.tolist() == [2, 1, 1] and gated.share.tolist() == pytest.approx([0.5, 0.425, 0.4625])
     assert dead_table(counts, 0.7, shared=False).query("quantity == 'gated'").always_on.tolist() == [2, 2]
-    assert dead_table(counts, 0.99, shared=False).level.unique().tolist() == [1, 2]
+    table = dead_table(counts, 0.99, shared=False)
+    assert table.level.unique().tolist() == [1, 2]
+    bars = draw_neurons(counts, table, 0.99, "title").subfigs[1].axes[0].containers
+    heights = {each.get_label(): [bar.get_height() for bar in each] for each in bars}
+    assert heights == {"dead": [50, 50], "always on": [50, 25]}
 
 
 def test_classes_of_patches():

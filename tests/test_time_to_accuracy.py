@@ -8,8 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.reading import make_rows, read_runs
-from analysis.time_to_accuracy import Options, draw, main
+from analysis.time_to_accuracy import Options, draw, main, training_pflop, training_seconds
 from models.vision_bdh import v2_config
+from tests.trials import markdown_rows
 from training.config import UserError
 
 
@@ -31,9 +32,19 @@ def test_the_table_has_the_time_and_the_operations_of_training_alone(make_run, t
     assert row.pflop_to_target == pytest.approx((2 + 5) / 2 * images * pflop)
     assert (tmp_path / "runs" / "time_to_accuracy.png").stat().st_size > 10_000
     assert "| v2_cifar10 | 3,233,482 | 2 | 5 |" in capsys.readouterr().out
+    (cells,) = markdown_rows(tmp_path / "runs" / "time_to_accuracy.md")
+    assert cells[-2:] == [f"{row.minutes_to_target:.1f}", f"{row.pflop_to_target:.2f}"]
     main(Options(runs_dir=tmp_path / "runs", target=0.75))
     (row,) = pd.read_csv(tmp_path / "runs" / "time_to_accuracy.csv").itertuples()
     assert math.isnan(row.minutes_to_target)  # one seed does not reach it
+
+
+def test_the_figure_has_minutes_on_the_left_and_operations_on_the_right(make_run):
+    (run,) = read_runs([make_run(columns={"val_accuracy": [0.2, 0.5, 0.4, 0.7, 0.8]})[0]])
+    left, right = draw(make_rows([run]), 0.5).axes
+    assert (left.get_xlabel(), right.get_xlabel()) == ("minutes of training", "training operations (1e15)")
+    assert left.lines[0].get_xdata() == pytest.approx(training_seconds(run) / 60)
+    assert right.lines[0].get_xdata() == pytest.approx(training_pflop(run))
 
 
 def test_long_names_stay_inside_the_figure(make_run):

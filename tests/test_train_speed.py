@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import measure, same_losses, scaling, step_time, train_speed
+from benchmarks import measure, recipe_cost, same_losses, scaling, step_time, train_speed
 from benchmarks.training_steps import IMPLEMENTATIONS, StackedReference, made_up_batches, training_step
 from models.vision_bdh import v2_config
 from tests.trials import read_table
@@ -88,6 +88,18 @@ def test_ratios_are_within_a_model_and_a_precision():
     ratios = train_speed.with_ratios(rows)
     assert [row["times_faster"] for row in ratios] == [1, 4, 1, 3, 1]
     assert [row["memory_share"] for row in ratios] == [1, 0.25, None, None, 1]
+
+
+def test_what_a_recipe_costs_is_a_ratio_to_the_published_protocol(monkeypatch):
+    seconds = {recipe_cost.BASE: [2.0], "ema=0.999": [3.0, 9.0, 2.0], recipe_cost.EVERYTHING: [8.0]}
+    fields = {name: recipe_cost.FIELDS[name] for name in list(seconds)[:2]}
+    monkeypatch.setattr(recipe_cost, "FIELDS", fields)
+    monkeypatch.setattr(recipe_cost, "MODELS", {"v2": lambda **fields: v2_config(**TINY, **fields)})
+    monkeypatch.setattr(recipe_cost, "training_step", mock.Mock())
+    monkeypatch.setattr(recipe_cost, "in_full", lambda step, *rest: step)
+    monkeypatch.setattr(recipe_cost, "in_turns", lambda sides, *rest: {name: seconds[name] for name in sides})
+    table = recipe_cost.measure(recipe_cost.Options(batch_size=2, device="cpu"), torch.device("cpu"))
+    assert table.set_index("setting").ratio.tolist() == [1, 1.5, 4]
 
 
 @pytest.fixture

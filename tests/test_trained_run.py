@@ -15,7 +15,7 @@ from models.baselines import ResNet20Config
 from models.language import BDHConfig
 from tests.inspecting import train_unet
 from training.augment import normalise
-from training.data import load_dataset
+from training.data import DataSet, load_dataset
 from training.data.segmentation import scale_image, scale_mask
 from training.runs import Run
 
@@ -23,7 +23,7 @@ from training.runs import Run
 @pytest.fixture
 def run(experiment):
     """Folder of a tiny run on the made-up CIFAR-10."""
-    trial = experiment(epochs=1, options={"keep_every": 1})
+    trial = experiment(epochs=1, seed=3, options={"keep_every": 1})
     fit(trial)
     return trial.folder
 
@@ -34,7 +34,7 @@ def opened(run, data_dir):
 
 
 def test_the_model_and_its_test_images(opened, data_dir):
-    assert not opened.model.training and opened.grid == (4, 4) and opened.stem == "trial_seed0"
+    assert not opened.model.training and opened.grid == (4, 4) and opened.stem == "trial_seed3"
     assert (opened.part, opened.n_images, len(opened.class_names)) == ("test", 40, 10)
     data = load_dataset("cifar10", data_dir)
     images, labels = opened.samples([7, 3])
@@ -54,7 +54,7 @@ def test_names_of_checkpoints(run, opened, data_dir):
     assert {each.folder for each in (first, last, best)} == {run}
     assert torch.equal(best.model.encoder, opened.model.encoder)
     assert not torch.equal(first.model.encoder, last.model.encoder)
-    assert [each.title for each in (best, first)] == ["trial, seed 0", "trial, seed 0, epoch_000"]
+    assert [each.title for each in (best, first)] == ["trial, seed 3", "trial, seed 3, epoch_000"]
     assert [each.file_name("probe") for each in (opened, best, last)] == ["probe", "probe", "probe_last"]
     assert first.stem == opened.stem and first.experiment_title == opened.title
 
@@ -67,7 +67,7 @@ def test_long_names_are_cut_and_stay_apart(opened):
     assert len(set(stems)) == 3
     for stem in stems:  # with what visualize_attention.py adds, a file system takes it
         assert len(f"attention_rollout_per_head_patch127-127_versus_epoch_0100_{stem}.png".encode()) <= 255
-        assert stem.startswith("v2_cifar10+learning_rate=0.001+") and stem.endswith("_seed0")
+        assert stem.startswith("v2_cifar10+learning_rate=0.001+") and stem.endswith("_seed3")
 
 
 def test_images_spread_over_the_part(opened):
@@ -167,6 +167,23 @@ def test_segmentation(tmp_path):
     (tmp_path / "data_camvid" / "val" / "val_001.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"val_001\.png"):
         opened.samples([1])
+
+
+def test_a_limit_is_drawn_by_the_runs_seed(tmp_path):
+    folder, drawn = train_unet(tmp_path), []
+    for seed in range(6):
+        opened = TrainedRun(folder, tmp_path, "cpu")
+        opened.train |= dict(train_limit=1, seed=seed)
+        drawn += [images.sum().item() for images, _ in opened.training_batches(np.array([0]))]
+    assert len(set(drawn)) > 1
+
+
+def test_images_are_cropped_as_in_validation(opened, monkeypatch):
+    crops = []
+    monkeypatch.setattr(DataSet, "with_eval_crop", lambda self, share: crops.append(share) or self)
+    opened.train["eval_crop"] = 0.5
+    opened.samples([0])
+    assert crops == [0.5]
 
 
 def test_what_is_refused(opened, tmp_path, data_dir, experiment):

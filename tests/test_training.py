@@ -2,14 +2,15 @@
 
 import json
 import math
+from unittest import mock
 
 import pytest
 import torch
 
-from training import fit, loop, seeds
+from training import fit, loop, provenance, seeds
 from tests.trials import COLUMNS, read_metrics, same_weights, weights
 from training.data import load_dataset
-from training.optimiser import make_schedule, rate_factor, set_step
+from training.optimiser import WeightAverage, make_schedule, rate_factor, set_step
 from training.runs import Run, load_model
 from training.stored import load_checkpoint
 
@@ -212,9 +213,44 @@ def test_a_run_has_its_files_and_columns(finished):
         assert [{key: float(row[key]) for key in row} for row in state["history"]] == rows[:epoch]
 
 
-def test_losses_and_accuracies_are_means_over_images(finished):
-    """What validation and test found, counted again one image at a time; 48 and 40 do not fill batches of 9."""
-    trial, summary = finished
+def test_a_row_tells_speed_and_accuracy_of_training_alone(experiment, monkeypatch):
+    """By a clock on which training takes 10 s and validation 100."""
+    clock, right = [], []
+    train, evaluate, counts_of = loop.train_epoch, loop.evaluate, loop.counts_of
+
+    def counts(task, outputs, targets, loss):
+        right.append((outputs.argmax(1) == targets).sum().item() * loss.requires_grad)
+        return counts_of(task, outputs, targets, loss)
+
+    monkeypatch.setattr(loop, "time", mock.Mock(perf_counter=lambda: sum(clock)))
+    monkeypatch.setattr(loop, "train_epoch", lambda session: clock.append(10) or train(session))
+    monkeypatch.setattr(loop, "evaluate", lambda *args: clock.append(100) or evaluate(*args))
+    monkeypatch.setattr(loop, "counts_of", counts)
+    trial = experiment(epochs=1)
+    fit(trial)
+    (row,) = read_metrics(trial.folder)
+    assert (row["epoch_time_sec"], row["images_per_sec"]) == (110, 19.2)
+    assert row["train_accuracy"] == pytest.approx(sum(right) / 192) != row["val_accuracy"]
+
+
+@pytest.mark.parametrize(("status", "ending"), [("", ""), (" M training/loop.py", "+changes")])
+def test_the_commit_tells_of_changed_files(status, ending, monkeypatch):
+    def run(command, **_):
+        return mock.Mock(stdout="abc\n" if "rev-parse" in command else status)
+
+    monkeypatch.setattr(provenance.subprocess, "run", run)
+    assert provenance.describe_run(mock.Mock(), {})["commit"] == "abc" + ending
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(ema=0.9), dict(eval_flip=True)], ids=str)
+def test_losses_and_accuracies_are_means_over_images(fields, experiment):
+    """What validation and test found, counted again one image at a time; 48 and 40 do not fill batches of 9.
+
+    With ema by the average, that is kept; with eval_flip of each image and its mirror image.
+    """
+    trial = experiment(options={"eval_batch_size": 9}, **fields)
+    summary = fit(trial)
+    assert summary.get("eval_flip", False) == ("eval_flip" in fields)
     dataset, val = load_dataset("cifar10", trial.options.data_dir), Run(trial.folder).read_split().val
     model, _ = load_model(trial.folder)
     for found, prefix, images, labels in (
@@ -222,7 +258,10 @@ def test_losses_and_accuracies_are_means_over_images(finished):
         (summary["best"], "val_", dataset.train_images[val], dataset.train_labels[val]),
     ):
         with torch.no_grad():
-            logits = torch.cat([model(torch.from_numpy(image)[None].float() / 127.5 - 1) for image in images])
+            inputs = [torch.from_numpy(image)[None].float() / 127.5 - 1 for image in images]
+            logits = torch.cat([model(image) for image in inputs])
+            if "eval_flip" in fields:
+                logits = (logits + torch.cat([model(image.flip(-1)) for image in inputs])) / 2
         labels = torch.from_numpy(labels)
         assert found[f"{prefix}accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
         losses = -logits.log_softmax(1)[torch.arange(len(labels)), labels]
@@ -231,14 +270,16 @@ def test_losses_and_accuracies_are_means_over_images(finished):
 
 def test_the_same_seed_repeats_a_run_and_another_does_not(experiment):
     def trained(name, seed):
-        trial = experiment(name, epochs=1, seed=seed)
+        trial = experiment(name, epochs=1, seed=seed, options={"keep_every": 1})
         torch.rand(3)  # the global generator's state before the run has no part in it
         fit(trial)
-        return weights(trial.folder)
+        before = weights(trial.folder, "epoch_000.pt")
+        return before, weights(trial.folder), Run(trial.folder).read_split().val.tolist()
 
-    one, again, other = trained("one", 1), trained("again", 1), trained("one", 2)
-    assert same_weights(one, again)
-    assert not any(torch.equal(one[name], other[name]) for name in ("encoder", "decoder", "head.weight"))
+    (before, after, val), again, other = trained("one", 1), trained("again", 1), trained("one", 2)
+    assert same_weights(before, again[0]) and same_weights(after, again[1]) and val == again[2]
+    assert not any(torch.equal(before[name], other[0][name]) for name in ("encoder", "decoder", "head.weight"))
+    assert val != other[2]
 
 
 def test_dropout_is_drawn_anew_each_epoch_and_seed(experiment, monkeypatch):
@@ -300,6 +341,39 @@ def test_weights_kept_on_the_way(experiment):
     torch.manual_seed(seeds.derive("weights", trial.train.seed))
     assert same_weights(models[0], trial.model.build().state_dict())
     assert not Run(plain.folder).kept_weights()
+
+
+# ---------------------------------------------------------------------------- averaging
+
+
+def test_the_average_is_that_of_its_formula():
+    """And buffers are copied."""
+    model = torch.nn.BatchNorm1d(3)
+    average, expected = WeightAverage(model, 0.7), None
+    for t in range(8):
+        model(torch.randn(8, 3))
+        with torch.no_grad():
+            model.weight.normal_()
+        average.update_parameters(model)
+        decay = min(0.7, (1 + t) / (10 + t))
+        expected = model.weight.detach().clone() if t == 0 else decay * expected + (1 - decay) * model.weight.detach()
+        assert torch.allclose(average.module.weight, expected, atol=1e-6)
+        assert same_weights(dict(average.module.named_buffers()), dict(model.named_buffers()))
+
+
+def test_the_best_weights_are_the_average_of_those_after_each_step(experiment, monkeypatch):
+    average, real = [], loop.optimizer_step
+
+    def step(session):
+        rate, t = real(session), len(average)
+        new, decay = session.model.encoder.detach().clone(), min(0.9, (1 + t) / (10 + t))
+        average.append(decay * average[-1] + (1 - decay) * new if t else new)
+        return rate
+
+    monkeypatch.setattr(loop, "optimizer_step", step)
+    trial = experiment(ema=0.9, epochs=1)
+    fit(trial)
+    torch.testing.assert_close(weights(trial.folder, "best.pt")["encoder"], average[-1])
 
 
 # ---------------------------------------------------------------------------- a loss that is not finite
