@@ -124,6 +124,12 @@ def test_a_wrong_sweep_is_refused_with_a_hint(axes, words, tmp_path):
         plan_of(tmp_path, axes)
 
 
+@pytest.mark.parametrize("axis", ["depth", "n_layer=a", "gate=foo"])
+def test_a_wrong_sweep_is_a_wrong_flag(axis, call_script, capsys):
+    assert call_script("train_ablation.py", "--sweep", axis) == 2
+    assert capsys.readouterr().err.startswith(f"error: --sweep {axis.split('=')[0]}")
+
+
 @pytest.mark.parametrize(
     "flags", [["--seeds", "2"], ["--cross"], ["--sweep", "init", "--name", "x"], ["--sweep", "init", "--jobs", "0"]]
 )

@@ -72,7 +72,7 @@ Report = Callable[[list[Path], str, Path], Any]  # finished runs, name of the de
 def launch_sweep(experiment: Experiment, report: Report) -> None:
     """As `launch`, for a script that can also sweep. report: writes the table of the sweep's runs.
 
-    Ends the process with exit code 1 if a run failed (after all others are done), 130 after Ctrl-C.
+    Ends the process with exit code 2 for a wrong flag, 1 if a run failed (after all others are done), 130 after Ctrl-C.
     """
     prepare_streams()
     description = getattr(sys.modules["__main__"], "__doc__", None) or experiment.name
@@ -93,6 +93,9 @@ def launch_sweep(experiment: Experiment, report: Report) -> None:
         return
     try:
         plan = make_plan(experiment, asked)
+    except UserError as error:
+        exit_with(str(error), 2)
+    try:
         outcome = run_jobs(jobs_of(plan, experiment), options.jobs, processes=options.nproc_per_node)
     except UserError as error:
         exit_with(str(error), 1)
