@@ -91,13 +91,13 @@ def test_ratios_are_within_a_model_and_a_precision():
 
 
 def test_what_a_recipe_costs_is_a_ratio_to_the_published_protocol(monkeypatch):
-    seconds = {recipe_cost.BASE: [2.0], "ema=0.999": [3.0, 9.0, 2.0], recipe_cost.EVERYTHING: [8.0]}
+    seconds = {recipe_cost.BASE: 2.0, "ema=0.999": 3.0, recipe_cost.EVERYTHING: 8.0}
     fields = {name: recipe_cost.FIELDS[name] for name in list(seconds)[:2]}
     monkeypatch.setattr(recipe_cost, "FIELDS", fields)
     monkeypatch.setattr(recipe_cost, "MODELS", {"v2": lambda **fields: v2_config(**TINY, **fields)})
     monkeypatch.setattr(recipe_cost, "training_step", mock.Mock())
-    monkeypatch.setattr(recipe_cost, "in_full", lambda step, *rest: step)
-    monkeypatch.setattr(recipe_cost, "in_turns", lambda sides, *rest: {name: seconds[name] for name in sides})
+    measured = {name: {"seconds": each} for name, each in seconds.items()}
+    monkeypatch.setattr(recipe_cost, "measure_steps", lambda sides, *rest: {name: measured[name] for name in sides})
     table = recipe_cost.measure(recipe_cost.Options(batch_size=2, device="cpu"), torch.device("cpu"))
     assert table.set_index("setting").ratio.tolist() == [1, 1.5, 4]
 
