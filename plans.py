@@ -180,7 +180,11 @@ RECIPE_MODELS = {
     "v2": f"train_v2_cifar10.py {SMALL_BDH}",
     "vit_tiny": f"train_vit_tiny_cifar10.py {SMALL_PROTOCOL} --n-layer 6 --mlp-dim 128",
 }
-RATES = {"adamw": ("1e-4", "3e-4", "1e-3", "3e-3"), "muon": ("1e-3", "3e-3", "1e-2"), "sgd": ("1e-2", "3e-2", "1e-1")}
+RATES = {
+    "adamw": ("1e-4", "3e-4", "1e-3", "3e-3"),
+    "muon": ("3e-4", "1e-3", "3e-3", "1e-2"),
+    "sgd": ("3e-3", "1e-2", "3e-2", "1e-1"),
+}
 OPTIMIZERS = {"adamw": "", "muon": " --optimizer muon", "sgd": " --optimizer sgd --weight-decay 5e-4"}
 BEST_RATES = {"v2": {"adamw": "3e-4"}, "vit_tiny": {"adamw": "1e-3"}}  # by validation; the others are not known yet
 RECIPE_CHANGES = (
