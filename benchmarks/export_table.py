@@ -176,8 +176,7 @@ def measure(options: Options, folder: Path) -> pd.DataFrame:
     runs = [TrainedRun(path, options.data_dir, "cpu", any_model=True) for path in options.runs]
     found, owners = [], []
     for number, run in enumerate(runs):
-        if not hasattr(run.sizes, "num_classes") or run.labels_pixels:
-            raise UserError(f"{run.folder} does not classify images: give a run that does")
+        run.require_classifier()
         (folder / str(number)).mkdir()
         for form in forms(run, options.keep, folder / str(number)):
             found.append(form)

@@ -101,8 +101,7 @@ def draw(table: pd.DataFrame, title: str) -> Figure:
 
 def main(options: Options) -> None:
     run = TrainedRun(options.run, options.data_dir, "auto", any_model=True)
-    if run.labels_pixels or not hasattr(run.sizes, "num_classes"):
-        raise UserError(f"{options.run} does not classify images: give a run that does, such as runs/v2_cifar10/seed0")
+    run.require_classifier()
     table = measure(run, options)
     path = options.output_dir / f"pruning_curve_{run.stem}.csv"
     figure = draw(table, f"Pruned without further training: {run.title}")

@@ -27,8 +27,7 @@ from interpretability.common.trained import Places, TrainedRun, progress
 from training.command_line import run_script
 from training.config import ROOT, UserError
 from training.data.finding import printable
-from training.data.image_files import MODES, ImageFiles, UnreadableImage
-from training.stored import task_of
+from training.data.image_files import ImageFiles, UnreadableImage
 
 TABLE = "classes.csv"
 
@@ -117,8 +116,7 @@ def write_table(path: Path, answers: Sequence[Answer]) -> None:
 def main(options: Options) -> None:
     files = image_files(options.images)
     run = TrainedRun(options.run, options.data_dir, options.device, any_model=True)
-    if not _classifies(run):
-        raise UserError(f"{options.run} does not classify images: give a run that does, such as runs/v2_cifar10/seed0")
+    run.require_classifier()
     output = options.output_dir / run.file_name(run.stem)
     bad: list[str] = []
     answers = list(classify(run, files, options.top, options.batch_size, bad))
@@ -138,12 +136,6 @@ def main(options: Options) -> None:
         more = f"; {len(bad) - 1} more like this" if len(bad) > 1 else ""
         others = f". The other {len(answers)} were classified" if answers else ""
         raise UserError(f"{bad[0]}{more}{others}")
-
-
-def _classifies(run: TrainedRun) -> bool:
-    """Whether the run's model gives one class per image."""
-    size, channels = getattr(run.sizes, "img_size", None), getattr(run.sizes, "in_channels", None)
-    return task_of(run.config) == "classification" and isinstance(size, int) and channels in MODES
 
 
 if __name__ == "__main__":

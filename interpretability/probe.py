@@ -203,12 +203,12 @@ def draw(table: pd.DataFrame, n_trained: int, by_chance: float, title: str) -> F
     """Accuracy over levels, a line per method with its interval; marks the trained depth and chance."""
     figure = titled_figure(0.75 * PAGE, 3.0, title)
     ax = figure.subplots()
-    drawn: list[float] = []  # by the method before
+    readout = table[table.method == "readout"]
     for method, (label, color, marker, line) in STYLES.items():
         rows = table[table.method == method]
-        hidden = method == "run_with_levels" and rows.accuracy.tolist() == drawn
-        drawn = rows.accuracy.tolist()
-        if len(rows) and not hidden:
+        if method == "run_with_levels" and rows.accuracy.tolist() == readout.accuracy.tolist():
+            continue  # the same line
+        if len(rows):
             style = dict(color=color, marker=marker, markersize=4, label=label)
             if method == "run_with_levels":  # hollow and below the read-out, with which it often coincides
                 style |= dict(markerfacecolor="white", zorder=1.9)

@@ -28,7 +28,7 @@ class UserError(Exception):
 class TrainConfig:
     """What decides a run's result besides the model, for any task. Each task has a subclass."""
 
-    task: ClassVar[str]  # what a run of it does: it is stored, and decides which scripts can use the run
+    task: ClassVar[str] = "other"  # what a run of it does: it is stored, and decides which scripts can use the run
 
     epochs: int
     """passes over the training set"""

@@ -21,12 +21,12 @@ from training.augment import normalise
 from training.config import ROOT, UserError, changed_fields
 from training.data import DataSet, Split, data_folder, draw_split, load_dataset
 from training.data.finding import cut_name
-from training.data.image_files import read_images
+from training.data.image_files import MODES, read_images
 from training.data.masks import CLASSES, BadFile, MaskFiles, find_masks
 from training.data.segmentation import read_pair, scale_image, scale_mask, training_pairs
 from training.device import prepare_device
 from training.runs import Run, load_model
-from training.stored import EXPORTED, configuration_of
+from training.stored import EXPORTED, configuration_of, task_of
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 LONGEST_STEM = 150  # bytes; file systems allow names of 255, and scripts add their own words
@@ -145,6 +145,14 @@ class TrainedRun:
             if name not in self.adapter.quantities:
                 model, needed = type(self.model).__name__, "that classifies images" if name == "logits" else "of a BDH"
                 raise UserError(f"{self.checkpoint} is a {model}, which has no {name}: give a run {needed}")
+
+    def require_classifier(self) -> None:
+        """Raises UserError unless the model gives one class per image."""
+        size, channels = getattr(self.sizes, "img_size", None), getattr(self.sizes, "in_channels", None)
+        if task_of(self.config) != "classification" or not isinstance(size, int) or channels not in MODES:
+            raise UserError(
+                f"{self.checkpoint} does not classify images: give a run that does, such as runs/v2_cifar10/seed0"
+            )
 
     @cached_property
     def _data(self) -> DataSet | MaskFiles:
