@@ -182,13 +182,13 @@ RECIPE_MODELS = {
 }
 RATES = {
     "adamw": ("1e-4", "3e-4", "1e-3", "3e-3"),
-    "muon": ("3e-4", "1e-3", "3e-3", "1e-2"),
-    "sgd": ("3e-3", "1e-2", "3e-2", "1e-1"),
+    "muon": ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2"),
+    "sgd": ("1e-3", "3e-3", "1e-2", "3e-2", "1e-1"),
 }
 OPTIMIZERS = {"adamw": "", "muon": " --optimizer muon", "sgd": " --optimizer sgd --weight-decay 5e-4"}
-BEST_RATES = {  # by validation accuracy; those of sgd are not known yet
-    "v2": {"adamw": "3e-4", "muon": "3e-4"},
-    "vit_tiny": {"adamw": "1e-3", "muon": "3e-3"},
+BEST_RATES = {  # by validation accuracy
+    "v2": {"adamw": "3e-4", "muon": "3e-4", "sgd": "3e-3"},
+    "vit_tiny": {"adamw": "1e-3", "muon": "3e-3", "sgd": "3e-2"},
 }
 RECIPE_CHANGES = (
     "--decay matrices",
