@@ -37,6 +37,7 @@ from analysis.reading import SMALL, RunFiles
 from analysis.tables import markdown_table
 from training.command_line import run_script
 from training.config import ROOT, UserError
+from training.files import written_whole
 from training.metrics import METRICS, Metric
 
 FILE = "CLAIMS.md"
@@ -199,7 +200,8 @@ def main(options: Options) -> None:
     if options.check and stale:
         raise UserError(f"out of date: {', '.join(map(str, stale))}; write them with python analysis/claims.py")
     for path in stale:
-        path.write_text(wanted[path], encoding="utf-8")
+        with written_whole(path) as partial:
+            partial.write_text(wanted[path], encoding="utf-8")
     print("\n".join(f"written: {path}" for path in stale) or "up to date: " + ", ".join(map(str, wanted)))
 
 

@@ -8,24 +8,31 @@ from scipy.stats import binomtest
 
 from analysis.reading import Row
 from training.config import UserError
+from training.files import written_whole
 from training.metrics import Metric
 
 NOTE = "Mean over seeds ± standard deviation (n - 1); median best epoch and seconds. Test: weights of the best epoch."
 
 
 def check_output(output: Path) -> None:
-    """Raises UserError if the path has no name, such as a dot."""
-    if not output.name:
+    """Raises UserError if the path is a folder."""
+    if not output.name or output.is_dir():
         raise UserError(f"--output {output} is a folder: add a file name without suffix")
 
 
 def write_tables(output: Path, table: pd.DataFrame, lines: Iterable[str]) -> tuple[Path, Path]:
     """Writes the path output with .md (the lines) and .csv (the table); returns both. Makes the folder."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     report, numbers = (output.with_name(f"{output.name}{suffix}") for suffix in (".md", ".csv"))
-    report.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    table.to_csv(numbers, index=False)
-    return report, numbers
+    with written_whole(report) as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return report, write_csv(numbers, table)
+
+
+def write_csv(path: Path, table: pd.DataFrame) -> Path:
+    """Writes the table without its index; returns the path. Makes the folder."""
+    with written_whole(path) as partial:
+        table.to_csv(partial, index=False)
+    return path
 
 
 def markdown_table(titles: Sequence[str], lines: Iterable[Sequence[str]], left: Sequence[str] = ()) -> list[str]:

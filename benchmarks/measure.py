@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch._C._profiler import _EventType
 
 from analysis.plotting.style import save_figure
+from analysis.tables import write_csv
 from training.config import ROOT
 from training.device import describe_hardware, synchronize
 
@@ -59,14 +60,13 @@ def machine_of(device: torch.device) -> tuple[str, str]:
 def changed(options: Any, *names: str) -> str:
     """For a file name: those of the options that are not the default, as "_batch_size=256"; usually nothing."""
     values = {name: getattr(options, name) for name in names if getattr(options, name) != getattr(type(options), name)}
-    return "".join(f"_{name}={value}" for name, value in values.items())
+    words = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in values.items()}
+    return "".join(f"_{name}={value}" for name, value in words.items())
 
 
 def write_results(table: pd.DataFrame, path: Path, figure: Figure | None = None) -> tuple[Path, ...]:
     """The table as CSV and a figure, with the same name, as PNG and SVG; returns the files. Makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(path, index=False)
-    return path, *(save_figure(figure, path.with_suffix(".png")) if figure else ())
+    return write_csv(path, table), *(save_figure(figure, path.with_suffix(".png")) if figure else ())
 
 
 # ---------------------------------------------------------------------------- time

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from analysis.plotting.style import DPI, PAGE, titled_figure
-from interpretability.common.image_choice import ImagePaths, image_files, picture_names
+from analysis.plotting.style import PAGE, plain_text, save_png, titled_figure
+from interpretability.common.image_choice import ImagePaths, image_files, picture_names, raise_for_bad
 from interpretability.common.trained import Places, TrainedRun, progress
 from training.command_line import run_script
-from training.config import ROOT, UserError
+from training.config import ROOT
 from training.data.finding import printable
 from training.data.image_files import ImageFiles, UnreadableImage
+from training.files import written_whole
 
 TABLE = "classes.csv"
 
@@ -95,7 +96,7 @@ def draw(answer: Answer, title: str) -> Figure:
     places = range(len(answer.classes))
     bars = right.barh(places, answer.probabilities)
     right.bar_label(bars, [f"{value:.1%}" for value in answer.probabilities], padding=3)
-    right.set_yticks(places, answer.classes)
+    right.set_yticks(places, map(plain_text, answer.classes))
     right.invert_yaxis()
     right.set_xlim(0, 1.15)
     right.set_xlabel("probability")
@@ -105,7 +106,10 @@ def draw(answer: Answer, title: str) -> Figure:
 def write_table(path: Path, answers: Sequence[Answer]) -> None:
     """One row per image: file, class_1, probability_1, class_2, ..."""
     ranks = range(1, len(answers[0].classes) + 1)
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    with (
+        written_whole(path) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["file", *(f"{word}_{rank}" for rank in ranks for word in ("class", "probability"))])
         for answer in answers:
@@ -121,7 +125,6 @@ def main(options: Options) -> None:
     bad: list[str] = []
     answers = list(classify(run, files, options.top, options.batch_size, bad))
     if answers:
-        output.mkdir(parents=True, exist_ok=True)
         write_table(output / TABLE, answers)
     named = {path.resolve() for path in options.images if path.is_file()}
     pictures = dict(zip(files, picture_names(files), strict=True))
@@ -129,13 +132,10 @@ def main(options: Options) -> None:
         best = ", ".join(f"{name} {p:.1%}" for name, p in zip(answer.classes, answer.probabilities, strict=True))
         if answer.path.resolve() in named:
             print(f"{answer.path}: {best}")
-            draw(answer, run.title).savefig(output / pictures[answer.path], dpi=DPI)
+            save_png(draw(answer, run.title), output / pictures[answer.path])
     if answers:
         print(f"-> {output}: {len(answers)} image{'s' * (len(answers) != 1)} in {TABLE}")
-    if bad:
-        more = f"; {len(bad) - 1} more like this" if len(bad) > 1 else ""
-        others = f". The other {len(answers)} were classified" if answers else ""
-        raise UserError(f"{bad[0]}{more}{others}")
+    raise_for_bad(bad, len(answers), "classified")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from analysis.plotting.style import PAGE, SEQUENTIAL, save_figure, titled_figure
+from analysis.tables import write_csv
 from interpretability.common.features import Tokens, images_per_pass, level_features
 from interpretability.common.similarity import IMAGES_PER_DIMENSION, linear_cka, main_directions, svcca, unbiased_hsic
 from interpretability.common.trained import PairChoice, TrainedRun, open_runs, progress
@@ -197,7 +198,7 @@ def main(options: Options) -> None:
     features = TOKENS[options.tokens] + ("" if options.normalise else ", tokens not normalised")
     pictures = save_figure(draw(runs, similarity, features), folder / f"{name}.png")
     table = folder / f"{name}.csv"
-    tabulate(runs, similarity).to_csv(table, index=False)
+    write_csv(table, tabulate(runs, similarity))
     print(" versus ".join(run.title for run in runs))
     print("->", *pictures, table)
 

@@ -39,6 +39,7 @@ from interpretability.common.trained import RunChoice, TrainedRun, open_run, pro
 from models.vision_bdh import height_and_width
 from training.command_line import run_script
 from training.config import UserError
+from training.files import written_whole
 
 PAGE_FILES = Path(__file__).parent / "common" / "explore_page"
 LARGEST_PAGE = 10_000_000  # bytes
@@ -212,8 +213,8 @@ def main(options: Options) -> None:
     run.require("logits")
     page = make_page(run, run.choose_images(options.images, options.indices), options.live)
     path = options.output_dir / run.stem / f"{run.file_name('explore')}.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    with written_whole(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB): open it in a browser")
 
 

@@ -38,6 +38,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from analysis.plotting.style import COLORS, PAGE, plain_text, remove_figure, save_figure, style_axes, titled_figure
+from analysis.tables import write_csv
 from interpretability.common.activity import batches_of_patches, choose_images, kept_model, measured_on
 from interpretability.common.contact_sheet import TopPatch, draw_sheet
 from interpretability.common.selectivity import Measures, Responses, collect, measures, p_values, ranked, shuffled
@@ -278,12 +279,11 @@ def main(options: Options) -> None:
     if run.labels_pixels:
         title += "; p is too small: shuffling ignores class size and place"
     output = options.output_dir / run.stem
-    output.mkdir(parents=True, exist_ok=True)
     name = f"{run.file_name('neurons')}_{options.quantity}"
 
     found = look(run, run.model, indices, options, "images")
     table = neuron_table(found, run.class_names)
-    table.to_csv(output / f"{name}.csv", index=False)
+    write_csv(output / f"{name}.csv", table)
     for ending, neurons in chosen(table, run.class_names, options).items():
         picture = output / f"{name}_{cut_name(ending, LONGEST_NAME)}.png"
         if neurons.empty:
@@ -298,7 +298,7 @@ def main(options: Options) -> None:
     if run.checkpoint_name != "epoch_000" and (untrained := kept_model(run, 0)):
         both["before training"] = look(run, untrained, indices, options, "before training")
     levels = pd.concat([level_table(each, options.chance).assign(weights=who) for who, each in both.items()])
-    levels.to_csv(output / f"{name}_levels.csv", index=False)
+    write_csv(output / f"{name}_levels.csv", levels)
     save_figure(draw_measures(both, options.top, title), output / f"{name}.png")
     print(f"{title}\nneurons that beat chance (p at most {options.chance:g}), and how many would by luck:")
     for who, rows in levels.groupby("weights", sort=False):

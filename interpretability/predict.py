@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import nn
 
-from analysis.plotting.style import DPI, PAGE, titled_figure
-from interpretability.common.image_choice import ImagePaths, image_files, picture_names
+from analysis.plotting.style import PAGE, save_png, titled_figure
+from interpretability.common.image_choice import ImagePaths, image_files, picture_names, raise_for_bad
 from interpretability.common.trained import Places, TrainedRun, progress
 from models.vision_bdh import ImageSize
 from training.augment import normalise
@@ -115,20 +115,23 @@ def main(options: Options) -> None:
     if not files:
         raise UserError("these are masks, not images: name image files, or folders that contain some")
     output = options.output_dir / run.file_name(run.stem)
-    with_truth = 0
+    with_truth, bad = 0, []
     for path, picture in progress(list(zip(files, picture_names(files), strict=True)), unit="img"):
         try:
             image, truth = read_image(path), None
             if path.resolve() in masks:
                 truth = read_pair(*masks[path.resolve()])[1]
         except BadFile as error:
-            raise UserError(str(error)) from None
+            bad.append(str(error))
+            continue
         predicted = predict(run.model, image, run.sizes.img_size, run.device)
         figure = draw(image, predicted, truth, CLASSES[name], f"{printable(path.name)}: {run.title}")
-        output.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output / picture, dpi=DPI)
+        save_png(figure, output / picture)
         with_truth += truth is not None
-    print(f"{options.run}\n-> {output}: {len(files)} picture{'s' * (len(files) != 1)}, {with_truth} with ground truth")
+    n = len(files) - len(bad)
+    if n:
+        print(f"{options.run}\n-> {output}: {n} picture{'s' * (n != 1)}, {with_truth} with ground truth")
+    raise_for_bad(bad, n, "drawn")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from analysis.plotting.style import COLORS, PAGE, save_figure, style_axes, titled_figure
-from analysis.tables import accuracy_interval
+from analysis.tables import accuracy_interval, write_csv
 from interpretability.common.depth import run_with_levels, why_not_deeper
 from interpretability.common.features import images_per_pass, stream_features
 from interpretability.common.recorder import record
@@ -248,7 +248,7 @@ def main(options: Options) -> None:
     path = options.output_dir / run.stem / "_".join([run.file_name("probe"), *settings])
     title = ", ".join([f"{run.title}: {len(indices):,} {run.part} images", *settings, "bands are 95 % intervals"])
     pictures = save_figure(draw(table, run.adapter.n_levels, chance(test.labels), title), path)
-    table.to_csv(f"{path}.csv", index=False)
+    write_csv(path.with_name(f"{path.name}.csv"), table)
     print(table.pivot(index="level", columns="method", values="accuracy").to_string(float_format="{:.3f}".format))
     print("->", *pictures, f"{path}.csv")
 

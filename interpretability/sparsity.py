@@ -43,6 +43,7 @@ from analysis.plotting.style import (
     save_figure,
     style_axes,
 )
+from analysis.tables import write_csv
 from interpretability.common.activity import (
     NO_CLASS,
     QUANTITIES,
@@ -57,7 +58,7 @@ from training.command_line import run_script
 from training.config import require
 from training.runs import Run
 
-ALL = "all"  # in tables: over all levels, heads or classes
+ALL, ALL_CLASSES = "all", "all classes"  # in tables; ALL: over all levels or heads; a class may have that name
 CLASSES_DRAWN = 20
 
 
@@ -129,7 +130,7 @@ def share_table(counts: Counts, class_names: Sequence[str]) -> pd.DataFrame:
     with np.errstate(invalid="ignore"):  # classes never seen
         shares = active / (neurons * np.append(counts.patches_by_class, counts.patches))
     levels, heads = range(1, L + 1), [*range(1, H + 1), ALL]
-    axes = {"quantity": QUANTITIES, "level": levels, "head": heads, "class": [*class_names, ALL]}
+    axes = {"quantity": QUANTITIES, "level": levels, "head": heads, "class": [*class_names, ALL_CLASSES]}
     places = pd.MultiIndex.from_product(axes.values(), names=axes)
     table = pd.DataFrame({"share": shares.swapaxes(0, 1).ravel()}, places).dropna().reset_index()
     return table[["level", "head", "class", "quantity", "share"]]
@@ -166,7 +167,8 @@ def training_table(epochs: Mapping[int, Counts], always_on: float, shared: bool)
 
 def draw_shares(table: pd.DataFrame, title: str) -> Figure:
     """Share of active neurons by level, a line per head; below it by class and level. table: `share_table`."""
-    over_classes, by_class = table[table["class"] == ALL], table[(table["head"] == ALL) & (table["class"] != ALL)]
+    of_all = table["class"] == ALL_CLASSES
+    over_classes, by_class = table[of_all], table[(table["head"] == ALL) & ~of_all]
     classes = list(by_class["class"].unique())
     below = "share of active neurons (%) by class"
     if len(classes) > CLASSES_DRAWN:
@@ -269,14 +271,13 @@ def main(options: Options) -> None:
     indices = choose_images(run, options.images)
     shared = run.sizes.shared
     output = options.output_dir / run.stem
-    output.mkdir(parents=True, exist_ok=True)
     name = run.file_name("sparsity")
     title = f"{run.title}: {measured_on(run, len(indices))}"
 
     counts = count(run.model, batches_of_patches(run, indices, "images"), len(run.class_names))
     shares, dead = share_table(counts, run.class_names), dead_table(counts, options.always_on, shared)
     for ending, table in (("", shares), ("_neurons", neuron_table(counts)), ("_dead", dead)):
-        table.to_csv(output / f"{name}{ending}.csv", index=False)
+        write_csv(output / f"{name}{ending}.csv", table)
     save_figure(draw_shares(shares, title), output / f"{name}.png")
     save_figure(draw_neurons(counts, dead, options.always_on, title), output / f"{name}_neurons.png")
     print(f"{title}\n{dead.to_string(index=False, formatters={'share': '{:.1%}'.format})}\n-> {output}")
@@ -285,7 +286,7 @@ def main(options: Options) -> None:
     figure, table = output / "sparsity_training.png", output / "sparsity_training.csv"
     if epochs := over_training(run, options.checkpoint_images):
         series = training_table(epochs, options.always_on, shared)
-        series.to_csv(table, index=False)
+        write_csv(table, series)
         title = f"{run.experiment_title}: {measured_on(run, min(options.checkpoint_images, run.n_images))}"
         save_figure(draw_training(series, title), figure)
         print(f"{len(epochs)} epochs kept in training -> {table}")

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from PIL import Image, ImageOps
 
-from interpretability.classify import classify
+from analysis.plotting.style import save_png
+from interpretability.classify import Answer, classify, draw
 from interpretability.common.image_choice import image_files, picture_names
 from interpretability.common.trained import TrainedRun
 from tests.inspecting import check_error, train_unet
@@ -161,3 +163,9 @@ def test_mistakes_get_one_message(trained_run, call_script, tmp_path, capsys):
     check_error(capsys, "does not classify images")
     assert call_script(SCRIPT, tmp_path / "a.png", "--run", trained_run, "--top", 0) == 2
     assert "top = 0 must be at least 1" in capsys.readouterr().err
+
+
+def test_class_names_are_no_formulas(tmp_path):
+    answer = Answer(Path("a.png"), np.zeros((3, 8, 8), np.uint8), ["$^$", "US$ and CA$"], [0.7, 0.3])
+    save_png(draw(answer, "run"), tmp_path / "a.png")
+    assert imread(tmp_path / "a.png").std() > 0.05

@@ -270,3 +270,13 @@ def test_a_long_name(run, trained, tmp_path, call_script):
     assert (
         short == 0 and imread(picture).shape[1] == imread(tmp_path / "out" / "unet+a=1_seed0" / picture.name).shape[1]
     )
+
+
+def test_bad_files_do_not_keep_the_others_from_being_drawn(call, run, trained, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.png").write_text("no image")
+    shutil.copy(trained / "data_camvid" / "val" / "val_000.png", photos / "b.png")
+    code, output = call(photos, "--run", run)
+    assert code == 1 and [path.name for path in output.iterdir()] == ["photos_b.png"]
+    check_error(capsys, r"a\.png cannot be read as an image .* The other 1 were drawn")

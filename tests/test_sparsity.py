@@ -71,7 +71,7 @@ def test_tables_against_means():
     model, rng = random_model(), np.random.default_rng(5)
     images, labels = torch.randn(6, 3, 8, 8), rng.permutation([0, 0, 0, 1, 1, 3])
     counts = count(model, batches(images, labels, size=4), n_classes=4)
-    table = share_table(counts, ["a", "b", "never seen", "d"])
+    table = share_table(counts, names := ["all", "b", "never seen", "d"])
     assert list(table) == ["level", "head", "class", "quantity", "share"]
     assert len(table) == 3 * 3 * (2 + 1) * (3 + 1) and "never seen" not in set(table["class"])
     active = {name: values > 0 for name, values in recorded(model, images).items()}  # (L, B, H, T, N) each
@@ -79,8 +79,8 @@ def test_tables_against_means():
         of = active[row.quantity][row.level - 1]
         if row.head != "all":
             of = of[:, [row.head - 1]]
-        if row._3 != "all":
-            of = of[labels == "abcd".index(row._3)]
+        if row._3 != "all classes":
+            of = of[labels == names.index(row._3)]
         assert row.share == pytest.approx(of.mean(), abs=1e-12)
     neurons = neuron_table(counts)
     place = neurons[(neurons.level == 2) & (neurons["head"] == 2) & (neurons.neuron == 7)]
@@ -127,7 +127,7 @@ def test_many_classes_are_drawn_in_part():
         for level in (1, 2)
         for head in (1, "all")
         for quantity in ("x_sparse", "y_sparse", "gated")
-        for place, name in enumerate([*names, "all"])
+        for place, name in enumerate([*names, "all classes"])
     ]
     figure = draw_shares(pd.DataFrame(rows), r"run $\frac$")
     figure.draw_without_rendering()
@@ -228,7 +228,7 @@ def test_segmentation(call_script, tmp_path, capsys):
     table = pd.read_csv(tmp_path / "out" / "unet_seed0" / "sparsity.csv")
     table = table[(table["head"] == "all") & (table.quantity == "x_sparse")].set_index("class").share
     present = sorted(set(of_patches.ravel()) - {11})
-    assert list(table.index) == [*(opened.class_names[label] for label in present), "all"] and len(present) > 3
+    assert list(table.index) == [*(opened.class_names[label] for label in present), "all classes"] and len(present) > 3
     for label in present:
         expected = active.transpose(0, 2, 1, 3)[of_patches == label].mean()
         assert table[opened.class_names[label]] == pytest.approx(expected)

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure, FigureBase, SubFigure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from training.files import written_whole
+
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")  # Okabe and Ito; grey for yellow
 MARKERS = "os^DvP*X"  # 8 and 7 have no common factor: 56 combinations of marker and colour
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"  # colour-blind safe: from 0 up, and around 0
@@ -81,11 +83,17 @@ def titled_figure(width: float, height: float, title: str) -> Figure:
 
 def save_figure(figure: Figure, path: Path) -> tuple[Path, Path]:
     """Writes path with the suffix .png (200 dpi) and .svg; returns both. Makes the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     png, svg = _files_of(path)
-    figure.savefig(png, dpi=DPI)
-    figure.savefig(svg, dpi=DPI, metadata={"Date": None})
+    save_png(figure, png)
+    with written_whole(svg) as partial:
+        figure.savefig(partial, dpi=DPI, metadata={"Date": None})
     return png, svg
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Writes a picture of 200 dpi, without an SVG. Makes the folder."""
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=DPI)
 
 
 def remove_figure(path: Path) -> None:

@@ -25,6 +25,7 @@ from analysis.plotting.style import DIVERGING, DPI, HALO, PAGE, SEQUENTIAL, outl
 from interpretability.common.attention_maps import Look, Patch, Show
 from interpretability.common.trained import TrainedRun
 from training.config import UserError
+from training.files import written_whole
 
 PANELS = 6  # maps side by side at most, beside the image
 SMALLEST_PANEL, LARGEST_PANEL = 0.76, 1.4  # inches, width of a map; its title needs the smaller
@@ -254,8 +255,9 @@ def animate(views: Sequence[View], path: Path) -> None:
         draw([view.of([view.levels[min(place, len(view.levels) - 1)]]) for view in views], figure)
 
     draw_frame(0)  # sets the figure's size
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (_write_gif if path.suffix == ".gif" else _write_mp4)(path, figure, draw_frame, max(len(v.levels) for v in views))
+    write = _write_gif if path.suffix == ".gif" else _write_mp4
+    with written_whole(path) as partial:
+        write(partial, figure, draw_frame, max(len(v.levels) for v in views))
 
 
 def _write_gif(path: Path, figure: Figure, draw_frame: Callable[[int], None], n_frames: int) -> None:
@@ -278,4 +280,4 @@ def _write_mp4(path: Path, figure: Figure, draw_frame: Callable[[int], None], n_
                 draw_frame(place)
                 writer.grab_frame()
     except (subprocess.CalledProcessError, BrokenPipeError) as error:
-        raise UserError(f"ffmpeg failed to write {path} ({error}): use --animate gif") from None
+        raise UserError(f"ffmpeg failed ({error}): use --animate gif") from None

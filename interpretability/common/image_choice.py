@@ -37,3 +37,11 @@ def picture_names(files: list[Path]) -> list[str]:
         name = next(name for name in numbered if name.casefold() not in names)
         names[name.casefold()] = name  # some file systems do not tell cases apart
     return [f"{name}.png" for name in names.values()]
+
+
+def raise_for_bad(bad: list[str], n_good: int, done: str) -> None:
+    """Raises UserError if images could not be read. bad: a message for each; done: what was done to the others."""
+    if bad:
+        more = f"; {len(bad) - 1} more like this" if len(bad) > 1 else ""
+        others = f". The other {n_good} were {done}" if n_good else ""
+        raise UserError(f"{bad[0]}{more}{others}")

@@ -7,6 +7,7 @@ again, held to the model on random images, and only then renamed.
 
 import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from models.export_form import export_form
 from models.vision_bdh import height_and_width
 from tools.exporting.extras import need
 from training.config import UserError
+from training.files import written_whole
 
 TOLERANCE = 1e-4  # largest difference of an answer, as a share of the largest answer, in float32
 INPUT, OUTPUT = "images", "logits"
@@ -67,12 +69,9 @@ def difference(model: nn.Module, config: Any, answer: Callable[[Tensor], Tensor]
 
 def write_torch(model: nn.Module, config: Any, path: Path) -> str:
     """Writes a torch.export program; returns what the check found. Raises UserError if it computes something else."""
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    try:
+    with written_whole(path) as partial:
         torch.export.save(open_program(model, config), partial)
-        return _finish(model, config, torch.export.load(partial).module(), partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        return _checked(model, config, torch.export.load(partial).module(), path)
 
 
 def write_onnx(model: nn.Module, config: Any, path: Path, facts: dict[str, Any] | None = None) -> str:
@@ -83,8 +82,7 @@ def write_onnx(model: nn.Module, config: Any, path: Path, facts: dict[str, Any] 
     onnx = need("onnx", "--to onnx")
     need("onnxscript", "--to onnx")
     need("onnxruntime", "--to onnx")
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    try:
+    with written_whole(path) as partial:
         with quiet():
             program = torch.onnx.export(
                 open_program(model, config), dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False
@@ -94,9 +92,7 @@ def write_onnx(model: nn.Module, config: Any, path: Path, facts: dict[str, Any] 
         for key, value in (facts or {}).items():
             proto.metadata_props.add(key=key, value=json.dumps(value))
         onnx.save(proto, partial)
-        return _finish(model, config, onnx_answer(partial), partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        return _checked(model, config, onnx_answer(partial), path)
 
 
 def without_traces(proto: Any) -> Any:
@@ -106,13 +102,12 @@ def without_traces(proto: Any) -> Any:
     return proto
 
 
-def _finish(model: nn.Module, config: Any, answer: Callable[[Tensor], Tensor], partial: Path, path: Path) -> str:
+def _checked(model: nn.Module, config: Any, answer: Callable[[Tensor], Tensor], path: Path) -> str:
     found = difference(model, config, answer)
     if not found <= TOLERANCE:  # NaN, too
         raise UserError(
             f"{path.name} was not written: its answers differ from the model's by {found:.1e} of the largest"
         )
-    partial.replace(path)
     return f"largest difference from the model {found:.1e} of the largest answer"
 
 
@@ -155,13 +150,12 @@ def write_int8(source: Path, path: Path, batches: Iterable[Tensor]) -> None:
             images = next(self.batches, None)
             return None if images is None else {INPUT: images.cpu().numpy()}
 
-    prepared = path.with_name(f"{path.stem}.prepared{path.suffix}")
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    try:
+    with tempfile.TemporaryDirectory() as folder, written_whole(path) as partial:
+        prepared = str(Path(folder) / "prepared.onnx")
         with quiet():
-            quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+            quant_pre_process(str(source), prepared, skip_symbolic_shape=True)
             quantize_static(
-                str(prepared),
+                prepared,
                 str(partial),
                 Images(),
                 quant_format=QuantFormat.QDQ,
@@ -172,10 +166,6 @@ def write_int8(source: Path, path: Path, batches: Iterable[Tensor]) -> None:
                 extra_options={"MatMulConstBOnly": True},
             )
         onnx_session(partial)
-        partial.replace(path)
-    finally:
-        prepared.unlink(missing_ok=True)
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager

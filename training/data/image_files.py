@@ -85,7 +85,7 @@ def scale_16_bits(image: Image.Image) -> Image.Image:
 def require_8_bits(image: Image.Image) -> None:
     """Raises ValueError for grey values of more than 8 bits, which Pillow would clip to 255; it scales colours."""
     if image.mode[0] in "IF":
-        raise ValueError("it has more than 8 bits a channel, convert it to 8")
+        raise ValueError("it has more than 8 bits a channel")
 
 
 def why_unreadable(error: Exception) -> str:

@@ -89,7 +89,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def _unreadable(path: Path, kind: str, error: Exception) -> BadFile:
-    return BadFile(unreadable(path, kind, error, "replace it with an intact copy"))
+    return BadFile(unreadable(path, kind, error, "replace it with an intact copy of 8 bits a channel"))
 
 
 def _size(path: Path) -> int:

@@ -1,0 +1,27 @@
+"""Files that are whole or not there."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from training.config import UserError
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Inside, a temporary path beside it with the same suffix, to write to; at the end it takes the path's place.
+
+    After an error, such as a full disk, whatever was at the path before is still there. Makes the folder. Raises
+    UserError if the file system refuses.
+    """
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{path} cannot be written ({reason}): free space there, or name another folder") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
