@@ -204,3 +204,23 @@ def test_a_run_validated_on_mirror_images_too_is_scored_so(trained_run, data_dir
     assert len(seen) == 2 and seen[1].equal(seen[0].flip(-1))
     labels = torch.cat([labels for _, labels in run.batches(range(run.n_images), 40)])
     assert result.value == pytest.approx((labels == 0).float().mean().item())
+
+
+def test_no_file_of_the_user_or_of_another_run_is_replaced(experiment, call_script, tmp_path, capsys):
+    one, other = experiment(epochs=1), experiment(epochs=1, seed=1)
+    for trial in (one, other):
+        fit(trial)
+    out = tmp_path / "out"
+    for form in ("torch", "weights", "weights"):  # the second time over its own
+        assert call_script("tools/export.py", one.folder, "--to", form, "--output", out) == 0
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for form in ("torch", "weights"):
+        assert call_script("tools/export.py", other.folder, "--to", form, "--output", out) == 1
+        check_error(capsys, "out holds another run: give another --output folder")
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    (out / "README.md").write_text("mine")
+    assert call_script("tools/export.py", one.folder, "--output", out) == 1
+    check_error(capsys, r"README\.md is not the model card of these weights: move it")
+    (one.folder / "summary.json").unlink()
+    assert call_script("tools/export.py", one.folder, "--output", out) == 1
+    assert (out / "README.md").read_text() == "mine"

@@ -36,7 +36,7 @@ from tools.exporting.evaluation import SEGMENTATION_BATCH, Predict, Score, score
 from tools.exporting.extras import need
 from tools.exporting.programs import onnx_answer, write_int8, write_onnx, write_torch
 from tools.exporting.pruned import fine_tuning_command, prune, write_pruned
-from tools.exporting.weights import check_target, export_weights
+from tools.exporting.weights import check_target, copy_small_files, export_weights
 from training.command_line import run_script
 from training.config import UserError, require
 
@@ -129,7 +129,7 @@ class Export:
 
     def _file(self, name: str, form: str) -> Path:
         self._need_images(form)
-        self.target.mkdir(parents=True, exist_ok=True)
+        copy_small_files(self.run.folder, self.target)
         stem, _, suffix = name.partition(".")
         return self.target / f"{self.run.file_name(stem)}.{suffix}"
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from interpretability.common.recorder import record
 from models.pruning import core_of, kept_neurons, neuron_counts, pruned
-from tools.exporting.weights import check_target, export_weights, write_whole
+from tools.exporting.weights import check_target, export_weights, write_bytes
 from training.command_line import experiment_of, flags_of
 from training.config import ROOT, UserError
 from training.session import count_parameters
@@ -22,7 +22,8 @@ def importance(model: nn.Module, batches: Iterable[Tensor], criterion: str = "us
     """How much each neuron is needed, (H, N), summed over levels, tokens and images (B, C, height, width).
 
     criterion: "activity" is the sum of its gated activity; "use" is that sum times the length of its row of the
-    decoder, a bound on what the updates lose with it. Raises ValueError for a model that cannot be pruned.
+    decoder, a bound on what its own path through the decoder adds to the updates; what the neuron does as a query and
+    key of the attention is not measured. Raises ValueError for a model that cannot be pruned.
     """
     core = core_of(model)
     total = torch.zeros(core.encoder.shape[-3], core.encoder.shape[-1], dtype=torch.float64)
@@ -65,7 +66,7 @@ def write_pruned(model: nn.Module, config: dict[str, Any], target: Path) -> Path
     content["origin"] = {"pruned_from": config["experiment"], "run_id": config.get("run_id")}
     check_target(target, content)
     path = export_weights(model, target, target)
-    write_whole(target / "config.json", (json.dumps(content, indent=2) + "\n").encode())
+    write_bytes(target / "config.json", (json.dumps(content, indent=2) + "\n").encode())
     return path
 
 

@@ -13,40 +13,41 @@ from torch import nn
 
 from tools.exporting.model_card import model_card
 from training.config import UserError
+from training.files import written_whole
 from training.stored import CARD, EXPORTED, SMALL_FILES, read_config, read_summary
 
 
 def export_weights(model: nn.Module, folder: Path, target: Path) -> Path:
     """Writes EXPORTED and the model card into target, beside copies of the run's small files; returns EXPORTED.
 
-    model: with the run's best weights. folder: of the run. Raises OSError if a file cannot be written, Damaged for a
-    damaged summary.json, UserError if target holds something else.
+    model: with the run's best weights. folder: of the run; without a summary.json there is no card. Raises Damaged for
+    a damaged summary.json, UserError if a file cannot be written, or target holds something else.
     """
-    parameters = {name for name, _ in model.named_parameters()}
-    elsewhere = target.resolve() != folder.resolve()
-    again = (target / EXPORTED).exists()
-    if elsewhere:
+    if target.resolve() != folder.resolve():
         check_target(target, read_config(folder))
-    has_card = read_summary(folder) is not None
-    if has_card and not again and (target / CARD).exists():
-        raise UserError(f"{target} has a {CARD}, which the model card would replace: give another --output folder")
-    card = model_card(folder).encode() if has_card else None
+    card = model_card(folder).encode() if read_summary(folder) is not None else None
+    if (target / CARD).exists() and (target / CARD).read_bytes() != card:
+        raise UserError(
+            f"{target / CARD} is not the model card of these weights: move it, or give another --output folder"
+        )
+    parameters = {name for name, _ in model.named_parameters()}
     tensors = {
         name: (tensor.to(torch.bfloat16) if name in parameters else tensor).contiguous()
         for name, tensor in model.state_dict().items()
     }
-    target.mkdir(parents=True, exist_ok=True)
-    for name in SMALL_FILES if elsewhere else ():
-        if (folder / name).is_file():
-            write_whole(target / name, (folder / name).read_bytes())
-        elif again:
-            (target / name).unlink(missing_ok=True)
-    path = write_whole(target / EXPORTED, save(tensors))
+    copy_small_files(folder, target)
     if card is not None:
-        write_whole(target / CARD, card)
-    elif again:
-        (target / CARD).unlink(missing_ok=True)
-    return path
+        write_bytes(target / CARD, card)
+    return write_bytes(target / EXPORTED, save(tensors))
+
+
+def copy_small_files(folder: Path, target: Path) -> None:
+    """Makes target's small files those of the run in folder, so that it is known as an export of this run."""
+    for name in SMALL_FILES if target.resolve() != folder.resolve() else ():
+        if (folder / name).is_file():
+            write_bytes(target / name, (folder / name).read_bytes())
+        else:
+            (target / name).unlink(missing_ok=True)
 
 
 def check_target(target: Path, config: dict[str, Any]) -> None:
@@ -59,12 +60,8 @@ def check_target(target: Path, config: dict[str, Any]) -> None:
             raise UserError(f"{target} holds another run: give another --output folder")
 
 
-def write_whole(path: Path, content: bytes) -> Path:
-    """Writes a file under a temporary name and renames it, so that it is whole or not there. Raises OSError."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Writes a file whole or not at all; returns its path. Raises UserError if it cannot be written."""
+    with written_whole(path) as partial:
         partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
