@@ -9,16 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
 
 from analysis.reading import SMALL, Row, RunFiles, find_runs, make_rows, read_runs
-from models import build_config
-from training.batchnorm import has_batchnorm
 from training.command_line import experiment_of
 from training.config import ROOT, Configuration, Experiment, UserError
 from training.metrics import METRICS, Metric
-from training.stored import hardware_of
 
 PUBLISHED = ROOT / "analysis" / "published_results.csv"
 CONFIDENCE = 0.95
@@ -190,16 +186,8 @@ def mismatches(run: RunFiles, published: Published, asked: Experiment) -> list[s
     wrong = [f"{name} is {ours}, not {theirs}" for name, (ours, theirs) in facts.items() if ours != theirs]
     ours, theirs = (_any_start(each) for each in (asked.configuration, run.configuration))
     wrong += ["metrics.csv has no val_" + published.ours.key] * (f"val_{published.ours.key}" not in run.epochs)
-    wrong += ["BatchNorm saw shares of the batch (several processes)"] * _normalised_shares(run)
+    wrong += ["BatchNorm saw shares of the batch (several processes)"] * run.normalised_shares
     return [*ours.differences(theirs, FREE | facts.keys()), *wrong]
-
-
-def _normalised_shares(run: RunFiles) -> bool:
-    """Whether BatchNorm normalised each process's share of a batch by itself."""
-    if run.train.get("sync_batchnorm") or all(each.get("processes", 1) == 1 for each in hardware_of(run.config)):
-        return False
-    with torch.device("meta"):
-        return has_batchnorm(build_config(run.config["model_class"], run.config["config"]["model"]).build())
 
 
 def _any_start(configuration: Configuration) -> Configuration:

@@ -1,7 +1,9 @@
 """Reads run folders and groups their runs into rows: used by every script that makes tables or figures of runs."""
 
+import contextlib
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -11,8 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
-from training.config import Configuration, UserError
+from models import build_config
+from training.batchnorm import has_batchnorm
+from training.config import OWN_FILES, Configuration, UserError
 from training.metrics import METRICS, Metric
 from training.stored import (
     SMALL_FILES,
@@ -48,9 +53,33 @@ class RunFiles:
 
     @property
     def fields(self) -> dict:
-        """All fields that decide the result but the seed, and the data set's name: equal if runs may be averaged."""
-        fields = self.configuration.flat() | {"data": self.config["data"]["name"]}
-        return {key: value for key, value in fields.items() if key != "seed"}
+        """All that decides the result but the seed: equal if runs may be averaged.
+
+        The configuration, the data, and whether BatchNorm saw shares of the batch. The run with the same seed that a
+        training starts from counts as the same start for all seeds.
+        """
+        fields, data = self.configuration.flat(), self.config["data"]
+        seed = fields.pop("seed")
+        fields |= {
+            "data": data["name"],
+            "text_sha256": data.get("sha256"),
+            "batchnorm_of_shares": self.normalised_shares,
+        }
+        if self.train.get("dataset") in OWN_FILES:
+            fields["files"] = data.get("file_names_and_sizes")
+        for key in ("start_from", "encoder"):
+            if fields.get(key):
+                fields[key] = re.sub(rf"-seed{seed}(?!\d)", "", str(fields[key]))
+        return fields
+
+    @cached_property
+    def normalised_shares(self) -> bool:
+        """Whether BatchNorm normalised each process's share of a batch by itself; True of an unknown model."""
+        if self.train.get("sync_batchnorm") or all(each.get("processes", 1) == 1 for each in hardware_of(self.config)):
+            return False
+        with contextlib.suppress(ValueError, TypeError), torch.device("meta"):
+            return has_batchnorm(build_config(self.config["model_class"], self.config["config"]["model"]).build())
+        return True
 
     @property
     def train(self) -> dict:

@@ -324,3 +324,38 @@ def test_without_a_test_part_the_best_validation_is_the_result(make_run):
         f"{100 * np.mean(best[name]):.2f} ± {100 * np.std(best[name], ddof=1):.2f} %" in "".join(labels)
         for name in order
     )
+
+
+def test_runs_on_other_data_or_other_batches_are_not_averaged(make_run):
+    def with_config(folder, change):
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    seeds = [make_run(seed=seed)[0] for seed in range(5)]
+    own = [make_run(name="own", seed=seed, dataset="folder")[0] for seed in range(3)]
+    resnet = [make_run(name="resnet", seed=seed)[0] for seed in range(2)]
+    assert sorted(len(row.runs) for row in make_rows(read_runs([*seeds, *own, *resnet]))) == [2, 3, 5]
+    with_config(seeds[1], lambda config: config["data"].update(sha256="other text"))
+    with_config(own[1], lambda config: config["data"].update(file_names_and_sizes="other files"))
+    architecture = {"num_classes": 10, "img_size": 32}
+    for seed, processes in enumerate((1, 8)):
+        changed = {"model_class": "ResNet20Config"}
+        with_config(resnet[seed], lambda config, new=changed: config.update(new))
+        with_config(resnet[seed], lambda config: config["config"].update(model=architecture))
+        with_config(resnet[seed], lambda config, n=processes: config["hardware"].update(processes=n))
+    rows = make_rows(read_runs([*seeds, *own, *resnet]))
+    assert sorted((row.experiment, len(row.runs)) for row in rows) == [
+        *[("own", 1), ("own", 2), ("resnet", 1), ("resnet", 1), ("v2_cifar10", 1), ("v2_cifar10", 4)]
+    ]
+    assert {row.differs for row in rows if row.experiment == "resnet"} == {
+        *[("batchnorm_of_shares=False",), ("batchnorm_of_shares=True",)]
+    }
+
+
+def test_each_seed_may_start_from_the_run_with_its_own_seed(make_run):
+    tuned = [make_run(seed=seed, start_from=f"bdh_unet-seed{seed}-best.pt")[0] for seed in (0, 1, 12)]
+    (row,) = make_rows(read_runs(tuned))
+    assert len(row.runs) == 3
+    other = make_run(seed=2, start_from="bdh_unet-seed1-best.pt")[0]
+    assert sorted(len(row.runs) for row in make_rows(read_runs([*tuned, other]))) == [1, 3]

@@ -12,9 +12,10 @@ from PIL import Image
 
 from training import ClassificationConfig, UserError, fit
 from analysis.analyze import analyze
-from tests.trials import interrupt, same_weights, snapshot, weights
+from tests.trials import interrupt, resumed, same_weights, snapshot, weights
 from training.data import ImageBatches, batches, load_dataset, split_train
 from training.data.batches import MemoryPart, StreamedPart
+from training.runs import Run
 
 SIZE = 16
 CLASSES = ("cat", "dog", "eel")
@@ -350,3 +351,17 @@ def test_a_script_trains_on_a_folder(part, call_script, images_dir, tmp_path, ca
     assert call_script("train_v2_cifar10.py", *flags) == 0
     test = json.loads((tmp_path / "runs" / "pets" / "seed0" / "summary.json").read_text())["test"]
     assert ("no test set" if part else f"{test['accuracy']:.2%}") in capsys.readouterr().out
+
+
+def test_a_complete_run_is_not_that_of_another_folder(folder_trial, images_dir, tmp_path):
+    trial = folder_trial("one", epochs=1)
+    summary = fit(trial)
+    assert fit(resumed(trial)) == summary and Run(trial.folder).is_complete(trial)
+    copy = shutil.copytree(images_dir, tmp_path / "copy" / images_dir.name)
+    same = folder_trial("one", copy, epochs=1)
+    assert Run(trial.folder).is_complete(same)  # the same images elsewhere
+    next(path for path in copy.rglob("*.*") if path.is_file()).write_bytes(b"another image")
+    with pytest.raises(UserError, match="was started on other data"):
+        Run(trial.folder).is_complete(same)
+    with pytest.raises(UserError, match="was started on other data"):
+        fit(resumed(same))

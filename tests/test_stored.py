@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from training import UserError, fit
+from training import UserError, fit, loop
+from analysis.reading import read_run
 from tests.trials import interrupt, read_rows, resumed, same_weights, snapshot, weights
 from training.runs import load_model
 from training.stored import Damaged, configuration_of, load_checkpoint, read_config, read_metrics, read_split
@@ -391,3 +393,20 @@ def test_the_files_of_a_run_carry_its_identity(runs):
     for name, folder in runs.items():
         assert {load_checkpoint(path)["run_id"] for path in folder.glob("*.pt")} == {ids[name]}
         assert read_split(folder, read_config(folder)) is not None
+
+
+def test_the_best_weights_of_a_lost_epoch_are_not_those_of_the_run(experiment, monkeypatch):
+    """The best epoch is lost with last.pt, and turns out worse when it is repeated, as on a GPU."""
+    values = iter([0.1, 0.2, 0.9, 0.3])  # epochs 1, 2, 3, and 3 again
+
+    def evaluate(session, part):
+        return {"loss": 1.0, "accuracy": next(values) if part == "val" else 0.5}
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    trial = experiment(epochs=3)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "_finish", mock.Mock(side_effect=KeyboardInterrupt))
+        fit(trial)
+    (trial.folder / "last.pt").write_bytes(b"half")
+    assert fit(resumed(trial))["best"] == {"epoch": 3, "val_loss": 1.0, "val_accuracy": 0.3}
+    assert read_run(trial.folder).best_epoch == 3

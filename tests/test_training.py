@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from training import fit, loop, provenance, seeds
+from training import UserError, fit, loop, provenance, seeds
 from tests.trials import COLUMNS, read_metrics, same_weights, weights
 from training.data import load_dataset
 from training.optimiser import WeightAverage, make_schedule, rate_factor, set_step
@@ -414,3 +414,11 @@ def test_a_validation_loss_that_is_not_finite_stops_too(experiment, scripted_val
     with pytest.raises(loop.TrainingError, match="validation loss after epoch 2"):
         fit(trial)
     assert {load_checkpoint(trial.folder / name)["epoch"] for name in ("last.pt", "best.pt")} == {1}
+
+
+def test_data_that_show_a_process_more_than_its_share_are_refused(experiment, monkeypatch):
+    """As every process does that yields whole batches."""
+    trial = experiment(epochs=1)
+    monkeypatch.setattr(loop.processes, "total", lambda count: 2 * count)
+    with pytest.raises(UserError, match=r"must yield its share of every batch"):
+        fit(trial)

@@ -24,11 +24,19 @@ class UserError(Exception):
     """Something the user can fix; the message says how."""
 
 
+OWN_FILES = ("folder", "webdataset")  # data sets made of files of the user's choice
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """What decides a run's result besides the model, for any task. Each task has a subclass."""
 
     task: ClassVar[str] = "other"  # what a run of it does: it is stored, and decides which scripts can use the run
+
+    @property
+    def of_own_files(self) -> bool:
+        """Whether it trains on files of the user's choice: the configuration does not say which."""
+        return False
 
     epochs: int
     """passes over the training set"""
@@ -150,6 +158,10 @@ class ClassificationConfig(HeldOutConfig):
     train_limit: int | None = None
     """use only this many training images (validation included), drawn by the seed"""
 
+    @property
+    def of_own_files(self) -> bool:
+        return self.dataset in OWN_FILES
+
     def __post_init__(self):
         super().__post_init__()
         require(0 < self.crop_scale_min <= 1, self, "crop_scale_min", "must be above 0 and at most 1")
@@ -270,6 +282,10 @@ class TextConfig(HeldOutConfig):
     """context length in bytes"""
     test_fraction: float = 0.1
     """share of the text, at its end, held out for the test; validation comes before it"""
+
+    @property
+    def of_own_files(self) -> bool:
+        return self.text is not None
 
     def __post_init__(self):
         super().__post_init__()

@@ -47,6 +47,7 @@ def _fit(experiment: Experiment, run: Run) -> dict[str, Any]:
     with run.locked():
         resuming = processes.from_main(lambda: run.prepare(experiment))
         if resuming and (summary := processes.from_main(run.read_summary)):
+            processes.from_main(lambda: run.check_own_files(experiment))
             print(f"{run.folder} is complete: nothing to resume")
             return summary
         trackers = Trackers(experiment)
@@ -100,6 +101,8 @@ def _resume(experiment: Experiment, run: Run, trackers: Trackers) -> Session:
     session = make_session(experiment, run, config.get("run_id", ""), device, task, data, model)
     state = processes.from_main(lambda: run.load_checkpoint(session.model))
     session.load_state(state)
+    if session.best is not None and processes.from_main(lambda: run.best_is_later_than(session.epoch)):
+        session.best = None  # its weights were replaced in epochs that are lost with last.pt: chosen anew from here on
     trackers.connect(config.get("run_id"))
     run.restore_metrics(session.epoch, session.history)
     run.restore_split(data.split, session.run_id)
@@ -289,7 +292,13 @@ def evaluate(session: Session, part: str) -> dict[str, float]:
             loss = loss_of(task, outputs, targets)
         sums.add(counts_of(task, outputs, targets, loss))
         seen += len(targets)
-    return ratios_of(task, sums, int(processes.total(torch.tensor(seen))))
+    seen = int(processes.total(torch.tensor(seen)))
+    if seen != (size := session.data.size(part)):
+        raise UserError(
+            f"eval_batches({part!r}) gave {seen} samples, but size({part!r}) is {size}: with several processes, each "
+            "must yield its share of every batch (training.processes.share)"
+        )
+    return ratios_of(task, sums, seen)
 
 
 def _finish(session: Session) -> dict[str, Any]:

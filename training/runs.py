@@ -146,12 +146,18 @@ class Run:
         return configuration_of(self.read_config()).differences(experiment.configuration)
 
     def is_complete(self, experiment: Experiment) -> bool:
-        """Whether this experiment is finished here. Raises UserError if another configuration is."""
+        """Whether this experiment is finished here. Raises UserError if another one is: configuration, or own data."""
         if not self.read_summary():
             return False
         if changes := self.differences(experiment):
             raise UserError(f"{self.folder} holds a run of another configuration ({'; '.join(changes)}): move it away")
+        self.check_own_files(experiment)
         return True
+
+    def check_own_files(self, experiment: Experiment) -> None:
+        """`check_data` of a complete run, if its configuration does not say which data it was trained on."""
+        if experiment.train.of_own_files:
+            self.check_data(experiment.train.make_task().open(experiment).description)
 
     # ------------------------------------------------------------------------ reading
 
@@ -212,6 +218,13 @@ class Run:
         state = stored.load_checkpoint(path, remedy="start with --overwrite")
         self._check_origin(state, path)
         return state
+
+    def best_is_later_than(self, epoch: int) -> bool:
+        """Whether best.pt is of a later epoch, as after a resume from previous.pt."""
+        try:
+            return self.load_best()["epoch"] > epoch
+        except Damaged:
+            return False
 
     def _check_origin(self, state: dict[str, Any], path: Path) -> None:
         """Raises Damaged for a checkpoint of another run."""

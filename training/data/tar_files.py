@@ -67,7 +67,7 @@ def load_webdataset(data_dir: Path | None, img_size: int, in_channels: int) -> D
     arrays = {part: (TarImages(tars[part], places, img_size, in_channels), of) for part, (places, of) in parts.items()}
     images, labels = arrays["train"]
     return DataSet(
-        f"webdataset {printable(data_dir.name)}",
+        f"webdataset {printable(data_dir.resolve().name)}",
         images,
         labels,
         *arrays.get("test", (images[[]], labels[:0])),
@@ -121,7 +121,10 @@ def _samples(path: Path, split: Split) -> Iterator[tuple[tuple[int, int, str], i
                 if key is not None:
                     yield _complete(path, key, image, label)
                 key, image, label = its_key, None, None
-            if f".{ending.lower()}" in image_endings():
+            is_image = f".{ending.lower()}" in image_endings()
+            if (is_image and image is not None) or (ending.lower() == "cls" and label is not None):
+                raise UserError(f"{path}: {printable(key)} has two {'images' if is_image else 'classes'}: {SAMPLE}")
+            if is_image:
                 image = (member.offset_data, member.size, member.name)
             elif ending.lower() == "cls":
                 label = tar.extractfile(member).read().strip()
