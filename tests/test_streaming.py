@@ -7,6 +7,7 @@ import signal
 import sys
 import tarfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from tests.trials import interrupt, read_rows, resumed, same_weights, wait_for, 
 from training.augment import draw_crop
 from training.data import ImageBatches, draw_split, load_dataset
 from training.data.image_files import ImageFiles
+from training.launch import train
 
 SIZE, CPU = 16, torch.device("cpu")
 
@@ -157,6 +159,14 @@ def test_a_killed_worker_is_one_message(photos):
             for child in multiprocessing.active_children():
                 child.kill()
     assert data.parts["train"].reader.loader._iterator is None
+
+
+def test_a_killed_worker_is_one_message_wherever_the_main_process_is(experiment, monkeypatch, capsys):
+    killed = RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed.")
+    monkeypatch.setitem(train.__globals__, "fit", mock.Mock(side_effect=killed))
+    with pytest.raises(SystemExit) as end:
+        train(experiment())
+    assert end.value.code == 1 and capsys.readouterr().err.startswith("error: a process that reads images has ended")
 
 
 def own_group(folder):
@@ -310,6 +320,12 @@ def without_a_class(folder):
         tar.add(__file__, "n01/5.jpg")
 
 
+def two_images(folder):
+    with tarfile.open(folder / "train-000001.tar", "w") as tar:
+        for ending in ("jpg", "cls", "png"):
+            tar.add(__file__, f"n01/5.{ending}")
+
+
 def damaged_image(folder):
     content = (folder / "train-000001.tar").read_bytes()
     start = content.index(b"\xff\xd8")
@@ -328,6 +344,7 @@ def another_class(folder):
         (lambda folder: (folder / "train-000003.tar").unlink(), r"train-000003\.tar is missing: name"),
         (damaged_tar, r"train-000001\.tar cannot be read as an uncompressed tar file"),
         (without_a_class, r"train-000001\.tar: n01/5 has no class"),
+        (two_images, r"train-000001\.tar: n01/5 has two images: "),
         (damaged_image, r"train-000001\.tar:n0\d/\d+\.jpg cannot be read as an image"),
         (another_class, "the val part has class 7, but the training part ends at 2"),
     ],

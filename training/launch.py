@@ -13,6 +13,7 @@ from training import processes
 from training.command_line import INTERRUPTED, exit_with, parse_experiment
 from training.config import Experiment, UserError
 from training.console import prepare_streams
+from training.data.streaming import WORKER_ENDED, is_ended_worker
 from training.device import is_out_of_memory
 from training.loop import fit
 from training.metrics import metric_of
@@ -60,6 +61,8 @@ def _fit(experiment: Experiment) -> dict[str, Any]:
     except OSError as error:
         _end(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
     except RuntimeError as error:
+        if is_ended_worker(error):
+            _end(WORKER_ENDED, 1)
         if not is_out_of_memory(error):
             raise
         _end(

@@ -1,5 +1,6 @@
 """Image files that are read again in every epoch, by worker processes that live as long as the run."""
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 
@@ -11,6 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 from training.config import UserError
 from training.data.image_files import ImageFiles, UnreadableImage
 
+WORKER_ENDED = (
+    "a process that reads images has ended, perhaps for lack of memory (or of /dev/shm in a container): "
+    "try fewer --num-workers or a smaller --batch-size"
+)
 Key = tuple[str, int, int | None]  # part, number of an image in it, seed of its crop
 
 
@@ -69,12 +74,9 @@ class Reader:
             raise
         except (RuntimeError, OSError, EOFError) as error:
             self.stop()
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            if isinstance(error, RuntimeError) and not is_ended_worker(error):
                 raise
-            raise UserError(
-                "a process that reads images has ended, perhaps for lack of memory (or of /dev/shm in a container): "
-                "try fewer --num-workers or a smaller --batch-size"
-            ) from None
+            raise UserError(WORKER_ENDED) from None
         except BaseException:  # Ctrl-C
             self.stop()
             raise
@@ -83,7 +85,13 @@ class Reader:
         """Ends the workers, which DataLoader itself would only do when it is collected."""
         if iterator := self.loader._iterator:
             self.loader._iterator = None
-            iterator._shutdown_workers()
+            with contextlib.suppress(RuntimeError):  # an ended worker; the others are ended all the same
+                iterator._shutdown_workers()
+
+
+def is_ended_worker(error: RuntimeError) -> bool:
+    """Whether a worker process was killed: PyTorch raises this wherever the main process then is."""
+    return "DataLoader worker" in str(error)
 
 
 class _Batches:
