@@ -27,7 +27,7 @@ from analysis.tables import check_output, markdown_table, write_tables
 from models import build_config
 from models.flops import flop_of
 from training.command_line import run_script
-from training.config import ROOT, UserError
+from training.config import ROOT, UserError, require
 
 PUBLISHED_V2 = 0.8173  # test accuracy of v2 on CIFAR-10 after 50 epochs, the documented headline
 
@@ -43,6 +43,9 @@ class Options:
     output: Path | None = None
     """output files without suffix: .md, .csv, .png and .svg are added; default: time_to_accuracy in runs_dir"""
 
+    def __post_init__(self):
+        require(0 < self.target <= 1, self, "target", "must be above 0 and at most 1: 0.9 is 90 %")
+
 
 def training_seconds(run: RunFiles) -> pd.Series:
     """(epochs,) seconds of training up to the end of each epoch, without validation, of a finished run."""
@@ -56,10 +59,12 @@ def training_pflop(run: RunFiles) -> pd.Series:
 
 
 def measure(row: Row, target: float) -> dict:
-    """A line of the table; NaN where no run, or not every run, reaches the target."""
+    """A line of the table; NaN where not every run reaches the target, and for minutes on different hardware."""
     seconds, pflop = ([each(run) for run in row.finished] for each in (training_seconds, training_pflop))
     reached = [run.epochs.index[run.epochs["val_accuracy"] >= target] for run in row.finished]
     complete = all(len(epochs) for epochs in reached)
+    hardware = sorted({run.hardware for run in row.finished})
+    minute = 60 if len(hardware) == 1 else np.nan
 
     def at(costs: Sequence[pd.Series]) -> float:
         return np.mean([cost[epochs[0]] for cost, epochs in zip(costs, reached, strict=True)]) if complete else np.nan
@@ -69,13 +74,13 @@ def measure(row: Row, target: float) -> dict:
         "parameters": row.runs[0].config["parameters"],
         "seeds": len(row.finished),
         "epochs": len(row.finished[0].epochs),
-        "minutes": np.mean([each.iloc[-1] for each in seconds]) / 60,
+        "minutes": np.mean([each.iloc[-1] for each in seconds]) / minute,
         "pflop": np.mean([each.iloc[-1] for each in pflop]),
         "test_accuracy": row.test.mean(),
         "test_accuracy_lowest": row.test.min(),
-        "minutes_to_target": at(seconds) / 60,
+        "minutes_to_target": at(seconds) / minute,
         "pflop_to_target": at(pflop),
-        "hardware": "; ".join(sorted({run.hardware for run in row.finished})),
+        "hardware": "; ".join(hardware),
     }
 
 
@@ -107,11 +112,15 @@ def main(options: Options) -> None:
     output = options.output or options.runs_dir / "time_to_accuracy"
     check_output(output)
     runs = read_runs(find_runs(options.runs_dir))
-    known = [run for run in runs if run.summary is None or "images" in run.summary]
-    for run in runs:
-        if run not in known:
+    known = []
+    for run in (run for run in runs if run.summary is not None):
+        if "images" not in run.summary:
             print(f"warning: {run.folder} is left out: summary.json has no number of images", file=sys.stderr)
-    rows = [row for row in make_rows(known) if row.finished]
+        elif "images_per_sec" not in run.epochs:
+            print(f"warning: {run.folder} is left out: metrics.csv has no column images_per_sec", file=sys.stderr)
+        else:
+            known.append(run)
+    rows = make_rows(known)
     if len({row.task for row in rows}) != 1 or rows[0].metric.key != "accuracy":
         raise UserError(
             f"{options.runs_dir} must hold finished runs of classification on one data set: name another --runs-dir"
@@ -129,14 +138,14 @@ def main(options: Options) -> None:
             _number(100 * row.test_accuracy, ".2f"),
             _number(row.minutes_to_target, ".1f"),
             _number(row.pflop_to_target, ".2f"),
+            row.hardware,
         ]
         for row in table.itertuples()
     ]
     titles = ["experiment", "parameters", "seeds", "epochs", "minutes", "PFLOP", "test accuracy (%)"]
-    titles += [f"minutes to {percent}", f"PFLOP to {percent}"]
-    hardware = "; ".join(dict.fromkeys(table.hardware))
-    note = f"Minutes are of training alone, on {hardware}. The target is validation accuracy."
-    text = [*markdown_table(titles, lines, left=("experiment",)), "", note]
+    titles += [f"minutes to {percent}", f"PFLOP to {percent}", "hardware"]
+    note = "Minutes are of training alone; compare them on one hardware only. The target is validation accuracy."
+    text = [*markdown_table(titles, lines, left=("experiment", "hardware")), "", note]
     write_tables(output, table, text)
     png, _ = style.save_figure(draw(rows, options.target), output.with_name(f"{output.name}.png"))
     print(*text, "", png, sep="\n")

@@ -11,14 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.vision_bdh import ImageSize, height_and_width
 
 
-def flop_per_image(model: nn.Module, img_size: ImageSize) -> float:
+def flop_per_image(model: nn.Module, img_size: ImageSize, in_channels: int = 3) -> float:
     """Operations of the products and convolutions of a training step for one image, forward and backward.
 
     Some products of a fast path are not counted; on the device "meta" a BDH takes its plain path.
     """
     height, width = height_and_width(img_size)
     device = next(model.parameters()).device
-    images = torch.zeros(2, 3, height, width, device=device)  # two, as BatchNorm needs
+    images = torch.zeros(2, in_channels, height, width, device=device)  # two, as BatchNorm needs
     counts = {torch.ops.aten.convolution_backward: _convolution_backward}
     with FlopCounterMode(display=False, custom_mapping=counts) as counter:
         model(images).sum().backward()
@@ -36,4 +36,4 @@ def flop_of(config: Any) -> float:
     """`flop_per_image` of a config's model on the device "meta": counted once, nothing is computed."""
     with torch.device("meta"):
         model = config.build()
-    return flop_per_image(model, config.img_size)
+    return flop_per_image(model, config.img_size, getattr(config, "in_channels", 3))

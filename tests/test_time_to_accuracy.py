@@ -33,7 +33,7 @@ def test_the_table_has_the_time_and_the_operations_of_training_alone(make_run, t
     assert (tmp_path / "runs" / "time_to_accuracy.png").stat().st_size > 10_000
     assert "| v2_cifar10 | 3,233,482 | 2 | 5 |" in capsys.readouterr().out
     (cells,) = markdown_rows(tmp_path / "runs" / "time_to_accuracy.md")
-    assert cells[-2:] == [f"{row.minutes_to_target:.1f}", f"{row.pflop_to_target:.2f}"]
+    assert cells[-3:] == [f"{row.minutes_to_target:.1f}", f"{row.pflop_to_target:.2f}", "GPU X"]
     main(Options(runs_dir=tmp_path / "runs", target=0.75))
     (row,) = pd.read_csv(tmp_path / "runs" / "time_to_accuracy.csv").itertuples()
     assert math.isnan(row.minutes_to_target)  # one seed does not reach it
@@ -64,3 +64,26 @@ def test_a_folder_without_finished_runs_is_refused(make_run, tmp_path):
     make_run(done=2)
     with pytest.raises(UserError, match="must hold finished runs of classification on one data set"):
         main(Options(runs_dir=tmp_path / "runs"))
+
+
+def test_runs_on_grey_images_and_without_speeds(make_run, tmp_path, capsys):
+    make_run(in_channels=1, columns={"images_per_sec": [100.0] * 5, "val_accuracy": [0.5] * 5})
+    path = make_run(name="v1_cifar10")[0] / "metrics.csv"
+    pd.read_csv(path).drop(columns="images_per_sec").to_csv(path, index=False)
+    main(Options(runs_dir=tmp_path / "runs", target=0.5))
+    (row,) = pd.read_csv(tmp_path / "runs" / "time_to_accuracy.csv").itertuples()
+    assert row.pflop > 0
+    assert "v1_cifar10/seed0 is left out: metrics.csv has no column images_per_sec" in capsys.readouterr().err
+
+
+def test_a_target_in_percent_is_refused():
+    with pytest.raises(ValueError, match=r"target = 81.73 must be above 0 and at most 1: 0.9 is 90 %"):
+        Options(target=81.73)
+
+
+def test_minutes_on_different_hardware_are_not_averaged(make_run, tmp_path):
+    for seed, name in enumerate(("GPU X", "GPU Y")):
+        make_run(seed=seed, hardware={"device": "cuda", "name": name})
+    main(Options(runs_dir=tmp_path / "runs", target=0.5))
+    (row,) = pd.read_csv(tmp_path / "runs" / "time_to_accuracy.csv").itertuples()
+    assert math.isnan(row.minutes) and math.isnan(row.minutes_to_target) and row.pflop_to_target > 0
