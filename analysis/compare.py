@@ -93,7 +93,7 @@ def _markdown(table: pd.DataFrame, default: Row) -> list[str]:
         return "" if np.isnan(value) else default.metric.number(value, sign)
 
     titles = ["setting", "parameters", "seeds", result_title([default]), "standard deviation", "difference"]
-    titles.append("95 % interval")
+    titles += ["95 % interval", "pairs"]
     lines = []
     for line in table.to_dict("records"):
         is_default = line["experiment"] == default.experiment and not line["pairs"]
@@ -101,7 +101,8 @@ def _markdown(table: pd.DataFrame, default: Row) -> list[str]:
         interval = [number(line[end], "+") for end in ("difference_low", "difference_high")]
         cells = [setting + (f" ({line['differs_in']})" if line["differs_in"] else "")]
         cells += [f"{line['parameters']:,}", str(line["seeds"]), number(line["mean"]), number(line["std"])]
-        lines.append([*cells, number(line["difference"], "+"), " to ".join(filter(None, interval))])
+        pairs = "" if is_default else str(line["pairs"])
+        lines.append([*cells, number(line["difference"], "+"), " to ".join(filter(None, interval)), pairs])
     return [
         "# What each change is worth",
         "",
@@ -109,7 +110,7 @@ def _markdown(table: pd.DataFrame, default: Row) -> list[str]:
         "",
         *markdown_table(titles, lines, ("setting",)),
         "",
-        "Standard deviations over seeds (n - 1); differences are paired by seed; interval: Student's t over seeds.",
+        "Standard deviations over seeds (n - 1); differences over pairs of one seed; interval: Student's t.",
     ]
 
 

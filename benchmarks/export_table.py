@@ -30,7 +30,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.measure import in_turns, machine_of, seconds_of, spread, write_results
+from benchmarks.measure import changed, in_turns, machine_of, seconds_of, spread, write_results
 from interpretability.common.trained import TrainedRun
 from tools.exporting.evaluation import Predict, score
 from tools.exporting.programs import onnx_answer, write_int8, write_onnx
@@ -174,9 +174,12 @@ def _measure_memory(open_form: Callable[[int], Predict], shape: tuple[int, ...],
 def measure(options: Options, folder: Path) -> pd.DataFrame:
     """One row for each form and number of threads."""
     runs = [TrainedRun(path, options.data_dir, "cpu", any_model=True) for path in options.runs]
+    for run in runs:
+        run.require_classifier()
+    if len({(run.sizes.in_channels, run.sizes.img_size) for run in runs}) > 1:
+        raise UserError("the runs take images of different sizes or channels: compare runs on one data set")
     found, owners = [], []
     for number, run in enumerate(runs):
-        run.require_classifier()
         (folder / str(number)).mkdir()
         for form in forms(run, options.keep, folder / str(number)):
             found.append(form)
@@ -222,7 +225,10 @@ def main(options: Options) -> None:
         table = measure(options, Path(folder))
     torch.set_num_threads(max(options.threads))
     name, words = machine_of(device)
-    path = options.output_dir / f"export_table_{name}.csv"
+    path = (
+        options.output_dir
+        / f"export_table_{name}{changed(options, 'keep', 'batch_size', 'threads', 'test_images')}.csv"
+    )
     write_results(table.assign(batch_size=options.batch_size, hardware=words).round(6), path)
     Console(width=160).print(show(table, words))
     print(path)

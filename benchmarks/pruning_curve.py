@@ -53,6 +53,7 @@ class Options:
     def __post_init__(self):
         for name in ("points", "calibration_images"):
             require(getattr(self, name) >= 1, self, name, "must be at least 1")
+        require(self.test_images is None or self.test_images >= 1, self, "test_images", "must be at least 1")
 
 
 def orders(run: TrainedRun, options: Options) -> dict[str, Tensor]:
@@ -103,7 +104,7 @@ def main(options: Options) -> None:
     run = TrainedRun(options.run, options.data_dir, "auto", any_model=True)
     run.require_classifier()
     table = measure(run, options)
-    path = options.output_dir / f"pruning_curve_{run.stem}.csv"
+    path = options.output_dir / f"{run.file_name(f'pruning_curve_{run.stem}')}.csv"
     figure = draw(table, f"Pruned without further training: {run.title}")
     path, *pictures = write_results(table.assign(run=run.title), path, figure)
     print(

@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from analysis.plotting.style import COLORS, PAGE, add_legend, new_figure, style_axes
-from benchmarks.measure import BenchmarkOptions, Precision, machine_of, write_results
+from benchmarks.measure import BenchmarkOptions, Precision, changed, machine_of, write_results
 from benchmarks.training_steps import Batch, StackedReference, endless_batches, protocol, training_step
 from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
 from training.command_line import run_script
@@ -33,6 +33,7 @@ from training.data import load_dataset, split_train
 from training.device import prepare_device
 
 SHOWN = 50  # steps averaged in the table
+SIZES = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier")
 PLAIN = "plain, float32"  # what all others are compared with
 LAST_BITS = 1e-7  # relative change of the initial weights
 Build = Callable[[VisionBDHConfig], nn.Module]
@@ -64,8 +65,7 @@ class Options(BenchmarkOptions):
         self.model()
 
     def model(self) -> VisionBDHConfig:
-        sizes = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier")
-        return v2_config(**{name: getattr(self, name) for name in sizes}, dropout=0.0)
+        return v2_config(**{name: getattr(self, name) for name in SIZES}, dropout=0.0)
 
 
 def real_batches(options: Options, device: torch.device) -> Iterator[Batch]:
@@ -136,10 +136,9 @@ def main(options: Options) -> None:
     losses = {side: train(options, side, device) for side in SIDES}
     print(summarise(losses).to_string(index=False, float_format="{:.2e}".format))
     place, machine = machine_of(device)
-    width = "" if options.n_embd == Options.n_embd else f"_width{options.n_embd}"
     steps = pd.DataFrame({"step": np.arange(1, options.steps + 1), **losses})
     title = f"v2 of width {options.n_embd} on CIFAR-10, batch {options.batch_size}, no dropout: {machine}"
-    path = options.output_dir / f"same_losses_{place}{width}.csv"
+    path = options.output_dir / f"same_losses_{place}{changed(options, *SIZES, 'steps', 'batch_size', 'seed')}.csv"
     print(*write_results(steps, path, draw(losses, title)), sep="\n")
 
 

@@ -26,6 +26,7 @@ from analysis.plotting.style import COLORS, PAGE, new_figure, style_axes
 from benchmarks.measure import (
     BenchmarkOptions,
     Precision,
+    changed,
     in_full,
     machine_of,
     measure_steps,
@@ -166,9 +167,11 @@ def main(options: Options) -> None:
     place, machine = machine_of(device)
     title = f"Training at batch {options.batch_size}: {machine}"
     show(rows, title)
-    batch = "" if options.batch_size == 32 else f"_batch{options.batch_size}"
     table = pd.DataFrame([{"machine": machine} | row for row in rows])
-    path = options.output_dir / f"train_speed_{place}{batch}.csv"
+    path = (
+        options.output_dir
+        / f"train_speed_{place}{changed(options, 'models', 'precisions', 'batch_size', 'compile')}.csv"
+    )
     print(*write_results(table, path, draw(rows, title)), sep="\n")
 
 

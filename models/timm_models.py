@@ -33,7 +33,7 @@ from training.config import UserError
 from training.stored import EXPORTED, read_config
 
 UNTRAINED = ("v1", "v2", "v2_softmax", "v3")
-POOLS = {"mean": "avg", "cls": "token"}  # timm's names
+POOLS = {"mean": "avg", "cls": "token", "seq": "seq"}  # timm's names
 default_cfgs: dict[str, Any] = {}  # by model; `register_model` looks for it here
 
 
@@ -49,16 +49,19 @@ class TimmVisionBDH(VisionBDH):
         global_pool: str | None = None,
         **fields: Any,
     ):
-        """num_classes: 0 for no head. global_pool: avg, token, or "" for no pooling; default: the config's."""
+        """num_classes: 0 for no head. global_pool: avg, token, seq, or "" for no pooling; default: the config's."""
         if drop_rate is not None:
             fields["dropout"] = drop_rate
         if global_pool:
-            fields["pool"] = {name: pool for pool, name in POOLS.items()}.get(global_pool, global_pool)
+            pools = {name: pool for pool, name in POOLS.items()}
+            if global_pool not in pools:
+                raise ValueError(f"global_pool = {global_pool!r} must be one of {', '.join(pools)}, or '' for none")
+            fields["pool"] = pools[global_pool]
         sizes = dict(num_classes=max(num_classes, 1), in_channels=in_chans, drop_path=drop_path_rate)
         super().__init__(VisionBDHConfig(**fields, **sizes))
         self.num_features = self.head_hidden_size = self.embed_dim = self.config.n_embd
         self.num_prefix_tokens = int(self.cls_token is not None)
-        self.global_pool = POOLS.get(self.config.pool, self.config.pool) if global_pool is None else global_pool
+        self.global_pool = POOLS[self.config.pool] if global_pool is None else global_pool
         self.feature_info = [
             dict(module=f"level.{level}", num_chs=self.config.n_embd, reduction=self.config.patch_size)
             for level in range(self.config.n_layer)
@@ -72,7 +75,7 @@ class TimmVisionBDH(VisionBDH):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new, untrained head; 0 classes for none. global_pool: "" for no pooling, or the model's own."""
-        own = POOLS.get(self.config.pool, self.config.pool)
+        own = POOLS[self.config.pool]
         if global_pool not in (None, "", own):
             raise ValueError(f"global_pool = {global_pool!r} must be {own!r}, as the model was built, or ''")
         self.global_pool = self.global_pool if global_pool is None else global_pool
@@ -200,7 +203,11 @@ def register_pretrained(results: Path = RESULTS) -> list[str]:
             continue
         if type(model) is not VisionBDHConfig:
             continue
-        names.append("vision_bdh_" + re.sub(r"[^0-9A-Za-z_]+", "_", name))
+        name = "vision_bdh_" + re.sub(r"[^0-9A-Za-z_]+", "_", name)
+        if name in default_cfgs and default_cfgs[name].default.file != str(folder / EXPORTED):
+            warnings.warn(f"{folder} is not registered: there is a {name} already, rename the run", stacklevel=2)
+            continue
+        names.append(name)
         _register(names[-1], model, folder / EXPORTED)
     return names
 

@@ -1,5 +1,7 @@
 """Vision-BDH in timm: what its train.py, validate.py and feature extraction ask of a model."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -160,3 +162,17 @@ def test_a_damaged_folder_is_passed_over_with_a_warning(tmp_path):
     (folder / "best_bf16.safetensors").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"broken is not registered: .*config\.json cannot be read"):
         assert timm_models.register_pretrained(tmp_path / "results") == []
+
+
+def test_a_name_that_is_taken_is_passed_over_with_a_warning(trained_run, tmp_path):
+    for name in ("twin-a", "twin_a", "v2"):
+        export_weights(load_model(trained_run)[0], trained_run, tmp_path / "results" / name / "seed0")
+    with pytest.warns(UserWarning, match="is not registered: there is a vision_bdh_") as warned:
+        assert timm_models.register_pretrained(tmp_path / "results") == ["vision_bdh_twin_a"]
+    assert [Path(str(each.message).split(" ")[0]).parent.name for each in warned] == ["twin_a", "v2"]
+    assert timm.create_model("vision_bdh_v2").config.n_layer == 6  # as before
+
+
+def test_an_unknown_pooling_is_refused():
+    with pytest.raises(ValueError, match="global_pool = 'banana' must be one of avg, token, seq"):
+        timm.create_model("vision_bdh_v2", global_pool="banana")

@@ -111,7 +111,7 @@ def tiny_models(monkeypatch):
 def test_train_speed_script(tiny_models, tmp_path, monkeypatch, capsys):
     options = dict(batch_size=4, repeats=2, output_dir=tmp_path, device="cpu")
     train_speed.main(train_speed.Options(models=("v2", "resnet20"), **options))
-    (table,) = tmp_path.glob("train_speed_cpu_1threads_batch4.csv")
+    (table,) = tmp_path.glob("train_speed_cpu_1threads_models=v2,resnet20_batch_size=4.csv")
     rows = read_table(table)
     sides = ["reference", "fast", "fast, --recompute"]
     assert [(row["precision"], row["side"]) for row in rows] == [
@@ -198,7 +198,8 @@ def test_losses_side_by_side(data_dir, tmp_path, capsys):
     same_losses.main(
         same_losses.Options(**sizes, steps=8, batch_size=8, data_dir=data_dir, device="cpu", output_dir=tmp_path)
     )
-    rows = read_table(tmp_path / "same_losses_cpu_1threads_width16.csv")
+    (path,) = tmp_path.glob("same_losses_cpu_1threads_n_layer=2_n_embd=16_*_steps=8_batch_size=8.csv")
+    rows = read_table(path)
     assert [int(row["step"]) for row in rows] == list(range(1, 9))
     losses = {side: np.array([float(row[side]) for row in rows]) for side in rows[0] if side != "step"}
     plain = losses.pop(same_losses.PLAIN)

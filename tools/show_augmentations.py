@@ -16,7 +16,7 @@ from torchvision.utils import make_grid, save_image
 
 from training import ClassificationConfig
 from training.command_line import run_script
-from training.config import ROOT
+from training.config import ROOT, require
 from training.data import ImageBatches, load_dataset, split_train
 
 SHOWN, PER_ROW, SCALE = 64, 16, 3
@@ -36,6 +36,10 @@ class Options:
     """folder of the pictures"""
     seed: int = 0
     """seed of the draws"""
+
+    def __post_init__(self):
+        require(0 <= self.magnitude <= 30, self, "magnitude", "must be between 0 and 30")
+        require(self.seed >= 0, self, "seed", "must not be negative")
 
 
 def settings(magnitude: int) -> dict[str, dict[str, Any]]:
