@@ -2,7 +2,8 @@
 
 Levels have weights of their own: 22.0 M parameters, 5.3 G multiply-adds an image (ViT-Small: 22.1 M, 4.6 G). The size
 `base` (86.4 M, 19.6 G; ViT-Base: 86.6 M, 17.6 G) and one set of weights for all levels are flags. DeiT's recipe (arXiv
-2012.12877) for 100 epochs: about 4,000 PFLOP, some 6 hours at 200 TFLOP/s. Never run to its end so far.
+2012.12877), without repeated augmentation, for 100 epochs: about 4,000 PFLOP, some 6 hours at 200 TFLOP/s. Never run to
+its end so far.
 
     python train_v2_imagenet.py --data-dir DIR --num-workers 16
     python train_v2_imagenet.py --data-dir DIR --n-embd 768 --n-head 8 --batch-size 128 --grad-accum 8    # base

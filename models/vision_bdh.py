@@ -10,8 +10,8 @@ The published variants are values of a few `CoreConfig` fields. `<name>_config(*
     pre_ln      published ablation: LN before each step and on the attention output
     post_ln     published ablation: LN after each step only
     double_ln   published ablation: LN after each step and on the update
-    v4          not published: convolutional stem, neighbouring tokens mixed before each step, axial positions, a free
-                residual stream, a gain and bias for each level
+    v4          not published: convolutional stem, neighbouring tokens mixed before each step, axial positions, a
+                residual stream that is not normalised, a gain and bias for each level
 """
 
 import math
