@@ -19,7 +19,6 @@ started only if the rest is enough for one epoch.
 """
 
 import dataclasses
-import os
 import shutil
 import sys
 import time
@@ -38,7 +37,7 @@ from analysis.reading import RunFiles, read_runs
 from plans import PLANS, Entry, Part, Plan, epoch_minutes, measure_step, training_flop
 from training.command_line import INTERRUPTED, exit_with, experiment_of, flags_of, run_script
 from training.config import ROOT, RunOptions, UserError, require
-from training.device import describe_hardware, has_fast_bf16, tune_cpu_allocator
+from training.device import cpu_count, describe_hardware, has_fast_bf16, tune_cpu_allocator
 from training.runs import Run
 from training.schedule import Job, run_jobs
 from training.stored import EXPORTED, SMALL_FILES
@@ -85,7 +84,7 @@ class Options:
     def threads(self) -> int:
         """Threads of each process on a CPU."""
         together = self.jobs * self.nproc_per_node
-        return torch.get_num_threads() if together == 1 else max(1, (os.cpu_count() or 1) // together)
+        return torch.get_num_threads() if together == 1 else max(1, cpu_count() // together)
 
 
 @dataclass(frozen=True)

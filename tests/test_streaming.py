@@ -20,7 +20,7 @@ from tests.children import before, kill, launch_in_child, nth
 from tests.photos import SIDES, write_photos
 from tests.trials import interrupt, read_rows, resumed, same_weights, wait_for, weights, with_options
 from training.augment import draw_crop
-from training.data import ImageBatches, draw_split, load_dataset
+from training.data import ImageBatches, draw_split, load_dataset, streaming
 from training.data.image_files import ImageFiles
 from training.launch import train
 
@@ -89,7 +89,7 @@ def test_validation_images_are_scaled_and_cropped_at_the_centre(share, photos):
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_the_number_of_workers_changes_nothing(num_workers, photos, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(streaming, "cpu_count", lambda: 4)
     alone, together = batches_of(photos), batches_of(photos, num_workers)
     for epoch in (0, 1):
         for (one, labels), (other, same_labels) in zip(

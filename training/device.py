@@ -15,6 +15,8 @@ import torch
 from training import processes
 from training.config import UserError
 
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # cgroup 2 and 1
+
 try:
     import resource  # Unix only
 except ImportError:
@@ -119,9 +121,23 @@ def fits_in_memory(n_bytes: int, device: torch.device) -> bool:
     """Whether data of that size take at most half of the memory: the free memory of a GPU, all memory of a host."""
     if device.type == "cuda":
         return n_bytes <= torch.cuda.mem_get_info(device)[0] / 2
+    return n_bytes <= host_memory() / 2 / processes.local_count()
+
+
+def host_memory() -> float:
+    """Bytes of memory that this process may use: the host's, or a container's limit if that is lower."""
     if not hasattr(os, "sysconf"):  # Windows
-        return True
-    return n_bytes <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / processes.local_count()
+        return math.inf
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # not in a container; "max" is no limit
+            limits.append(int(Path(path).read_text(encoding="ascii")))
+    return min(limits)
+
+
+def cpu_count() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_memory_mb(device: torch.device) -> float:

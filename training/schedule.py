@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from training.config import Experiment, UserError
+from training.device import cpu_count
 from training.parent import WATCH, heed_interrupts
 from training.runs import Run
 
@@ -146,7 +147,7 @@ class _Schedule:
         self.ended, self.total = 0, len(waiting)
         # more threads than cores slow all runs down
         together = at_once * processes
-        threads = {} if together == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // together))}
+        threads = {} if together == 1 else {"OMP_NUM_THREADS": str(max(1, cpu_count() // together))}
         self.environment = dict(os.environ) | threads | {WATCH: "1"}
 
     def work(self, minutes: float | None) -> None:

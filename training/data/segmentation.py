@@ -1,6 +1,5 @@
 """Batches of images with masks; `masks` says where the files lie."""
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
@@ -17,7 +16,7 @@ from models.vision_bdh import ImageSize, height_and_width
 from training.augment import JointTransform, normalise
 from training.config import SegmentationConfig, UserError
 from training.data.masks import BadFile, MaskFiles, Pair, read_image
-from training.device import fits_in_memory
+from training.device import cpu_count, fits_in_memory
 
 SHOWN_PROBLEMS = 5
 
@@ -43,7 +42,7 @@ class MaskPart:
                 self.full_masks[index] = mask
             return None
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cpu_count()) as pool:
             work = pool.map(read, range(len(pairs)))
             read_all = list(
                 tqdm(work, total=len(pairs), unit="img", desc="reading", leave=False, disable=processes.no_bar())
@@ -159,7 +158,7 @@ class MaskBatches:
             part: MaskPart(files, of, img_size, config.eval_full_size and part != "train") for part, of in pairs.items()
         }
         refuse([problem for part in self.parts.values() for problem in part.problems], files.name)
-        workers = min(num_workers, os.cpu_count() or 1)
+        workers = min(num_workers, cpu_count())
         self.order = _EpochOrder(len(self.parts["train"]), config)
         self.loader = DataLoader(
             _Augmented(self.parts["train"], transform),

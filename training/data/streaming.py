@@ -1,7 +1,6 @@
 """Image files that are read again in every epoch, by worker processes that live as long as the run."""
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from training.config import UserError
 from training.data.image_files import ImageFiles, UnreadableImage
+from training.device import cpu_count
 
 WORKER_ENDED = (
     "a process that reads images has ended, perhaps for lack of memory (or of /dev/shm in a container): "
@@ -51,7 +51,7 @@ class Reader:
         """crop_scale_min: smallest area of a random crop, as a share of the image."""
         self.parts = parts
         self.batches = _Batches()
-        workers = min(num_workers, os.cpu_count() or 1)
+        workers = min(num_workers, cpu_count())
         self.loader = DataLoader(
             _Images(parts, crop_scale_min),
             batch_sampler=self.batches,
