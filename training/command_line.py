@@ -25,7 +25,7 @@ def parse_experiment(
     config refuses end the process with exit code 2.
     """
     options = options or experiment.options
-    parts = {"model": experiment.model, "train": experiment.train, "options": options}
+    parts = {"model": experiment.model, "train": experiment.train, "run": options}
     flags_class = dataclasses.make_dataclass("Flags", [(key, type(of)) for key, of in parts.items()], frozen=True)
     flags = tyro.cli(
         flags_class,
@@ -34,10 +34,10 @@ def parse_experiment(
         args=args,
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    name = flags.options.name or name_with_changes(experiment, flags.model, flags.train)
+    name = flags.run.name or name_with_changes(experiment, flags.model, flags.train)
     # an encoder's checkpoint replaces the whole model's, which is then not read and not recorded
     start_from = None if getattr(flags.model, "encoder", None) else flags.train.start_from
-    made = Experiment(name, flags.model, dataclasses.replace(flags.train, start_from=start_from), flags.options)
+    made = Experiment(name, flags.model, dataclasses.replace(flags.train, start_from=start_from), flags.run)
     try:
         if not made.options.resume:
             made.check_new()
