@@ -38,6 +38,7 @@ from plans import PLANS, Entry, Part, Plan, epoch_minutes, measure_step, trainin
 from training.command_line import INTERRUPTED, exit_with, experiment_of, flags_of, run_script
 from training.config import ROOT, RunOptions, UserError, require
 from training.device import cpu_count, describe_hardware, has_fast_bf16, tune_cpu_allocator
+from training.files import written_whole
 from training.runs import Run
 from training.schedule import Job, run_jobs
 from training.stored import EXPORTED, SMALL_FILES
@@ -114,13 +115,9 @@ class Planned:
         """Copies the files from the run, unless they are there. Raises UserError if that fails."""
         if self.is_kept():
             return
-        try:
-            self.kept.mkdir(parents=True, exist_ok=True)
-            for name in SMALL_FILES:
-                shutil.copyfile(self.job.experiment.folder / name, self.kept / f"{name}.partial")
-                (self.kept / f"{name}.partial").replace(self.kept / name)
-        except OSError as error:
-            raise UserError(f"cannot write {self.kept} ({error.strerror}): run the same command again") from None
+        for name in SMALL_FILES:
+            with written_whole(self.kept / name) as partial:
+                shutil.copyfile(self.job.experiment.folder / name, partial)
 
 
 def planned_runs(plan: Plan, options: Options) -> list[Planned]:

@@ -86,7 +86,7 @@ def test_nothing_of_another_run_is_replaced_or_described(experiment, trained_run
     fit(other)
     notes.mkdir()
     (notes / "README.md").write_text("mine")
-    for target, said in ((other.folder, "holds a run"), (notes, "has a README.md, which the model card would replace")):
+    for target, said in ((other.folder, "holds a run"), (notes, r"README\.md is not the model card of these")):
         before = {path.name: path.read_bytes() for path in target.iterdir() if path.is_file()}
         assert call_script(SCRIPT, trained_run, "--output", target) == 1
         check_error(capsys, said)
@@ -99,6 +99,9 @@ def test_nothing_of_another_run_is_replaced_or_described(experiment, trained_run
     shutil.rmtree(copy)
     assert call_script(SCRIPT, other.folder, "--output", copy) == 0 and (copy / "README.md").exists()
     (other.folder / "summary.json").unlink()  # as if it had not finished
+    assert call_script(SCRIPT, other.folder, "--output", copy) == 1
+    check_error(capsys, r"README\.md is not the model card of these weights: move it")
+    (copy / "README.md").unlink()
     assert call_script(SCRIPT, other.folder, "--output", copy) == 0
     assert not (copy / "summary.json").exists() and not (copy / "README.md").exists()
 
