@@ -1,4 +1,4 @@
-"""A run's folder: writing, resuming, locking. `training.stored` reads and validates it.
+"""A run's folder: writing, resuming. `training.stored` reads and validates it, `training.locks` holds it.
 
     config.json           configuration, data, hardware, versions, commit, run_id
     split.npz             which samples train and which validate, if that is drawn
@@ -18,13 +18,10 @@ import itertools
 import json
 import os
 import shutil
-import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import torch
 from torch import nn
@@ -33,65 +30,16 @@ from training import stored
 from models import build_config
 from training.config import Experiment, UserError
 from training.data.batches import Split
+from training.locks import LockedFolder
 from training.stored import Damaged, configuration_of, first_line
 
 FILES = ("config.json", "split.npz", "metrics.csv", "last.pt", "previous.pt", "best.pt", "summary.json", "damaged.pt")
-LOCK = "lock"
-LONGEST_NAME = 255  # bytes, in common file systems
 
 
-class Run:
+class Run(LockedFolder):
     """The folder of one run."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-
     # ------------------------------------------------------------------------ before training
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the run for this process. Raises UserError if another process trains it.
-
-        The lock is the operating system's, so that it ends with the process, whatever ends that. Folders are made if
-        needed, and removed again if nothing else came into them.
-        """
-        path, name = self.folder / LOCK, self.folder.parent.name
-        if len(name.encode()) > LONGEST_NAME:
-            raise UserError(f"{name} is too long for a folder name: give a shorter one with --name")
-        try:
-            missing = [each for each in self.folder.parents if not each.exists()]
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = filelock.FileLock(path, timeout=0)
-            lock.acquire()
-        except filelock.Timeout:
-            time.sleep(0.3)  # a process that has only just taken the lock writes its name next
-            raise UserError(
-                f"{self.folder} is being trained by another process ({self.holder()}): wait for it, stop it, or choose "
-                "another folder with --name"
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"{self.folder} cannot be written ({first_line(error)}): choose another place with --runs-dir"
-            ) from None
-        try:
-            with contextlib.suppress(OSError):
-                since = time.strftime("%Y-%m-%d %H:%M:%S")
-                path.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}", encoding="utf-8")
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                if [each.name for each in self.folder.iterdir()] == [LOCK]:
-                    path.unlink()
-                    for each in (self.folder, *missing):
-                        each.rmdir()
-            lock.release()
-
-    def holder(self) -> str:
-        """Who trains the run, and since when."""
-        try:
-            return (self.folder / LOCK).read_text(encoding="utf-8") or "unknown"
-        except (OSError, ValueError):
-            return "unknown"
 
     def id(self) -> str | None:
         """The run_id of what is in the folder; None if there is none that can be read."""
@@ -102,19 +50,6 @@ class Run:
 
     def has_checkpoint(self) -> bool:
         return any((self.folder / name).exists() for name in ("last.pt", "previous.pt"))
-
-    def is_locked(self) -> bool:
-        """Whether a process trains the run now."""
-        path = self.folder / LOCK
-        if not path.exists():
-            return False
-        try:
-            with filelock.FileLock(path, timeout=0):
-                return False
-        except filelock.Timeout:
-            return True
-        except OSError:
-            return False
 
     def prepare(self, experiment: Experiment) -> bool:
         """Checks the folder against the experiment; returns whether to resume. Writes nothing.
