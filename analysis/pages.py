@@ -21,6 +21,7 @@ HEADLINE = (  # experiments in README's table
     "v1_cifar10",
     "vit_tiny_cifar10",
     "v1_cifar10+epochs=10",
+    "v1_cifar10+epochs=10+mlp_internal_dim_multiplier=4",
     "vit_tiny_cifar10+epochs=10",
     "resnet20_cifar100",
     "bdh_unet",
