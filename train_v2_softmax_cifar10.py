@@ -2,7 +2,7 @@
 
 Scores are divided by sqrt(neurons per head) and pass through softmax; everything else is as in train_v2_cifar10.py.
 Documented result: 80.45 % test accuracy after 50 epochs, where raw scores reach 81.73 % (one seed each, 40,000 images).
-Expected cost: v2's, about 50 s per epoch on an RTX 4060.
+Expected cost: v2's; v1, as much work, was documented at about 50 s per epoch on an RTX 4060.
 
     python train_v2_softmax_cifar10.py --seed 1 --precision bf16
     python train_v2_softmax_cifar10.py --epochs 5 --qk separate

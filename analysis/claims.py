@@ -74,6 +74,7 @@ NOTES = {  # texts for the columns not_comparable and remarks of published_resul
     "repeats their model.",
     "test_or_validation": "The document gives this number both as test accuracy and as validation accuracy of an epoch "
     "(epoch 9 of 10 for multiplier 32, epoch 10 otherwise). It is compared as test accuracy.",
+    "rate": "The learning rate of the fine-tuning is not documented: 3e-5 was chosen here.",
     "parameters": "The document's number of parameters is not that of the model it describes.",
 }
 COMMON = """\

@@ -16,6 +16,7 @@ The published variants are values of a few `CoreConfig` fields. `<name>_config(*
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -97,7 +98,7 @@ def check_image_size(img_size: ImageSize, unit: int, what: str) -> None:
 class VisionBDHConfig(VisionEncoderConfig):
     """Vision-BDH, an image classifier; the defaults are for 32 x 32 images."""
 
-    outside_step: ClassVar[tuple[str, ...]] = ("num_classes", "pool")
+    outside_step: ClassVar[tuple[str, ...]] = ("num_classes", "pool", "encoder")
 
     img_size: int = 32
     """height and width of the images, in pixels"""
@@ -106,6 +107,9 @@ class VisionBDHConfig(VisionEncoderConfig):
     pool: Literal["mean", "cls", "seq"] = "mean"
     """input of the classification head: the mean over the patch tokens, a learned class token, or a weighted mean with
     learned attention (CCT's sequence pooling)"""
+    encoder: Path | None = None
+    """checkpoint (best.pt) of a trained Vision-BDH or of its pretraining, to start from with a new classification head;
+    replaces start_from"""
 
     def __post_init__(self):
         super().__post_init__()

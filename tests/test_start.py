@@ -8,12 +8,23 @@ from unittest import mock
 import pytest
 import torch
 
-from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, UserError, fit
+from training import (
+    ClassificationConfig,
+    Experiment,
+    PretrainingConfig,
+    RunOptions,
+    SegmentationConfig,
+    UserError,
+    fit,
+)
 from models.baselines import ResNetUNetConfig, ViTConfig
 from models.bdh_unet import bdh_unet_config
+from models.hub import on_hub
+from models.masked_bdh import MaskedBDHConfig
 from models.vision_bdh import interpolate_positions
 from tests.camvid_data import write_camvid
 from tests.trials import interrupt, resumed, same_weights, weights
+from tools.exporting.weights import export_weights
 from training.command_line import experiment_of, parse_experiment
 from training.runs import load_model
 from training.start import start_weights
@@ -294,3 +305,38 @@ def test_the_librarys_weights_go_into_the_encoder_alone(camvid, tmp_path, monkey
         expected = theirs.state_dict()[name.removeprefix("unet.encoder.")] if name in encoder else before[name]
         assert torch.equal(value, expected), name
     assert origin == {"library": "imagenet"}
+
+
+@pytest.mark.parametrize("source", ["classifier", "pretrained", "unet"])
+def test_a_classifier_of_other_classes_starts_from_an_encoder(source, runs, experiment, tmp_path, capsys):
+    path = checkpoint(runs, {"classifier": "fine", "pretrained": "masked", "unet": "unet"}[source])
+    if source == "pretrained":
+        train = PretrainingConfig(dataset="cifar10", train_limit=20, **TRAIN)
+        options = experiment().options
+        fit(Experiment("masked", MaskedBDHConfig(**CORE), train, dataclasses.replace(options, runs_dir=runs)))
+    patch = 8 if source == "unet" else 4
+    trial = experiment(model=CORE | dict(patch_size=patch, num_classes=7, img_size=48, encoder=path))
+    model, before, origin = started(trial)
+    theirs = {name.removeprefix("encoder."): value for name, value in weights_in(path).items()}
+    for name in ("encoder", "encoder_v", "decoder", "patch_embed.weight", "patch_embed.bias"):
+        assert torch.equal(model.state_dict()[name], theirs[name]), name
+    assert model.pos_embed.shape[1] == (48 // patch) ** 2 and not torch.equal(model.pos_embed, before["pos_embed"])
+    assert torch.equal(model.head.weight, before["head.weight"]) and model.head.weight.shape[0] == 7
+    assert origin["drawn"] == ["head.bias", "head.weight"]
+    assert "drawn: head.bias, head.weight\n" in capsys.readouterr().out
+
+
+def test_the_head_is_drawn_even_for_as_many_classes(runs, experiment):
+    model, before, _ = started(experiment(model=CORE | dict(patch_size=4, encoder=checkpoint(runs, "fine"))))
+    assert torch.equal(model.head.weight, before["head.weight"])
+    assert torch.equal(model.encoder, weights_in(checkpoint(runs, "fine"))["encoder"])
+
+
+def test_a_classifier_from_an_encoder_trains_is_exported_and_opened(runs, experiment, tmp_path):
+    trial = experiment(epochs=1, model=CORE | dict(patch_size=4, encoder=checkpoint(runs, "fine")))
+    fit(trial)
+    config = json.loads((trial.folder / "config.json").read_text())
+    assert config["config"]["model"]["encoder"] == "fine-seed0-best.pt" and config["origin"]["taken"]
+    export_weights(load_model(trial.folder)[0], trial.folder, tmp_path / "out")
+    model, _ = load_model(tmp_path / "out")
+    assert on_hub(model).config.encoder is None

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from models import build_config
-from models.vision_bdh import VisionEncoder, VisionEncoderConfig, interpolate_positions
+from models.vision_bdh import VisionBDH, VisionEncoder, VisionEncoderConfig, interpolate_positions
 from training.command_line import flags_of
 from training.config import Experiment, UserError, name_of_file
 from training.stored import first_line, load_weights, read_config
@@ -25,7 +25,7 @@ def start_weights(model: nn.Module, experiment: Experiment) -> dict[str, Any] | 
     """
     config, whole = experiment.model, experiment.train.start_from
     if encoder := getattr(config, "encoder", None):
-        return take_encoder(model.encoder, encoder)
+        return take_encoder(model if isinstance(model, VisionEncoder) else model.encoder, encoder)
     if whole is not None:
         return take_all(model, config, whole)
     if getattr(config, "encoder_weights", "none") != "none":
@@ -65,8 +65,8 @@ def take_all(model: nn.Module, config: Any, path: Path) -> dict[str, Any]:
 def take_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Any]:
     """Loads the encoder's weights from a checkpoint of any Vision-BDH or BDH-UNet, as far as shapes agree.
 
-    Learned positions are interpolated. The core has to agree; with another patch size or other image channels the patch
-    embedding keeps its drawn weights.
+    encoder: a BDH-UNet's, or a Vision-BDH, whose head keeps its drawn weights. Learned positions are interpolated. The
+    core has to agree; with another patch size or other image channels the patch embedding keeps its drawn weights.
     """
     weights, source = read_weights(path)
     if not isinstance(source, VisionEncoderConfig):
@@ -75,7 +75,8 @@ def take_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Any]:
     theirs = {name.removeprefix("encoder."): weight for name, weight in weights.items()}
     if "pos_embed" in theirs and "pos_embed" in mine:
         theirs["pos_embed"] = interpolate_positions(theirs["pos_embed"], source.grid, encoder.config.grid)
-    taken = {name: theirs[name] for name in mine if name in theirs and theirs[name].shape == mine[name].shape}
+    alike = {name for name in mine if name in theirs and theirs[name].shape == mine[name].shape}
+    taken = {name: theirs[name] for name in mine if name in alike and not name.startswith("head.")}
     stem = {name for name in mine if name.startswith("patch_embed.")}
     if not stem <= taken.keys():  # one part is useless without the others
         taken = {name: weight for name, weight in taken.items() if name not in stem}
@@ -92,10 +93,8 @@ def take_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Any]:
     left = sorted(mine.keys() - taken)
     other_grid = "pos_embed" in taken and source.grid != encoder.config.grid
     grids = f" (positions interpolated from {_by(source.grid)} patches)" if other_grid else ""
-    print(
-        f"encoder from {path}: {', '.join(sorted(taken))} taken{grids}; "
-        f"drawn: {', '.join([*left, 'the rest of the model'])}"
-    )
+    drawn = left if isinstance(encoder, VisionBDH) else [*left, "the rest of the model"]
+    print(f"encoder from {path}: {', '.join(sorted(taken))} taken{grids}; drawn: {', '.join(drawn)}")
     _say_differences(flags)
     return {"file": name_of_file(path), "taken": sorted(taken), "drawn": left}
 
