@@ -91,7 +91,9 @@ def write_results(rows: Sequence[Row], output: Path) -> tuple[Path, Path]:
 def segmentation_rows(runs: Iterable[RunFiles], dataset: str) -> list[Row]:
     """Rows of the runs with mIoU on this data set: finished ones first, best validation mIoU first."""
     segmented = [run for run in runs if run.metric.key == "miou"]
-    chosen = [run for run in segmented if run.config["data"]["name"] == dataset and _is_complete(run)]
+    chosen = [
+        run for run in segmented if run.config["data"]["name"] == dataset and _validates(run) and _is_complete(run)
+    ]
     if not chosen:
         others = sorted({run.config["data"]["name"] for run in segmented} - {dataset})
         raise UserError(
@@ -100,6 +102,17 @@ def segmentation_rows(runs: Iterable[RunFiles], dataset: str) -> list[Row]:
         )
     rows = make_rows(chosen)
     return sorted(rows, key=lambda row: (not row.finished, -row.record()["best_val_miou_mean"], row.parts))
+
+
+def _validates(run: RunFiles) -> bool:
+    """Whether the run was not trained on its validation images; warns on stderr if it was."""
+    if run.train.get("train_val"):
+        print(
+            f"warning: {run.folder} is left out: it was trained on the validation images (--train-val); its result is "
+            "the test in summary.json",
+            file=sys.stderr,
+        )
+    return not run.train.get("train_val")
 
 
 def _is_complete(run: RunFiles) -> bool:

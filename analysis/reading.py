@@ -100,9 +100,14 @@ class RunFiles:
 
     @property
     def best_epoch(self) -> int:
-        """The epoch whose weights were tested; of an unfinished run the best so far: best metric, then lowest loss."""
+        """The epoch whose weights were tested; of an unfinished run the best so far: best metric, then lowest loss.
+
+        The last so far, if it trains on its validation images.
+        """
         if self.summary is not None:
             return self.summary["best"]["epoch"]
+        if self.train.get("train_val"):
+            return int(self.epochs.index[-1])
         columns, ascending = [f"val_{self.metric.key}", "val_loss"], [not self.metric.higher_is_better, True]
         ranked = self.epochs.sort_values(columns, ascending=ascending, kind="stable")
         return int(ranked.index[0])

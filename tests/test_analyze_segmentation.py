@@ -272,3 +272,13 @@ def test_no_runs_is_one_message(make_run, write_run, call_script, tmp_path, caps
     write_run(data="voc")
     assert call_script(SCRIPT, "--runs-dir", "runs", "--output-dir", "out") == 1
     assert "--dataset voc" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_runs_trained_on_their_validation_images_are_left_out(write_run, tmp_path, capsys):
+    write_run(**FIRST)
+    write_run(name="both", train_val=True, **FIRST)
+    unfinished = write_run(name="more", train_val=True, epochs=9, **FIRST)
+    assert [row.experiment for row in rows_of(tmp_path)] == ["bdh_unet"]
+    assert "both/seed0 is left out: it was trained on the validation images" in capsys.readouterr().err
+    (run,) = read_runs([unfinished])
+    assert run.best_epoch == len(FIRST["miou"]) and FIRST["miou"][-1] < max(FIRST["miou"])

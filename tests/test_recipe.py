@@ -274,6 +274,15 @@ def test_geometric_operations_are_the_librarys(name):
     assert torch.allclose(ours[inner], expected[inner], atol=0.05)
 
 
+def test_operations_follow_each_other_on_a_black_border():
+    images = torch.zeros(4, 3, 32, 32)
+    images[:, :, 10:20, 10:20] = 255
+    rotated, sign = images, torch.ones(4)
+    for name in ("rotate", "posterize", "equalize"):
+        rotated = randaugment.OPERATIONS[name](rotated, 0.3, sign)
+        assert rotated.min() >= 0 and rotated.max() <= 255, name
+
+
 def test_randaugment_draws_for_each_image_and_stays_in_range():
     step = randaugment.RandAugment(number=2, magnitude=15)
     operations, signs = step.draw(500, 32, 32, generator())

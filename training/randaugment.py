@@ -80,9 +80,10 @@ def warp(pixels: Tensor, matrices: Tensor) -> Tensor:
     x = torch.arange(width, device=pixels.device, dtype=pixels.dtype) - (width - 1) / 2
     x, y = torch.meshgrid(x, y, indexing="xy")
     places = torch.stack((x, y, torch.ones_like(x)), dim=-1)  # (H, W, 3)
-    read = torch.einsum("hwk,bjk->bhwj", places, matrices)  # x, y in pixels
-    grid = torch.stack((read[..., 0] * (2 / width), read[..., 1] * (2 / height)), dim=-1)
-    return F.grid_sample(pixels - 127.5, grid, align_corners=False).add_(127.5)
+    x, y = torch.einsum("hwk,bjk->bhwj", places, matrices).unbind(-1)  # in pixels
+    grid = torch.stack((x * (2 / width), y * (2 / height)), dim=-1)
+    read = F.grid_sample(pixels - 127.5, grid, align_corners=False).add_(127.5)
+    return read.clamp_(0, 255)  # rounding leaves a little less than 0, an index that equalize would not find
 
 
 def _blend(other: Tensor, pixels: Tensor, factor: Tensor) -> Tensor:
