@@ -76,6 +76,8 @@ BETWEEN_V1_AND_V2 = (
     "train_v2_cifar10.py --warmup-steps 1000",
     "train_v2_cifar10.py --init normal --init-projections normal --warmup-steps 1000",
 )
+# With v2, v2 with softmax and v2 with residual=post: is the norm at the head of the step worth more with raw scores?
+SOFTMAX_AFTER = "train_v2_softmax_cifar10.py --residual post"
 TRUE_PRE = (
     "train_v2_cifar10.py --residual true_pre",
     "train_v2_cifar10.py --residual true_pre --init normal --init-projections normal",
@@ -107,7 +109,7 @@ PUBLISHED = Plan(
         ),
         Part(
             "What made the published v2 better than v1: initialisation, warm-up, or the norm before pooling?",
-            [Entry("train_v2_cifar10.py", AS_RUN, THREE), *_entries(BETWEEN_V1_AND_V2, THREE)],
+            [Entry("train_v2_cifar10.py", AS_RUN, THREE), *_entries([*BETWEEN_V1_AND_V2, SOFTMAX_AFTER], THREE)],
         ),
         Part(
             "The other published rows, and three seeds of each",

@@ -10,6 +10,7 @@ CLAIMS.md explains the verdicts.
     python analysis/claims.py --results-dir elsewhere/results --output claims.md     # only this file
 """
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis import pages
+from analysis.differences import HOLDS, OPEN, OPPOSITE, measure_differences
 from analysis.published import (
     ABOVE,
     BELOW,
@@ -87,6 +89,10 @@ and `compile`. Runs with different `precision` or `compile` are not averaged: ea
 gradient accumulation must match, since BatchNorm and mIoU by batches depend on them. Data set, number of images and
 epochs must be the published ones. Names play no part, except that runs in a folder whose name ends in `{SMALL}` never
 count."""
+DIFFERENCE = f"""\
+Differences in points of accuracy, paired by seed, with 95 % intervals (Student's t over seeds). From {MIN_SEEDS} seeds
+on, a statement *{HOLDS}* if the interval is above zero; if it is below zero, *{OPPOSITE}*; else it *{OPEN}*.
+Published values are differences of single runs."""
 HOW = f"""\
 Let m be the mean and s the standard deviation (n - 1) of n runs with different seeds. If runs are normally distributed,
 one more run falls into m ± t(n - 1, 0.975) s sqrt(1 + 1/n) with 95 % probability. Every published number is one run.
@@ -140,6 +146,7 @@ def claims_markdown(runs: Iterable[RunFiles], results: Path) -> tuple[list[Claim
     lines += ["# Published and measured results", "", pages.count_verdicts(claims), "", COMMON, ""]
     for (source, dataset), group in groupby(claims, lambda claim: (claim.published.source, claim.published.dataset)):
         lines += [f"## {dataset}, {SOURCES[source]}", "", *_claims_table(list(group)), ""]
+    lines += ["## What the documents say of their rows", "", DIFFERENCE, "", *_differences_table(claims), ""]
     lines += ["## Protocol of the measured runs", "", *_protocol_table([claim for claim in claims if claim.row]), ""]
     if left_out := not_counted(runs, claims):
         lines += ["## Runs that share a name with an experiment above but do not count", ""]
@@ -155,6 +162,20 @@ def _claims_table(claims: Sequence[Claim]) -> list[str]:
     titles = ["published as", "experiment here", "epochs", "published (%)"]
     titles += [*(f"measured {metric.title}" for metric in metrics), "seeds", "95 % interval", "verdict", "notes"]
     return markdown_table(titles, map(_claim_cells, claims), left=pages.LEFT)
+
+
+def _differences_table(claims: Sequence[Claim]) -> list[str]:
+    number = METRICS["accuracy"].number
+    lines = []
+    for measured in measure_differences(claims):
+        mean, low, high = measured.interval if len(measured.values) else (math.nan,) * 3
+        setting = f" ({measured.setting})" if measured.setting else ""
+        cells = [measured.difference.says + setting, f"{measured.published:+.2f}"]
+        cells += [pages.NONE if math.isnan(mean) else number(mean, "+")]
+        cells += [pages.NONE if math.isnan(low) else f"{number(low, '+')} to {number(high, '+')}"]
+        lines.append([*cells, str(len(measured.values)), measured.verdict])
+    titles = ["statement", "published", "measured", "95 % interval", "seeds", "verdict"]
+    return markdown_table(titles, lines, left=("statement", *pages.LEFT))
 
 
 def _metrics(claim: Claim) -> list[Metric]:
