@@ -96,11 +96,9 @@ def measure_differences(claims: Sequence[Claim]) -> Iterator[Measured]:
 
 def _claims_of(claims: Sequence[Claim], source: str, dataset: str, name: str) -> dict[str, Claim]:
     """By setting, the claim with most seeds of a published row."""
-    found: dict[str, Claim] = {}
-    for claim in claims:
-        published = claim.published
-        if (published.source, published.dataset, published.experiment) == (source, dataset, name) and len(
-            claim.values
-        ) >= len(found.get(claim.setting, claim).values):
-            found[claim.setting] = claim
-    return found
+    of_row = [
+        claim
+        for claim in claims
+        if (claim.published.source, claim.published.dataset, claim.published.experiment) == (source, dataset, name)
+    ]
+    return {claim.setting: claim for claim in sorted(of_row, key=lambda claim: len(claim.values))}  # the last one stays

@@ -208,7 +208,7 @@ def register_pretrained(results: Path = RESULTS) -> list[str]:
             warnings.warn(f"{folder} is not registered: there is a {name} already, rename the run", stacklevel=2)
             continue
         names.append(name)
-        _register(names[-1], model, folder / EXPORTED)
+        _register(name, model, folder / EXPORTED)
     return names
 
 

@@ -72,11 +72,10 @@ def take_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Any]:
     if not isinstance(source, VisionEncoderConfig):
         raise UserError(f"{path} holds a {type(source).__name__}, not a Vision-BDH: name the best.pt of a run of one")
     mine = dict(encoder.named_parameters())
-    theirs = {name.removeprefix("encoder."): weight for name, weight in weights.items()}
+    theirs = {name.removeprefix("encoder."): value for name, value in weights.items() if not name.startswith("head.")}
     if "pos_embed" in theirs and "pos_embed" in mine:
         theirs["pos_embed"] = interpolate_positions(theirs["pos_embed"], source.grid, encoder.config.grid)
-    alike = {name for name in mine if name in theirs and theirs[name].shape == mine[name].shape}
-    taken = {name: theirs[name] for name in mine if name in alike and not name.startswith("head.")}
+    taken = {name: theirs[name] for name in mine if name in theirs and theirs[name].shape == mine[name].shape}
     stem = {name for name in mine if name.startswith("patch_embed.")}
     if not stem <= taken.keys():  # one part is useless without the others
         taken = {name: weight for name, weight in taken.items() if name not in stem}
