@@ -13,7 +13,7 @@ from analysis.reading import SMALL
 from benchmarks.measure import seconds_of
 from benchmarks.training_steps import made_up_batches, training_step
 from models.flops import flop_of
-from training.config import Experiment
+from training.experiment import Experiment
 
 
 @dataclass(frozen=True)

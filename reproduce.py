@@ -36,8 +36,9 @@ from training import processes
 from analysis.reading import RunFiles, read_runs
 from plans import PLANS, Entry, Part, Plan, epoch_minutes, measure_step, training_flop
 from training.command_line import INTERRUPTED, exit_with, experiment_of, flags_of, run_script
-from training.config import ROOT, RunOptions, UserError, require
+from training.config import ROOT, UserError, require
 from training.device import cpu_count, describe_hardware, has_fast_bf16, tune_cpu_allocator
+from training.experiment import RunOptions
 from training.files import written_whole
 from training.runs import Run
 from training.schedule import Job, run_jobs

@@ -13,7 +13,8 @@ from scipy import stats
 
 from analysis.reading import SMALL, Row, RunFiles, find_runs, make_rows, read_runs
 from training.command_line import experiment_of
-from training.config import ROOT, Configuration, Experiment, UserError
+from training.config import ROOT, UserError
+from training.experiment import Configuration, Experiment
 from training.metrics import METRICS, Metric
 
 PUBLISHED = ROOT / "analysis" / "published_results.csv"

@@ -17,7 +17,8 @@ import torch
 
 from models import build_config
 from training.batchnorm import has_batchnorm
-from training.config import OWN_FILES, Configuration, UserError
+from training.config import OWN_FILES, UserError
+from training.experiment import Configuration
 from training.metrics import METRICS, Metric
 from training.stored import (
     SMALL_FILES,

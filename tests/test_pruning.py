@@ -17,7 +17,7 @@ from tests.inspecting import with_large_weights
 from tests.trials import resumed, same_weights, weights
 from tools.exporting.pruned import fine_tuning_command, importance
 from training.command_line import experiment_of
-from training.config import RunOptions
+from training.experiment import RunOptions
 from training.loop import fit
 from training.runs import load_model
 from training.start import take_encoder

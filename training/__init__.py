@@ -1,15 +1,8 @@
 """Training: what a script needs."""
 
 import training.interrupts  # noqa: F401 (first, so that Ctrl-C during the other imports is one line)
-from training.config import (
-    ClassificationConfig,
-    Experiment,
-    PretrainingConfig,
-    RunOptions,
-    SegmentationConfig,
-    TextConfig,
-    UserError,
-)
+from training.config import ClassificationConfig, PretrainingConfig, SegmentationConfig, TextConfig, UserError
+from training.experiment import Experiment, RunOptions
 from training.launch import launch
 from training.loop import fit
 

@@ -10,8 +10,9 @@ from typing import Any, NoReturn
 
 import tyro
 
-from training.config import ROOT, Experiment, RunOptions, UserError, changed_fields, name_of_file
+from training.config import ROOT, UserError
 from training.console import prepare_streams
+from training.experiment import Experiment, RunOptions, changed_fields, name_of_file
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 

@@ -8,7 +8,8 @@ from torch import nn
 from training import processes
 from models import CONFIG_CLASSES, build_config
 from training.batchnorm import has_batchnorm
-from training.config import Configuration, Experiment, TrainConfig, UserError
+from training.config import TrainConfig, UserError
+from training.experiment import Configuration, Experiment
 from training.metrics import METRICS, Items, Sums
 from training.progress import counts_of, loss_of
 from training.tasks import Batches, Source, Task

@@ -11,10 +11,11 @@ from rich.table import Table
 
 from training import processes
 from training.command_line import INTERRUPTED, exit_with, parse_experiment
-from training.config import Experiment, UserError
+from training.config import UserError
 from training.console import prepare_streams
 from training.data.streaming import WORKER_ENDED, is_ended_worker
 from training.device import is_out_of_memory
+from training.experiment import Experiment
 from training.loop import fit
 from training.metrics import metric_of
 from training.parent import end_with_parent

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from training import contracts, processes
-from training.config import Experiment, UserError
+from training.config import UserError
 from training.device import describe_hardware, peak_memory_mb, prepare_device, synchronize
+from training.experiment import Experiment
 from training.metrics import METRICS, Sums
 from training.onlooker import Onlooker
 from training.progress import Progress, counts_of, loss_of, ratios_of, share_of_loss

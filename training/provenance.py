@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torchvision
 
-from training.config import ROOT, Experiment
+from training.config import ROOT
+from training.experiment import Experiment
 
 
 def describe_run(experiment: Experiment, data: dict[str, Any], **facts: Any) -> dict[str, Any]:

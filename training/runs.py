@@ -28,8 +28,9 @@ from torch import nn
 
 from training import stored
 from models import build_config
-from training.config import Experiment, UserError
+from training.config import UserError
 from training.data.batches import Split
+from training.experiment import Experiment
 from training.locks import LockedFolder
 from training.stored import Damaged, configuration_of, first_line
 

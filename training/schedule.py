@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from training.config import Experiment, UserError
+from training.config import UserError
 from training.device import cpu_count
+from training.experiment import Experiment
 from training.parent import WATCH, heed_interrupts
 from training.runs import Run
 

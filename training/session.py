@@ -14,8 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from training import batchnorm, processes, seeds
 from models.bdh import BDHCore
 from models.kernels import set_random_state
-from training.config import Experiment, UserError
+from training.config import UserError
 from training.device import effective_precision, set_precision
+from training.experiment import Experiment
 from training.optimiser import WeightAverage, make_schedule, set_step
 from training.progress import Progress
 from training.runs import Run

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from models import build_config
 from models.vision_bdh import VisionBDH, VisionEncoder, VisionEncoderConfig, interpolate_positions
 from training.command_line import flags_of
-from training.config import Experiment, UserError, name_of_file
+from training.config import UserError
+from training.experiment import Experiment, name_of_file
 from training.stored import first_line, load_weights, read_config
 
 FREQUENCIES = "attn.freqs"

@@ -19,8 +19,9 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from training import config as train_configs
 from models import CONFIG_CLASSES
-from training.config import Configuration, UserError, default_fields
+from training.config import UserError
 from training.data.batches import Split
+from training.experiment import Configuration, default_fields
 
 if TYPE_CHECKING:
     import pandas as pd

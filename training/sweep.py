@@ -17,8 +17,9 @@ from typing import Any
 
 from training import processes
 from training.command_line import INTERRUPTED, exit_with, flags_of, name_with_changes, parse_experiment
-from training.config import Experiment, RunOptions, UserError, changed_fields, require
+from training.config import UserError, require
 from training.console import prepare_streams
+from training.experiment import Experiment, RunOptions, changed_fields
 from training.launch import train, train_asked
 from training.schedule import Job, Outcome, run_jobs
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from training import processes
 from models.masked_bdh import Reconstruction
-from training.config import ClassificationConfig, Experiment, SegmentationConfig, TextConfig, UserError
+from training.config import ClassificationConfig, SegmentationConfig, TextConfig, UserError
 from training.data import DataSet, ImageBatches, Split, data_folder, draw_split, load_dataset
 from training.data.masks import CLASSES, MaskFiles, find_masks
 from training.data.segmentation import MaskBatches, refuse
 from training.data.text import Text, TextBatches, load_text
+from training.experiment import Experiment
 from training.metrics import METRICS, Items, Metric, batch_miou, confusion_matrices, confusion_ratios
 
 EVAL_BATCH_SIZE = 256

@@ -3,7 +3,8 @@
 import importlib.util
 from typing import Any
 
-from training.config import Experiment, UserError
+from training.config import UserError
+from training.experiment import Experiment
 
 
 class Trackers:

@@ -18,13 +18,14 @@ from models import build_config
 from models.pretrained import pretrained_folders
 from models.vision_bdh import Grid, height_and_width
 from training.augment import normalise
-from training.config import ROOT, UserError, changed_fields
+from training.config import ROOT, UserError
 from training.data import DataSet, Split, data_folder, draw_split, load_dataset
 from training.data.finding import cut_name
 from training.data.image_files import MODES, read_images
 from training.data.masks import CLASSES, BadFile, MaskFiles, find_masks
 from training.data.segmentation import read_pair, scale_image, scale_mask, training_pairs
 from training.device import prepare_device
+from training.experiment import changed_fields
 from training.runs import Run, load_model
 from training.stored import EXPORTED, configuration_of, task_of
 
