@@ -1,8 +1,10 @@
 """Markdown tables of runs, and the numbers in them."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
@@ -85,6 +87,12 @@ def accuracy_interval(hits: int, n: int) -> tuple[float, float]:
     """95 % interval of an accuracy measured on n images (Wilson 1927); it covers the choice of test images only."""
     interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean over the first axis and the ends of its 95 % interval by the normal approximation. values: (n, ...)."""
+    mean, half = values.mean(0), 1.96 * values.std(0, ddof=1) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
 
 
 def mean_and_spread(metric: Metric, values: pd.Series) -> str:

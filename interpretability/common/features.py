@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from interpretability.common.adapters import pass_through
 from interpretability.common.recorder import Trace, record
 from models.bdh import layer_norm
+from models.masked_bdh import MaskedBDH
+from models.vision_bdh import VisionEncoder
 
 Tokens = Literal["mean", "read", "all"]
 TOKENS_PER_PASS = 8192  # keeps the neurons of one level at 200 MB for v2 at its full size
@@ -52,6 +54,29 @@ def level_features(model: nn.Module, images: Tensor, tokens: Tokens = "mean", no
     with record(model, "x", "state") as trace:
         pass_through(model, images)
     return stream_features(trace, tokens, normalise)
+
+
+@torch.no_grad()
+def head_input(model: nn.Module, images: Tensor) -> Tensor:
+    """(B, F) float32, what the linear classification head reads, for any classifier.
+
+    A model of `pretrain_bdh.py` has no such head: the mean over patches of its last state, normalised, which is what a
+    classifier that starts from it reads. Raises TypeError for a model without a linear head on one vector per image.
+    """
+    if isinstance(model, MaskedBDH):
+        states, _ = VisionEncoder.forward(model, images)
+        return model.normalised(states[-1].mean(1)).float()
+    kept: list[tuple[Tensor, Tensor]] = []
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    handles = [each.register_forward_hook(lambda _, args, output: kept.append((args[0], output))) for each in linear]
+    try:
+        logits = model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not kept or kept[-1][1] is not logits or kept[-1][0].ndim != 2:
+        raise TypeError(f"{type(model).__name__} does not end in a linear layer that reads one vector per image")
+    return kept[-1][0].float()
 
 
 def images_per_pass(n_tokens: int) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from training import seeds
 from interpretability.common.adapters import Adapter, adapter_of
 from models import build_config
 from models.pretrained import pretrained_folders
@@ -20,7 +21,7 @@ from models.vision_bdh import Grid, height_and_width
 from training.augment import normalise
 from training.config import ROOT, UserError
 from training.data import DataSet, Split, data_folder, draw_split, load_dataset
-from training.data.finding import cut_name
+from training.data.finding import count, cut_name
 from training.data.image_files import MODES, read_images
 from training.data.masks import CLASSES, BadFile, MaskFiles, find_masks
 from training.data.segmentation import read_pair, scale_image, scale_mask, training_pairs
@@ -68,6 +69,20 @@ class PairChoice(RunChoice):
     """second run (or checkpoint) on the same data set, to compare with the first"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SeveralChoice(Places):
+    """One or more runs, side by side."""
+
+    run: tuple[Path, ...] = ()
+    """run folders, such as runs/v2_cifar10/seed0 runs/vit_tiny_cifar10/seed0, or checkpoints in them; default: the last
+    finished run in runs/"""
+    names: tuple[str, ...] = ()
+    """short names of the runs in tables and figures, in the same order; default: their experiments' names"""
+    untrained: bool = True
+    """also measure each run's model before training, with the weights it started from: what is the same there comes
+    from the architecture"""
+
+
 class Samples(NamedTuple):
     """B images and their labels, on the CPU."""
 
@@ -99,6 +114,15 @@ class TrainedRun:
             raise UserError(f"{folder} cannot be inspected: {error}") from None
         if not hasattr(self.sizes, "patch_size"):
             raise UserError(f"{folder} cannot be inspected: its model does not read images")
+
+    def untrained_model(self) -> nn.Module:
+        """The model before training: the run's initial weights, as far as this version of PyTorch draws the same ones.
+
+        Without the weights of another run (--encoder, --start-from) that it may have started from.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeds.derive("weights", self.train["seed"]))
+            return self.sizes.build().eval().to(self.device)
 
     @property
     def grid(self) -> Grid:
@@ -309,6 +333,24 @@ def open_runs(choice: PairChoice) -> list[TrainedRun]:
     if drawn and not np.array_equal(first._split.val, second._split.val):
         raise UserError(f"--versus {second.checkpoint} has another validation part: give two runs with the same seed")
     return runs
+
+
+def open_several(choice: SeveralChoice, any_model: bool = False) -> dict[str, TrainedRun]:
+    """The runs that the options name, by short name. any_model: see `TrainedRun`. Raises UserError."""
+    paths = choice.run or (latest_run(ROOT / "runs"),)
+    if choice.names and len(choice.names) != len(paths):
+        raise UserError(f"{len(choice.names)} --names for {count(len(paths), 'run')}: give one name per run, or none")
+    runs = [TrainedRun(path, choice.data_dir, choice.device, any_model) for path in paths]
+    names = choice.names or tuple(run.config["experiment"].partition("+")[0] for run in runs)
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{names.count(name)} runs are called {name}: tell them apart with --names")
+    return dict(zip(names, runs, strict=True))
+
+
+def several_folder(choice: SeveralChoice, runs: dict[str, TrainedRun]) -> Path:
+    """Where results of these runs together are written: a folder named after all of them and their checkpoints."""
+    return choice.output_dir / cut_name("_versus_".join(run.file_name(run.stem) for run in runs.values()))
 
 
 def latest_run(runs_dir: Path) -> Path:
