@@ -65,8 +65,10 @@ STATISTICS = {  # axis labels
     "class_entropy": "entropy of the class token",
 }
 PANELS = tuple(STATISTICS)[:8]  # the others concern models with a class token only
+FROM_0 = ("self_share", "negative")
 TRAINED, UNTRAINED = "trained", "untrained"
 ALL = "all"  # heads, in tables
+DIGITS = 5  # decimals in tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +181,7 @@ def measure_run(run: TrainedRun, model: nn.Module, indices: list[int], text: str
 def tabulate(measured: dict[tuple[str, str], dict[str, np.ndarray]]) -> pd.DataFrame:
     """A row per run, weights, level, head (and their mean) and statistic, with its 95 % interval over images.
 
-    measured: by name of the run and weights, what `measure` returns. Statistics that a model does not have are left out.
+    measured: by name of the run and weights, what `measure` returns. Statistics that a model lacks are left out.
     """
     rows = []
     for (name, weights), by_statistic in measured.items():
@@ -206,10 +208,10 @@ def markdown(table: pd.DataFrame, title: str) -> list[str]:
         for (run, weights, level), row in zip(wide.index, wide.to_numpy(), strict=True)
     ]
     half = (table["high"] - table["low"]).groupby(table["statistic"]).max() / 2
-    note = f"95 % intervals over images are at most ± {half.drop('distance').max():.3f} wide"
     lines = ["# Attention in numbers", "", title, ""]
     lines += markdown_table(["run", "weights", "level", *wide.columns], cells, left=("run", "weights"))
-    return [*lines, "", f"Means over heads; {note}, that of the distance ± {half['distance']:.3f} patches."]
+    note = f"at most ± {half.drop('distance').max():.3f}, of the distance ± {half['distance']:.3f} patches"
+    return [*lines, "", f"Means over heads and images; 95 % intervals over images: {note}."]
 
 
 def draw(table: pd.DataFrame, grids: set[Grid], title: str) -> Figure:
@@ -238,7 +240,8 @@ def draw(table: pd.DataFrame, grids: set[Grid], title: str) -> Figure:
             ax.axhline(value, color="0.6", linestyle=":", zorder=1)
         ax.set_title(STATISTICS[statistic])
         style_axes(ax, "y")
-        ax.set_ylim(bottom=0, top=None if statistic in ("distance", "self_share", "negative") else 1.03)
+        if statistic in FROM_0:
+            ax.set_ylim(bottom=0)
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
     for ax in axes[-1]:
         ax.set_xlabel("level")
@@ -258,7 +261,7 @@ def main(options: Options) -> None:
         measured[name, TRAINED] = measure_run(run, run.model, indices, name)
         if options.untrained:
             measured[name, UNTRAINED] = measure_run(run, run.untrained_model(), indices, f"{name}, {UNTRAINED}")
-    table = tabulate(measured)
+    table = tabulate(measured).round(DIGITS)
     title = f"{' or '.join(sorted(counts))}; shares of the patches"
     path = several_folder(options, runs) / "attention_statistics"
     lines = markdown(table, title)

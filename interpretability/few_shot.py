@@ -14,7 +14,7 @@ cover neither other seeds of training nor other images. Differences are paired b
 Markdown with the differences) and a figure (PNG and SVG).
 
 The classes must be new: a model of CIFAR-10 is tested on CIFAR-100 and the reverse, or either on a folder of your own
-with a subfolder of images per class. Test images are used, or all images if there is no test part.
+with a subfolder of images per class. Test images are used, or the training images if there is no test part.
 
     python interpretability/few_shot.py --run runs/v2_cifar10/seed0 runs/vit_tiny_cifar10/seed0
     python interpretability/few_shot.py --run runs/v2_cifar100/seed0 --dataset cifar10
@@ -25,7 +25,7 @@ with a subfolder of images per class. Test images are used, or all images if the
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -54,6 +54,7 @@ METHODS = {"nearest_mean": "nearest class mean", "centred": "centred, scaled to 
 PIXELS, TRAINED, UNTRAINED = "raw pixels", "trained", "untrained"
 BASE_IMAGES = 2000  # training images whose mean feature is subtracted
 BATCH = 128
+DIGITS = 5  # decimals in the table
 NUMBERS_AT_ONCE = 2**23  # float64 numbers of features in a block of episodes: 64 MB
 SETTINGS = ("way", "shots", "queries", "episodes", "seed")  # named in the output files if not the default ones
 Source = tuple[str, str]  # name of the run, and trained or untrained; or raw pixels
@@ -86,6 +87,8 @@ class Options(SeveralChoice):
 
 # ---------------------------------------------------------------------------- images
 
+_loaded = cache(load_dataset)  # once for all runs of one image size
+
 
 def new_classes(run: TrainedRun, dataset: str, data_dir: Path | None) -> DataSet:
     """The data set of new classes, at the run's image size.
@@ -96,9 +99,9 @@ def new_classes(run: TrainedRun, dataset: str, data_dir: Path | None) -> DataSet
     if not isinstance(getattr(sizes, "img_size", None), int):
         raise UserError(f"{run.checkpoint} does not classify images: give a run that does, or one of pretrain_bdh.py")
     if dataset in DATASETS and dataset not in ("folder", "webdataset"):
-        found = load_dataset(dataset, data_dir, sizes.img_size, sizes.in_channels)
+        found = _loaded(dataset, data_dir, sizes.img_size, sizes.in_channels)
     elif Path(dataset).is_dir():
-        found = load_dataset("folder", Path(dataset), sizes.img_size, sizes.in_channels)
+        found = _loaded("folder", Path(dataset), sizes.img_size, sizes.in_channels)
     else:
         raise UserError(f"--dataset {dataset} is neither a data set nor a folder: give cifar10, cifar100, or a folder")
     if found.train_images.shape[1:] != (sizes.in_channels, sizes.img_size, sizes.img_size):
@@ -121,7 +124,7 @@ def run_shape(run: TrainedRun) -> tuple[int, int, int]:
 
 
 def labels_of(dataset: DataSet) -> np.ndarray:
-    """(n,) classes of the test images, or of all training images if there is no test part."""
+    """(n,) classes of the test images, or of the training images if there is no test part."""
     return dataset.test_labels if len(dataset.test_labels) else dataset.train_labels
 
 
@@ -317,7 +320,7 @@ def _words(value: object) -> str:
 def main(options: Options) -> None:
     runs = open_several(options, any_model=True)
     results = measure_all(runs, options)
-    table = tabulate(results, options)
+    table = tabulate(results, options).round(DIGITS)
     name = Path(options.dataset).name or "folder"
     title = (
         f"{name}, {options.way} classes at a time, {options.episodes:,} episodes of {options.queries} queries a class"
