@@ -50,7 +50,7 @@ from training.data.finding import cut_name
 from training.data.image_files import read_images
 from training.experiment import changed_fields
 
-METHODS = {"nearest_mean": "nearest class mean", "centred": "centred, scaled to length 1"}
+METHODS = {"nearest_mean": "nearest class mean", "centred": "the same, centred and scaled to length 1"}
 PIXELS, TRAINED, UNTRAINED = "raw pixels", "trained", "untrained"
 BASE_IMAGES = 2000  # training images whose mean feature is subtracted
 BATCH = 128
@@ -329,7 +329,7 @@ def main(options: Options) -> None:
     settings = [f"{key}={_words(changed[key])}" for key in SETTINGS if key in changed]
     path = several_folder(options, runs) / cut_name("_".join(["few_shot", name, *settings]))
     lines = markdown(table, title)
-    pictures = save_figure(draw(table, options.way, f"{title}; bars are 95 % intervals over episodes"), path)
+    pictures = save_figure(draw(table, options.way, f"{title}; 95 % intervals"), path)
     print(*lines, "", "->", *pictures, *write_tables(path, table, lines), sep="\n")
 
 
