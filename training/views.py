@@ -36,12 +36,12 @@ class Views:
         """
         if not self.flip and not self.sizes:
             return predict(images)
-        total, n = torch.zeros(()), 0
+        total, n = 0.0, 0
         for form, mirrored in self._forms(images):
             logits = predict(form).float()
             logits = resized(logits.flip(-1) if mirrored else logits, images.shape[2:])
-            total, n = total.to(logits.device) + logits.softmax(1), n + 1
-        return (total / n).clamp(min=torch.finfo(total.dtype).tiny).log()
+            total, n = total + logits.softmax(1), n + 1
+        return (total / n).clamp(min=torch.finfo(torch.float32).tiny).log()  # 0 has no logarithm
 
     def _forms(self, images: Tensor) -> Iterator[tuple[Tensor, bool]]:
         """Each form, and whether it is a mirror image."""
