@@ -311,7 +311,8 @@ def training_images(experiment: Experiment) -> int:
 
 def training_flop(experiment: Experiment) -> float:
     """Operations of all matrix products and convolutions in training, forward and backward, without validation."""
-    return experiment.train.epochs * training_images(experiment) * flop_of(experiment.model)
+    sizes = getattr(experiment.train, "train_sizes", ())
+    return experiment.train.epochs * training_images(experiment) * flop_of(experiment.model, sizes)
 
 
 def measure_step(experiment: Experiment, seconds: float = 4.0) -> float:

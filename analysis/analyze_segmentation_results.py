@@ -65,7 +65,7 @@ class Options:
     runs_dir: Path = ROOT / "runs"
     """folder with runs, at any depth"""
     dataset: str = "camvid"
-    """data set of the runs: camvid, voc, cityscapes"""
+    """data set of the runs: camvid, voc, cityscapes, ade20k"""
     output_dir: Path | None = None
     """folder for tables and figures; default: analysis_results_<dataset> in the repository"""
 

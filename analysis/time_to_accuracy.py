@@ -55,7 +55,8 @@ def training_seconds(run: RunFiles) -> pd.Series:
 def training_pflop(run: RunFiles) -> pd.Series:
     """(epochs,) 1e15 operations of training up to the end of each epoch."""
     model = build_config(run.config["model_class"], run.config["config"]["model"])
-    return run.summary["images"]["train"] * run.epochs.index.to_series() * flop_of(model) / 1e15
+    sizes = tuple(run.configuration.train.get("train_sizes", ()))
+    return run.summary["images"]["train"] * run.epochs.index.to_series() * flop_of(model, sizes) / 1e15
 
 
 def measure(row: Row, target: float) -> dict:

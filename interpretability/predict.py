@@ -2,7 +2,8 @@
 
 Takes image files or folders of them and writes one picture for each. The ground truth is shown for images of the run's
 data set, and for images in CamVid's layout (DIR/val/NAME.png with DIR/valannot/NAME.png); its void pixels are not
-scored. Images are scaled to the size that the model was trained at, and predictions back to the image's size.
+scored. Images are scaled to the size that the model was trained at, and predictions back to the image's size. With
+--eval-flip or --eval-scales, a run predicts as it was evaluated.
 
     python interpretability/predict.py data_camvid/val --run runs/bdh_unet/seed0
     python interpretability/predict.py street.jpg --run runs/bdh_unet/seed0/last.pt --output-dir pictures
@@ -11,6 +12,7 @@ scored. Images are scaled to the size that the model was trained at, and predict
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -20,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from torch import nn
 
 from analysis.plotting.style import PAGE, save_png, titled_figure
 from interpretability.common.image_choice import ImagePaths, image_files, picture_names, raise_for_bad
@@ -30,12 +31,16 @@ from training.augment import normalise
 from training.command_line import run_script
 from training.config import ROOT, UserError
 from training.data import data_folder
+from training.data.classes import CLASSES, Classes
 from training.data.finding import printable
-from training.data.masks import CLASSES, BadFile, Classes, MaskFiles, Pair, find_masks, read_image
+from training.data.mask_files import BadFile, MaskFiles, Pair, read_image
+from training.data.masks import find_masks
 from training.data.segmentation import read_pair, scale_image
 from training.metrics import confusion_matrices, confusion_ratios
+from training.views import Predict
 
 PANEL_INCHES = PAGE / 3
+LEGEND_CLASSES = 30
 TALLEST_PANEL = 3  # height of a panel in widths; taller images are drawn narrower
 
 
@@ -51,34 +56,45 @@ class Options(Places):
     """pictures are written to a subfolder named after the run (and the checkpoint, if one is given)"""
 
 
-def predict(model: nn.Module, image: np.ndarray, img_size: ImageSize, device: torch.device) -> np.ndarray:
-    """The most probable class of every pixel. image: (h, w, 3) uint8 of any size -> (h, w) uint8."""
+def predict(answer: Predict, image: np.ndarray, img_size: ImageSize, device: torch.device) -> np.ndarray:
+    """The most probable class of every pixel. image: (h, w, 3) uint8 of any size -> (h, w) uint8.
+
+    answer: the model, or what asks it in several views (`TrainedRun.answer`).
+    """
     pixels = normalise(torch.from_numpy(scale_image(image, img_size)).to(device).permute(2, 0, 1)[None])
     with torch.inference_mode():
-        logits = F.interpolate(model(pixels).float(), size=image.shape[:2], mode="bilinear", align_corners=False)
+        logits = F.interpolate(answer(pixels).float(), size=image.shape[:2], mode="bilinear", align_corners=False)
     return logits[0].argmax(0).to(torch.uint8).cpu().numpy()
 
 
 def draw(image: np.ndarray, predicted: np.ndarray, truth: np.ndarray | None, classes: Classes, title: str) -> Figure:
     """Panels, and a legend of the classes in them. image: (h, w, 3) uint8; predicted, truth: (h, w) labels."""
     panels = {"image": image, _scored("prediction", predicted, truth, classes): classes.palette[predicted]}
-    shown = set(np.unique(predicted))
     if truth is not None:
         panels["truth"] = classes.palette[truth]
-        shown |= set(np.unique(truth))
+    handles = _legend([predicted] if truth is None else [predicted, truth], classes)
     legend_columns = 2 * len(panels)
-    legend_rows = -(-len(shown) // legend_columns)
+    legend_rows = -(-len(handles) // legend_columns)
     panel_height = PANEL_INCHES * min(image.shape[0] / image.shape[1], TALLEST_PANEL)
     figure = titled_figure(PANEL_INCHES * len(panels), panel_height + 0.45 + 0.2 * legend_rows, title)
     for ax, (name, pixels) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         ax.imshow(pixels, interpolation="nearest")
         ax.set_title(name)
         ax.set_axis_off()
-    names = [*classes.names, "void"]
-    handles = [Patch(facecolor=classes.palette[k] / 255, edgecolor="0.5", label=names[k]) for k in sorted(shown)]
     layout = dict(loc="outside lower center", ncols=legend_columns, columnspacing=1.5, handlelength=1.2)
     figure.legend(handles=handles, frameon=False, **layout)
     return figure
+
+
+def _legend(maps: list[np.ndarray], classes: Classes) -> list[Patch]:
+    """The classes in the maps (h, w) in their order; of many, the LEGEND_CLASSES with most pixels."""
+    pixels = np.bincount(np.stack(maps).ravel(), minlength=classes.void + 1)
+    shown = sorted(label for label in np.argsort(-pixels, kind="stable")[:LEGEND_CLASSES] if pixels[label])
+    names = [*classes.names, "void"]
+    handles = [Patch(facecolor=classes.palette[k] / 255, edgecolor="0.5", label=names[k]) for k in shown]
+    if (more := np.count_nonzero(pixels) - len(shown)) > 0:
+        handles.append(Patch(facecolor="none", edgecolor="none", label=f"and {more} more"))
+    return handles
 
 
 def _scored(name: str, predicted: np.ndarray, truth: np.ndarray | None, classes: Classes) -> str:
@@ -115,7 +131,7 @@ def main(options: Options) -> None:
     if not files:
         raise UserError("these are masks, not images: name image files, or folders that contain some")
     output = options.output_dir / run.file_name(run.stem)
-    with_truth, bad = 0, []
+    with_truth, bad, answer = 0, [], partial(run.answer, run.model)
     for path, picture in progress(list(zip(files, picture_names(files), strict=True)), unit="img"):
         try:
             image, truth = read_image(path), None
@@ -124,7 +140,7 @@ def main(options: Options) -> None:
         except BadFile as error:
             bad.append(str(error))
             continue
-        predicted = predict(run.model, image, run.sizes.img_size, run.device)
+        predicted = predict(answer, image, run.sizes.img_size, run.device)
         figure = draw(image, predicted, truth, CLASSES[name], f"{printable(path.name)}: {run.title}")
         save_png(figure, output / picture)
         with_truth += truth is not None

@@ -3,7 +3,8 @@
 * The config class is a frozen dataclass of the model's hyperparameters. Each field becomes a command-line flag, and the
   string below a field is the flag's help text. It has `img_size` (pixels: one side, or height and width) and
   `in_channels`, as fields or properties, and usually `num_classes`. `__post_init__` raises ValueError for impossible
-  values. `build()` returns the untrained module.
+  values. `build()` returns the untrained module. A model that takes images of other sizes, too, has `size_unit`: their
+  sides must be multiples of it.
 * The module takes images (B, in_channels, height, width) in [-1, 1]. It returns logits: (B, num_classes) for
   classification, (B, num_classes, height, width) for segmentation.
 * A run stores the class name and the fields in its config.json. Only a registered model can be built from them again.

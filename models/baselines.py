@@ -8,7 +8,7 @@ the unchanged library model, used for the published numbers: a 32 x 32 image bec
 
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ Setting = Literal["published", "fitted"]
 @dataclass(frozen=True, kw_only=True)
 class BaselineConfig:
     """Fields of every baseline. Integers must be at least 1; floats are probabilities, at least 0 and below 1."""
+
+    size_unit: ClassVar[int | None] = None  # as `VisionEncoderConfig.size_unit`: images of img_size only
 
     img_size: int = 32
     """height and width of the images, in pixels"""
@@ -146,6 +148,8 @@ class DeiTTinyConfig(BaselineConfig):
 class MobileNetV2Config(BaselineConfig):
     """MobileNetV2 (torchvision), untrained."""
 
+    size_unit: ClassVar[int | None] = 1
+
     setting: Setting = "published"
     """published: the library's strides, which leave 1 x 1 of 32 x 32 pixels;
     fitted: the first two strides are 1 instead of 2, which leaves 4 x 4"""
@@ -160,6 +164,8 @@ class MobileNetV2Config(BaselineConfig):
 @dataclass(frozen=True, kw_only=True)
 class EfficientNetB0Config(BaselineConfig):
     """EfficientNet-B0 (torchvision), untrained."""
+
+    size_unit: ClassVar[int | None] = 1
 
     setting: Setting = "published"
     """published: the library's strides, which leave 1 x 1 of 32 x 32 pixels;
@@ -190,6 +196,8 @@ def _keep_first_two_strides_at_1(model: nn.Module) -> nn.Module:
 @dataclass(frozen=True, kw_only=True)
 class ResNet20Config(BaselineConfig):
     """ResNet-20 for CIFAR: He et al. 2016 (arXiv 1512.03385), section 4.2, with n = 3."""
+
+    size_unit: ClassVar[int | None] = 1
 
     def build(self) -> "ResNet20":
         return ResNet20(self)
@@ -250,6 +258,8 @@ def _conv3x3(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
 class ResNetUNetConfig(BaselineConfig):
     """U-Net (Ronneberger et al. 2015) with a ResNet encoder and skip connections at five resolutions."""
 
+    size_unit: ClassVar[int | None] = 32  # the encoder's downsampling factor
+
     img_size: ImageSize = 384
     """image size in pixels: one side, or height and width"""
     num_classes: int = 11
@@ -263,7 +273,7 @@ class ResNetUNetConfig(BaselineConfig):
         super().__post_init__()
         if isinstance(self.img_size, list):  # JSON has no tuples
             object.__setattr__(self, "img_size", tuple(self.img_size))
-        check_image_size(self.img_size, 32, "32, the encoder's downsampling factor")
+        check_image_size(self.img_size, self.size_unit, "32, the encoder's downsampling factor")
 
     def build(self) -> "ResNetUNet":
         """With random weights, see `load_encoder_weights`."""

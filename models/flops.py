@@ -32,8 +32,12 @@ def _convolution_backward(grad, x, weight, *settings, out_shape=None) -> int:
 
 
 @cache
-def flop_of(config: Any) -> float:
-    """`flop_per_image` of a config's model on the device "meta": counted once, nothing is computed."""
+def flop_of(config: Any, sizes: tuple[int, ...] = ()) -> float:
+    """`flop_per_image` of a config's model on the device "meta": counted once, nothing is computed.
+
+    sizes: of the training images, if they are drawn from several (`train_sizes`); the mean over them.
+    """
     with torch.device("meta"):
         model = config.build()
-    return flop_per_image(model, config.img_size, getattr(config, "in_channels", 3))
+    counts = [flop_per_image(model, size, getattr(config, "in_channels", 3)) for size in sizes or (config.img_size,)]
+    return sum(counts) / len(counts)

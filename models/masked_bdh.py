@@ -20,6 +20,7 @@ class MaskedBDHConfig(VisionEncoderConfig):
     """Vision-BDH encoder with a linear head that predicts the pixels of masked patches."""
 
     outside_step: ClassVar[tuple[str, ...]] = ("mask_ratio",)
+    size_unit: ClassVar[int | None] = None  # a fixed number of patches is masked
 
     img_size: int = 32
     """height and width of the images, in pixels"""

@@ -76,6 +76,11 @@ class VisionEncoderConfig(CoreConfig):
         check_image_size(self.img_size, self.patch_size, f"patch_size = {self.patch_size}")
 
     @property
+    def size_unit(self) -> int | None:
+        """Images of other sizes are taken, too, if their sides are multiples of this; None: only img_size."""
+        return self.patch_size
+
+    @property
     def grid(self) -> Grid:
         """Rows and columns of patches."""
         height, width = height_and_width(self.img_size)

@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 
 from training import ClassificationConfig, UserError, fit
 from training.data import ImageBatches, Split, draw_split, finding, load_dataset
-from training.data.masks import read_image
+from training.data.mask_files import read_image
 from training.data.text import load_text
 from training.runs import Run
 

@@ -11,7 +11,8 @@ from training import UserError
 from tests.camvid_data import write_camvid
 from training.data import masks
 from training.data.image_files import TURNS, ImageFiles, UnreadableImage
-from training.data.masks import BadFile, ColourMasks, find_masks, read_image
+from training.data.mask_files import BadFile, read_image
+from training.data.masks import ColourMasks, find_masks
 from training.data.segmentation import read_pair
 
 SIZE = 8

@@ -14,7 +14,8 @@ from torchvision import datasets
 from training import SegmentationConfig, UserError
 from tests.camvid_data import COLOURS, write_camvid, write_class_dict
 from training.data import data_folder
-from training.data.masks import CAMVID, CAMVID_FOLD, CITYSCAPES, VOC, ColourMasks, find_masks
+from training.data.classes import CAMVID, CAMVID_FOLD, CITYSCAPES, VOC
+from training.data.masks import ColourMasks, find_masks
 from training.data.segmentation import MaskBatches
 
 LAYOUTS = ["labels", "colours"]

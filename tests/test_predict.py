@@ -16,7 +16,9 @@ from interpretability.predict import draw, find_truth, predict
 from models.baselines import ResNetUNetConfig
 from tests.camvid_data import write_camvid
 from tests.inspecting import check_error, train_unet
-from training.data.masks import CAMVID, CLASSES, find_masks, read_image
+from training.data.classes import CAMVID, CLASSES
+from training.data.mask_files import read_image
+from training.data.masks import find_masks
 from training.data.segmentation import read_pair
 from training.runs import load_model
 
@@ -157,13 +159,16 @@ def test_pictures_of_odd_shapes_have_bounds(size):
 @pytest.mark.parametrize("with_truth", [True, False])
 def test_the_legend_of_all_classes_fits_in(name, with_truth):
     classes = CLASSES[name]
-    predicted, truth = (stripes(range(n), (32, 48)) for n in (classes.void, classes.void + 1))
-    image = np.zeros((32, 48, 3), dtype=np.uint8)
+    predicted, truth = (stripes(range(n), (160, 240)) for n in (classes.void, classes.void + 1))
+    predicted[:, :120] = classes.void - 1  # the class with most pixels
+    image = np.zeros((160, 240, 3), dtype=np.uint8)
     figure = draw(image, predicted, truth if with_truth else None, classes, "a title")
     figure.draw_without_rendering()
     (legend,) = figure.legends
     box, panel = legend.get_window_extent(), figure.axes[0].get_window_extent()
-    assert len(legend.get_texts()) == classes.void + with_truth
+    names = [text.get_text() for text in legend.get_texts()]
+    assert classes.names[-1] in names and len(names) == min(classes.void + with_truth, 31)
+    assert name != "ade20k" or names[-1] == f"and {120 + with_truth} more"
     assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0 and box.y1 <= panel.y0
 
 

@@ -54,6 +54,7 @@ from training.runs import Run
 from training.stored import load_checkpoint
 
 MIXED = dict(crop_scale_min=0.8, horizontal_flip=True, randaugment=1, random_erasing=0.3, mixup=0.8, cutmix=1.0)
+MIXED |= dict(train_sizes=(24, 32))
 COMMON = dict(epochs=3, learning_rate=2e-3, weight_decay=0.05, warmup_steps=4, precision="float32")
 
 

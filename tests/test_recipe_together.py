@@ -29,6 +29,7 @@ EVERYTHING = dict(
     repeat_augment=2,
     eval_flip=True,
 )
+AT_SEVERAL_SIZES = dict(train_sizes=(24, 32, 40), eval_scales=(0.75, 1.0))
 
 
 def weights_of(trial):
@@ -41,7 +42,9 @@ def kill_in_the_third_epoch():
 
 
 def test_a_run_resumed_after_a_kill_is_bit_identical_and_one_with_recompute_too(experiment):
-    make = functools.partial(experiment, epochs=3, model=dict(dropout=0.2, drop_path=0.2), **EVERYTHING)
+    make = functools.partial(
+        experiment, epochs=3, model=dict(dropout=0.2, drop_path=0.2), **EVERYTHING, **AT_SEVERAL_SIZES
+    )
     whole, killed, again = make("whole"), make("killed"), make("again", options={"recompute": True})
     fit(whole)
     code, _ = launch_in_child(killed, kill_in_the_third_epoch)

@@ -15,7 +15,8 @@ import torchmetrics
 from training import SegmentationConfig
 from tests.camvid_data import write_camvid
 from training.augment import JointTransform
-from training.data.masks import CAMVID, find_masks
+from training.data.classes import CAMVID
+from training.data.masks import find_masks
 from training.data.segmentation import MaskBatches
 from training.metrics import Sums, batch_miou, confusion_matrices, metric_of
 from training.tasks import at_size_of, dice_loss, median_frequencies, pixel_cross_entropy

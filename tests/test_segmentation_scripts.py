@@ -8,7 +8,7 @@ import torch
 from tests.camvid_data import write_camvid
 from tests.trials import interrupt, read_rows, same_weights, weights
 from training.command_line import experiment_of
-from training.data.masks import CAMVID
+from training.data.classes import CAMVID
 from training.runs import load_model
 
 TINY = "--img-size 32 --n-layer 2 --n-embd 16 --n-head 2 --mlp-internal-dim-multiplier 4 --device cpu".split()

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from training import UserError, fit, loop, provenance, seeds
 from tests.trials import COLUMNS, read_metrics, same_weights, weights
@@ -242,15 +243,18 @@ def test_the_commit_tells_of_changed_files(status, ending, monkeypatch):
     assert provenance.describe_run(mock.Mock(), {})["commit"] == "abc" + ending
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(ema=0.9), dict(eval_flip=True)], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, dict(ema=0.9), dict(eval_flip=True), dict(eval_scales=(1, 1.25), eval_flip=True)], ids=str
+)
 def test_losses_and_accuracies_are_means_over_images(fields, experiment):
     """What validation and test found, counted again one image at a time; 48 and 40 do not fill batches of 9.
 
-    With ema by the average, that is kept; with eval_flip of each image and its mirror image.
+    With ema by the average, that is kept; with eval_flip of each image and its mirror image, at all scales.
     """
     trial = experiment(options={"eval_batch_size": 9}, **fields)
     summary = fit(trial)
     assert summary.get("eval_flip", False) == ("eval_flip" in fields)
+    assert summary.get("eval_scales") == ([1.0, 1.25] if "eval_scales" in fields else None)
     dataset, val = load_dataset("cifar10", trial.options.data_dir), Run(trial.folder).read_split().val
     model, _ = load_model(trial.folder)
     for found, prefix, images, labels in (
@@ -260,8 +264,12 @@ def test_losses_and_accuracies_are_means_over_images(fields, experiment):
         with torch.no_grad():
             inputs = [torch.from_numpy(image)[None].float() / 127.5 - 1 for image in images]
             logits = torch.cat([model(image) for image in inputs])
+            if "eval_scales" in fields:
+                inputs += [F.interpolate(image, (40, 40), mode="bilinear", antialias=True) for image in inputs]
+                logits = torch.stack([model(image) for image in inputs]).view(2, -1, 10).mean(0)
             if "eval_flip" in fields:
-                logits = (logits + torch.cat([model(image.flip(-1)) for image in inputs])) / 2
+                mirrored = torch.stack([model(image.flip(-1)) for image in inputs])
+                logits = (logits + mirrored.view(-1, len(logits), 10).mean(0)) / 2
         labels = torch.from_numpy(labels)
         assert found[f"{prefix}accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
         losses = -logits.log_softmax(1)[torch.arange(len(labels)), labels]

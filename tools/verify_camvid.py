@@ -1,4 +1,4 @@
-"""Checks a CamVid folder, in either layout, before training.
+"""Checks a CamVid folder, in either layout, or another segmentation data set before training.
 
 Prints for each part how many images have a mask, their sizes, and each class's share of the pixels; then which images
 have an EXIF orientation, hidden files and files left out. Last comes one line for every file that is damaged, lacks its
@@ -6,12 +6,14 @@ image or mask, differs from it in size, or has a label or colour of no class; th
 
     python tools/verify_camvid.py
     python tools/verify_camvid.py --data-dir /data/CamVid
+    python tools/verify_camvid.py --dataset ade20k
 """
 
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,7 +28,8 @@ from training.config import UserError
 from training.data import data_folder
 from training.data.finding import count, printable
 from training.data.image_files import orientation
-from training.data.masks import BadFile, ColourMasks, MaskFiles, find_masks
+from training.data.mask_files import BadFile, MaskFiles
+from training.data.masks import ColourMasks, find_masks
 from training.data.segmentation import read_pair
 
 SHOWN_SIZES = 8
@@ -35,10 +38,12 @@ SHOWN_TURNED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Where to look."""
+    """What to check, and where to look."""
 
+    dataset: Literal["camvid", "voc", "cityscapes", "ade20k"] = "camvid"
+    """the data set; none is downloaded"""
     data_dir: Path | None = None
-    """CamVid's folder, or the one that holds data_camvid; default: $VISION_BDH_DATA, else beside the scripts"""
+    """its folder, or the one that holds data_camvid and the like; default: $VISION_BDH_DATA, else beside the scripts"""
 
 
 @dataclass
@@ -107,10 +112,10 @@ def notes(files: MaskFiles, found: dict[str, Found]) -> list[str]:
 
 
 def main(options: Options) -> None:
-    folder = data_folder("camvid", options.data_dir)
-    files = find_masks("camvid", folder)
+    folder = data_folder(options.dataset, options.data_dir)
+    files = find_masks(options.dataset, folder, download=False)
     layout = "colours, folded to 11 classes" if isinstance(files.read_mask, ColourMasks) else "labels"
-    print(f"{printable(folder)}: CamVid with masks of {layout}")
+    print(f"{printable(folder)}: {options.dataset} with masks of {layout}")
     found, problems = verify(files)
     show(files, found)
     for note in notes(files, found):

@@ -152,6 +152,11 @@ class ClassificationConfig(HeldOutConfig):
     """augmented copies of an image in its batch; an epoch then sees 1 / n of the images n times"""
     eval_flip: bool = False
     """validate and test with the mean logits of each image and its mirror image"""
+    eval_scales: tuple[float, ...] = (1.0,)
+    """validate and test with the mean logits of each image at these scales, such as 1 1.25 (models of any size)"""
+    train_sizes: tuple[int, ...] = ()
+    """train at several sizes: each batch is resized to one of these sides in pixels, drawn at random (models of any
+    size); default: img_size"""
     train_limit: int | None = None
     """use only this many training images (validation included), drawn by the seed"""
 
@@ -173,6 +178,10 @@ class ClassificationConfig(HeldOutConfig):
             require(0 <= getattr(self, name) < 1, self, name, "must be at least 0 and below 1")
         require(1 <= self.repeat_augment <= self.batch_size, self, "repeat_augment", "must be 1 to batch_size")
         require(self.crop_padding == 0 or self.crop_scale_min == 1, self, "crop_padding", "needs crop_scale_min = 1")
+        check_scales(self)
+        object.__setattr__(self, "train_sizes", tuple(self.train_sizes))  # JSON has lists only
+        distinct = len(set(self.train_sizes)) == len(self.train_sizes)
+        require(distinct and min(self.train_sizes, default=1) >= 1, self, "train_sizes", "must be different sizes")
 
     def check_new(self) -> None:
         divides = self.batch_size % self.repeat_augment == 0
@@ -213,6 +222,7 @@ class PretrainingConfig(ClassificationConfig):
         super().__post_init__()
         for name in ("mixup", "cutmix", "label_smoothing", "eval_flip"):
             require(not getattr(self, name), self, name, "concerns labels, which pretraining does not use")
+        require(self.eval_scales == (1.0,), self, "eval_scales", "concerns labels, which pretraining does not use")
 
     def make_task(self) -> "Task":
         from training.tasks import MaskedImages
@@ -226,7 +236,7 @@ class SegmentationConfig(TrainConfig):
 
     task: ClassVar[str] = "segmentation"
 
-    dataset: Literal["camvid", "voc", "cityscapes"] = "camvid"
+    dataset: Literal["camvid", "voc", "cityscapes", "ade20k"] = "camvid"
     """images and masks to train on"""
     dice_weight: float = 0.5
     """share of the Dice loss; the rest is cross-entropy"""
@@ -246,6 +256,10 @@ class SegmentationConfig(TrainConfig):
     """train on the training and validation sets; the last epoch is tested, since no set is left to select the best"""
     eval_full_size: bool = False
     """validate against masks at their original size (predictions are upsampled)"""
+    eval_flip: bool = False
+    """validate and test with the mean class probabilities of each image and its mirror image"""
+    eval_scales: tuple[float, ...] = (1.0,)
+    """validate and test with the mean class probabilities of each image at these scales, such as 0.75 1 1.25"""
     train_limit: int | None = None
     """use only this many training images, drawn by the seed"""
 
@@ -255,6 +269,7 @@ class SegmentationConfig(TrainConfig):
             require(0 <= getattr(self, name) <= 1, self, name, "must be between 0 and 1")
         require(0.1 <= self.scale_min <= 1, self, "scale_min", "must be between 0.1 and 1")
         require(1 <= self.scale_max <= 8, self, "scale_max", "must be between 1 and 8")
+        check_scales(self)
         require(self.train_limit is None or self.train_limit >= 1, self, "train_limit", "must be at least 1")
 
     def check_new(self) -> None:
@@ -294,6 +309,14 @@ class TextConfig(HeldOutConfig):
         from training.tasks import LanguageModelling
 
         return LanguageModelling(self)
+
+
+def check_scales(config: "ClassificationConfig | SegmentationConfig") -> None:
+    """Raises ValueError for impossible eval_scales; makes them a tuple, which JSON does not have."""
+    scales = tuple(map(float, config.eval_scales))
+    object.__setattr__(config, "eval_scales", scales)
+    good = scales and len(set(scales)) == len(scales) and all(0.1 <= scale <= 8 for scale in scales)
+    require(good, config, "eval_scales", "must be one or more different numbers between 0.1 and 8")
 
 
 def require(holds: bool, config: Any, name: str, rule: str) -> None:

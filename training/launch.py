@@ -20,6 +20,9 @@ from training.loop import fit
 from training.metrics import metric_of
 from training.parent import end_with_parent
 from training.runs import Run
+from training.views import views_text
+
+SHOWN_CLASSES = 30  # of more, the closing table leaves out the IoU of each
 
 
 def launch(experiment: Experiment) -> Path:
@@ -91,17 +94,23 @@ def _end(message: str, code: int) -> NoReturn:
 def show_summary(experiment: Experiment, summary: dict[str, Any]) -> None:
     """The closing table."""
     table = Table(title=f"{experiment.name}, seed {experiment.train.seed}", show_header=False)
-    for key, value in (summary["test"] or {}).items():
+    for key, value in _shown(summary["test"] or {}, "iou_"):
         table.add_row(f"test {metric_of(key).label}", metric_of(key).show(value))
     if summary["test"] is None:
         table.add_row("test", "no test set: validation is the result")
-    if summary.get("eval_flip"):
-        table.add_row("evaluated", "mean logits of each image and its mirror image")
+    if views := views_text(summary, experiment.train.task):
+        table.add_row("evaluated", views)
     table.add_row("best epoch", str(summary["best"]["epoch"]))
-    for key, value in summary["best"].items():
+    for key, value in _shown(summary["best"], "val_iou_"):
         if key != "epoch":
             metric = metric_of(key.removeprefix("val_"))
             table.add_row(f"its validation {metric.label}", metric.show(value))
     table.add_row("parameters", f"{summary['parameters']:,}")
     Console().print(table)
     print(f"run: {experiment.folder}")
+
+
+def _shown(results: dict[str, Any], of_class: str) -> list[tuple[str, Any]]:
+    """Results for the closing table: the IoU of each class, whose names start with of_class, only if they are few."""
+    few = sum(key.startswith(of_class) for key in results) <= SHOWN_CLASSES
+    return [(key, value) for key, value in results.items() if few or not key.startswith(of_class)]

@@ -23,6 +23,7 @@ from training.session import Session, announce, build_model, count_parameters, m
 from training.start import start_weights
 from training.tasks import Task
 from training.trackers import Trackers
+from training.views import views_used
 
 
 class TrainingError(UserError):
@@ -315,7 +316,6 @@ def _finish(session: Session) -> dict[str, Any]:
         "parameters": count_parameters(session.model),
         "images": {part: session.data.size(part) for part in ("train", "val", "test")},
     }
-    if getattr(session.experiment.train, "eval_flip", False):
-        summary["eval_flip"] = True  # the results are those of an image and its mirror image together
+    summary |= views_used(session.experiment.train)
     session.run.write_summary(summary)
     return summary

@@ -14,6 +14,7 @@ STREAMS = {
     "erasing": 7,
     "mixing": 8,
     "crops": 9,
+    "sizes": 10,
 }
 
 

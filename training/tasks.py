@@ -5,7 +5,7 @@ A train config makes its task (`make_task`). docs/extending.md describes the con
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,11 +17,14 @@ from training import processes
 from models.masked_bdh import Reconstruction
 from training.config import ClassificationConfig, SegmentationConfig, TextConfig, UserError
 from training.data import DataSet, ImageBatches, Split, data_folder, draw_split, load_dataset
-from training.data.masks import CLASSES, MaskFiles, find_masks
+from training.data.classes import CLASSES
+from training.data.mask_files import MaskFiles
+from training.data.masks import find_masks
 from training.data.segmentation import MaskBatches, refuse
 from training.data.text import Text, TextBatches, load_text
 from training.experiment import Experiment
 from training.metrics import METRICS, Items, Metric, batch_miou, confusion_matrices, confusion_ratios
+from training.views import Views, check_train_sizes, views_of
 
 EVAL_BATCH_SIZE = 256
 
@@ -98,14 +101,11 @@ class OneForward:
 
     selects_best = shows_metric = True
     whole_batch = False
+    views: Views | None = None
+    """forms of an image that are evaluated, once the model is known"""
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Any:
         return model(inputs)
-
-
-def with_mirror_images(predict: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Mean of the logits of each image and its mirror image. images: (B, C, height, width) -> (B, classes)."""
-    return (predict(images) + predict(images.flip(-1))) / 2
 
 
 class Classification(OneForward):
@@ -119,6 +119,8 @@ class Classification(OneForward):
 
     def open(self, experiment: Experiment) -> DataSet:
         train, model = self.train, experiment.model
+        self.views = views_of(model, train.eval_scales, train.eval_flip)
+        check_train_sizes(model, train.train_sizes)
         source = load_dataset(train.dataset, experiment.options.data_dir, model.img_size, model.in_channels)
         if train.crop_original and isinstance(source.train_images, np.ndarray):
             raise UserError(f"--crop-original is for image files, which {source.name} does not have: leave it out")
@@ -132,8 +134,9 @@ class Classification(OneForward):
         return ImageBatches(source, split, train, eval_batch_size, device, options.num_workers)
 
     def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """Logits; with eval_flip the mean of those of each image and its mirror image."""
-        return with_mirror_images(model, inputs) if self.train.eval_flip else model(inputs)
+        """Logits; with eval_flip and eval_scales the mean of those of all forms of an image."""
+        views = self.views or Views(self.train.eval_flip)
+        return views.classify(model, inputs)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in nats. logits: (B, classes), labels: (B,), or (B, classes) probabilities."""
@@ -210,6 +213,7 @@ class Segmentation(OneForward):
 
     def open(self, experiment: Experiment) -> MaskFiles:
         model, options, n_classes = experiment.model, experiment.options, len(self.classes.names)
+        self.views = views_of(model, self.train.eval_scales, self.train.eval_flip)
         for name, value in {"num_classes": n_classes, "in_channels": 3}.items():
             if getattr(model, name) != value:
                 raise UserError(
@@ -230,8 +234,13 @@ class Segmentation(OneForward):
     def load(self, source: MaskFiles, split: Split | None, experiment: Experiment, device: torch.device) -> MaskBatches:
         data = MaskBatches(source, self.train, experiment.model.img_size, device, experiment.options.num_workers)
         if self.train.class_weighting == "median_frequency":
-            self.weights = median_frequencies(data.parts["train"].masks, len(self.classes.names)).to(device)
+            self.weights = median_frequencies(data.parts["train"].each_mask(), len(self.classes.names)).to(device)
         return data
+
+    def predict(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Logits; with eval_flip and eval_scales those of the mean class probabilities of all forms of an image."""
+        views = self.views or Views(self.train.eval_flip)
+        return views.segment(model, inputs)
 
     def loss(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Weighted mean of cross-entropy (nats) and Dice loss. logits: (B, classes, h, w), masks: (B, h', w')."""
@@ -272,11 +281,11 @@ def pixel_cross_entropy(logits: Tensor, masks: Tensor, weights: Tensor | None = 
     return entropy / total(F.pad(weights, (0, 1))[masks].sum()).clamp(min=1e-6)  # void weighs 0
 
 
-def median_frequencies(masks: np.ndarray, n_classes: int) -> Tensor:
+def median_frequencies(masks: Iterable[np.ndarray], n_classes: int) -> Tensor:
     """(n_classes,) class weights median(f) / f: Eigen and Fergus 2015 (arXiv 1411.4734), section 6.3.2.
 
     f: pixels of a class / non-void pixels of the images that hold it. A class that no image holds gets weight 1.
-    masks: (N, h, w) uint8; n_classes is void.
+    masks: (h, w) uint8 each; n_classes is void.
     """
     counts = np.stack([np.bincount(mask.ravel(), minlength=n_classes + 1)[:n_classes] for mask in masks])
     present = counts > 0

@@ -21,14 +21,17 @@ from models.vision_bdh import Grid, height_and_width
 from training.augment import normalise
 from training.config import ROOT, UserError
 from training.data import DataSet, Split, data_folder, draw_split, load_dataset
+from training.data.classes import CLASSES
 from training.data.finding import count, cut_name
 from training.data.image_files import MODES, read_images
-from training.data.masks import CLASSES, BadFile, MaskFiles, find_masks
+from training.data.mask_files import BadFile, MaskFiles
+from training.data.masks import find_masks
 from training.data.segmentation import read_pair, scale_image, scale_mask, training_pairs
 from training.device import prepare_device
 from training.experiment import changed_fields
 from training.runs import Run, load_model
 from training.stored import EXPORTED, configuration_of, task_of
+from training.views import Predict, views_of
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 LONGEST_STEM = 150  # bytes; file systems allow names of 255, and scripts add their own words
@@ -123,6 +126,15 @@ class TrainedRun:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeds.derive("weights", self.train["seed"]))
             return self.sizes.build().eval().to(self.device)
+
+    def answer(self, predict: Predict, images: Tensor, at_scales: bool = True) -> Tensor:
+        """What predict answers in the views that the run was evaluated in (`training.views`), as logits.
+
+        at_scales: in those of other sizes, too.
+        """
+        scales = self.train.get("eval_scales", (1.0,)) if at_scales else (1.0,)
+        views = views_of(self.sizes, scales, self.train.get("eval_flip", False))
+        return (views.segment if self.labels_pixels else views.classify)(predict, images)
 
     @property
     def grid(self) -> Grid:

@@ -1,18 +1,15 @@
 """The score of any form of a model on the images that its run was tested on."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from analysis.tables import accuracy_interval
 from interpretability.common.trained import TrainedRun
 from training.metrics import METRICS, confusion_matrices, confusion_ratios
-from training.tasks import with_mirror_images
+from training.views import Predict
 
 BATCH, SEGMENTATION_BATCH = 128, 4  # images at once; those of segmentation are large, and their scores larger
-Predict = Callable[[Tensor], Tensor]  # images (B, C, height, width) in [-1, 1] -> logits
 
 
 @dataclass(frozen=True)
@@ -41,17 +38,17 @@ class Score:
 
 
 def score(run: TrainedRun, predict: Predict, n_images: int | None = None) -> Score:
-    """Scores predict on images of the run's test part, at the model's size. n_images: evenly spaced; None for all.
+    """Scores predict on images of the run's test part. n_images: evenly spaced; None for all.
 
-    Raises UserError if the data are not there.
+    With eval_flip and eval_scales as the run was evaluated, except that classifiers are asked at their own size alone:
+    most of their exported forms take no other. Raises UserError if the data are not there.
     """
     indices = run.choose_images(n_images)
     batch_size = SEGMENTATION_BATCH if run.labels_pixels else BATCH
     total = None
     with torch.inference_mode():
         for images, labels in run.batches(indices, batch_size, "testing"):
-            outputs = with_mirror_images(predict, images) if run.train.get("eval_flip") else predict(images)
-            predicted = outputs.argmax(1)
+            predicted = run.answer(predict, images, at_scales=run.labels_pixels).argmax(1)
             if run.labels_pixels:
                 counts = confusion_matrices(predicted, labels, len(run.class_names)).sum(0)
             else:

@@ -10,6 +10,7 @@ from typing import Any
 from analysis.tables import accuracy_interval
 from training.metrics import METRICS
 from training.stored import EXPORTED, configuration_of, hardware_of, read_config, read_summary, task_of
+from training.views import views_text
 
 DATA = {  # name, where it is described, what its publishers say about its use
     "digits": (
@@ -38,6 +39,7 @@ DATA = {  # name, where it is described, what its publishers say about its use
         "images from Flickr, under its terms of use",
     ),
     "cityscapes": ("Cityscapes", "https://www.cityscapes-dataset.com/license/", "non-commercial use only"),
+    "ade20k": ("ADE20K", "https://groups.csail.mit.edu/vision/datasets/ADE20K/terms/", "non-commercial use only"),
 }
 USES = {
     "classification": ("image-classification", "classifying small images into the classes above"),
@@ -77,7 +79,7 @@ def model_card(folder: Path) -> str:
         f"| data | {f'[{name}]({url})' if url else name} |",
         f"| licence of the data | {licence} |",
         f"| {samples} | {_counts(summary, config)} |",
-        *_results(summary),
+        *_results(summary, task),
         f"| weights of | epoch {summary['best']['epoch']} of {summary['epochs']}, {chosen} |",
         f"| training | {', '.join(f'{key} {train[key]}' for key in RECIPE if train.get(key) is not None)} |",
         f"| started from | {_origin(config)} |",
@@ -124,7 +126,7 @@ def _origin(config: dict[str, Any]) -> str:
     return origin.get("file", "random weights")
 
 
-def _results(summary: dict[str, Any]) -> list[str]:
+def _results(summary: dict[str, Any], task: str) -> list[str]:
     """Rows with the test result, or the best validation result where the data have no test part."""
     part, prefix = ("test", "") if summary["test"] else ("val", "val_")
     values = summary["test"] or summary["best"]
@@ -136,7 +138,7 @@ def _results(summary: dict[str, Any]) -> list[str]:
     if metric.key == "accuracy" and n and part == "test":  # the best of many epochs has no such interval
         low, high = accuracy_interval(round(value * n), n)
         interval = f" (95 % interval over test images: {metric.number(low)} to {metric.number(high)})"
-    if summary.get("eval_flip"):
-        interval += ", each image answered together with its mirror image (mean of the logits)"
+    if views := views_text(summary, task):
+        interval += f", {views}"
     where = "test" if part == "test" else "best validation"
     return [f"| {where} {metric.title} | {metric.number(value)}{interval} |"]

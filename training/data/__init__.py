@@ -8,7 +8,8 @@
     image_files   reading images: orientation, transparency, size
     streaming     image files read in every epoch, by worker processes
     batches       what classification data share: data set, split, batches on the device
-    masks         where images with masks lie and how masks are read: CamVid, Pascal VOC, Cityscapes
+    mask_files    images with masks: pairing and reading files
+    masks         where those of a data set lie: CamVid, Pascal VOC, Cityscapes, ADE20K
     classes       their classes and colours
     segmentation  batches of images with masks
     text          the bytes of one text

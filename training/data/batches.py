@@ -14,8 +14,9 @@ from training import processes, seeds
 from training.augment import Augmentation, normalise
 from training.config import ClassificationConfig, UserError
 from training.data.image_files import ImageFiles, read_images
-from training.data.streaming import Reader, StreamedPart
+from training.data.streaming import Images, Reader, StreamedPart
 from training.device import fits_in_memory
+from training.views import Size, resized
 
 Part = tuple[np.ndarray | ImageFiles, np.ndarray]  # images and labels
 
@@ -183,7 +184,7 @@ class ImageBatches:
             }
         else:
             files = {name: images for name, (images, _) in parts.items()}
-            reader = Reader(files, config.crop_scale_min, device, num_workers)
+            reader = Reader(Images(files, config.crop_scale_min), device, num_workers)
             self.parts = {name: StreamedPart(name, reader, labels, device) for name, (_, labels) in parts.items()}
 
     def size(self, part: str) -> int:
@@ -207,13 +208,14 @@ class ImageBatches:
         mixes = any(getattr(each, "mixes", False) for each in self.augmentations)
         batches = order.split(config.batch_size)[first:]
         shares = [processes.share_with_partners(len(batch)) if mixes else _share(len(batch)) for batch in batches]
+        sizes = self._sizes(epoch, -(-n // config.batch_size))
         read = self._read(part, [_rows(batch, rows) for batch, (rows, _) in zip(batches, shares, strict=True)])
         for i, ((images, labels), (rows, mine)) in enumerate(zip(read, shares, strict=True), first):
             here = slice(i * config.batch_size, (i + 1) * config.batch_size)
             images = normalise(images)
             for apply, draws in steps:
                 images, labels = apply(images, labels, *(_rows(draw[here], rows) for draw in draws))
-            yield images[mine], labels[mine]
+            yield resized(images[mine], sizes[i] or images.shape[2:], antialias=True), labels[mine]
 
     def _read(self, part: MemoryPart | StreamedPart, orders: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels of each order; an empty one, a share of a last batch, is not asked of the part."""
@@ -225,6 +227,14 @@ class ImageBatches:
             else:
                 images = torch.empty(0, *part.images.shape[1:], dtype=torch.uint8, device=self.device)
                 yield images, part.labels[:0].to(self.device)
+
+    def _sizes(self, epoch: int, n_batches: int) -> list[Size | None]:
+        """The size of each batch of an epoch, drawn by the run's seed; None for images as they are."""
+        if not self.config.train_sizes:
+            return [None] * n_batches
+        generator = seeds.generator("sizes", self.config.seed, epoch)
+        drawn = torch.randint(len(self.config.train_sizes), (n_batches,), generator=generator).tolist()
+        return [(self.config.train_sizes[place],) * 2 for place in drawn]
 
     def _draws(self, step: Augmentation, n: int, height: int, width: int, epoch: int) -> list[Tensor]:
         draws = step.draw(n, height, width, seeds.generator(step.stream, self.config.seed, epoch))

@@ -75,4 +75,19 @@ CITYSCAPES = Classes(
     tuple(each.name.replace(" ", "_") for each in CITYSCAPES_CLASSES), tuple(each.color for each in CITYSCAPES_CLASSES)
 )
 
-CLASSES = {"camvid": CAMVID, "voc": VOC, "cityscapes": CITYSCAPES}
+ADE20K_NAMES = (  # the first name of each line of objectInfo150.txt, in its order
+    "wall building sky floor tree ceiling road bed windowpane grass cabinet sidewalk person earth door table mountain "
+    "plant curtain chair car water painting sofa shelf house sea mirror rug field armchair seat fence desk rock "
+    "wardrobe lamp bathtub railing cushion base box column signboard chest_of_drawers counter sand sink skyscraper "
+    "fireplace refrigerator grandstand path stairs runway case pool_table pillow screen_door stairway river bridge "
+    "bookcase blind coffee_table toilet flower book hill bench countertop stove palm kitchen_island computer "
+    "swivel_chair boat bar arcade_machine hovel bus towel light truck tower chandelier awning streetlight booth "
+    "television airplane dirt_track apparel pole land bannister escalator ottoman bottle buffet poster stage van ship "
+    "fountain conveyer_belt canopy washer plaything swimming_pool stool barrel basket waterfall tent bag minibike "
+    "cradle oven ball food step tank trade_name microwave pot animal bicycle lake dishwasher screen blanket sculpture "
+    "hood sconce vase traffic_light tray ashcan fan pier crt_screen plate monitor bulletin_board shower radiator "
+    "glass clock flag"
+).split()
+ADE20K = Classes(tuple(ADE20K_NAMES), tuple(_voc_colour(label) for label in range(1, len(ADE20K_NAMES) + 1)))
+
+CLASSES = {"camvid": CAMVID, "voc": VOC, "cityscapes": CITYSCAPES, "ade20k": ADE20K}

@@ -1,70 +1,20 @@
-"""Segmentation data sets: where the files of each lie and how its masks are read.
-
-Void, the label of pixels that are not evaluated, is always the number after the last class.
-"""
+"""Segmentation data sets: where the files of each lie and how its masks are read."""
 
 import csv
-from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Container, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torchvision import datasets
 
 from training.config import UserError
-from training.data.classes import CAMVID, CAMVID_FOLD, CITYSCAPES, CITYSCAPES_CLASSES, CLASSES, VOC, Classes
-from training.data.finding import Finder, fingerprint, is_image
-from training.data.image_files import open_image, open_upright, require_8_bits, unreadable, why_unreadable
+from training.data.classes import ADE20K, CAMVID, CAMVID_FOLD, CITYSCAPES, CITYSCAPES_CLASSES, VOC
+from training.data.finding import Finder, is_image
+from training.data.image_files import open_upright, require_8_bits, why_unreadable
+from training.data.mask_files import BadFile, MaskFiles, Pair, bad_file, pair_files, read_labels
 
 PARTS = ("train", "val", "test")
-
-
-class BadFile(Exception):
-    """An unusable file; the message names it and says what to do."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    image: Path
-    mask: Path
-
-
-@dataclass(frozen=True)
-class MaskFiles:
-    """The files of a data set, not yet read."""
-
-    name: str
-    pairs: dict[str, list[Pair]]
-    """by part: train, val, test; the last may be empty"""
-    read_mask: Callable[[Path], np.ndarray]
-    """(h, w) uint8 labels of a mask; raises BadFile"""
-    problems: list[str]
-    """one message for each unusable file"""
-    notes: tuple[str, ...] = ()
-    """lines to print at the start of a run"""
-
-    @property
-    def classes(self) -> Classes:
-        return CLASSES[self.name]
-
-    @cached_property
-    def description(self) -> dict[str, Any]:
-        """Identifies the data: stored in config.json and compared at resume."""
-        images = {part: len(pairs) for part, pairs in self.pairs.items()}
-        files = [
-            (f"{part}/{path.parent.name}/{path.name}", _size(path))
-            for part, pairs in self.pairs.items()
-            for pair in pairs
-            for path in (pair.image, pair.mask)
-        ]
-        return {
-            "name": self.name,
-            "class_names": list(self.classes.names),
-            "images": images,
-            "file_names_and_sizes": fingerprint(files),
-        }
 
 
 def find_masks(name: str, folder: Path, download: bool = True) -> MaskFiles:
@@ -75,29 +25,9 @@ def find_masks(name: str, folder: Path, download: bool = True) -> MaskFiles:
     try:
         if name == "voc":
             return _find_voc(folder, download)
-        return {"camvid": _find_camvid, "cityscapes": _find_cityscapes}[name](folder)
+        return {"camvid": _find_camvid, "cityscapes": _find_cityscapes, "ade20k": _find_ade20k}[name](folder)
     except PermissionError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): make it readable") from None
-
-
-def read_image(path: Path) -> np.ndarray:
-    """(h, w, 3) uint8 as a viewer shows it (see `open_image`). Raises BadFile, also at 16 bits a channel."""
-    try:
-        return np.array(open_image(path, "RGB"))
-    except Exception as error:  # Pillow raises errors of many kinds for damaged files
-        raise _unreadable(path, "an image", error) from None
-
-
-def _unreadable(path: Path, kind: str, error: Exception) -> BadFile:
-    return BadFile(unreadable(path, kind, error, "replace it with an intact copy of 8 bits a channel"))
-
-
-def _size(path: Path) -> int:
-    """In bytes; -1 for a missing file, which is reported when it is read."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
 
 
 # ---------------------------------------------------------------------------- CamVid
@@ -137,68 +67,8 @@ def _find_camvid(folder: Path) -> MaskFiles:
     return MaskFiles("camvid", pairs, read, problems, tuple(finder.notes()))
 
 
-def pair_files(images: Path, masks: Path, finder: Finder) -> tuple[list[Pair], list[str]]:
-    """Images with the masks of the same name (or NAME_L), sorted, and a message for each file without a partner."""
-    by_stem, problems = _by_stem(images, "", finder)
-    masks_by_stem, more = _by_stem(masks, "_L", finder)
-    problems += more
-    problems += [
-        f"{by_stem[stem]} has no mask in {masks}: add it, or remove the image"
-        for stem in sorted(by_stem.keys() - masks_by_stem)
-    ]
-    problems += [
-        f"{masks_by_stem[stem]} has no image in {images}: add it, or remove the mask"
-        for stem in sorted(masks_by_stem.keys() - by_stem)
-    ]
-    pairs = [Pair(by_stem[stem], masks_by_stem[stem]) for stem in sorted(by_stem.keys() & masks_by_stem)]
-    return pairs, problems
-
-
-def _by_stem(folder: Path, end: str, finder: Finder) -> tuple[dict[str, Path], list[str]]:
-    """Image files of a folder by name without suffix and `end`, and a message for each name used twice."""
-    by_stem: dict[str, Path] = {}
-    problems = []
-    entries = finder.list_folder(folder) if folder.is_dir() else []
-    for path in (Path(file.path) for file in finder.list_images(entries)):
-        if (before := by_stem.setdefault(path.stem.removesuffix(end), path)) != path:
-            problems.append(f"{before} and {path.name} have the same name: remove one of them")
-    return by_stem, problems
-
-
 def _read_camvid_labels(path: Path) -> np.ndarray:
     return read_labels(path, CAMVID, {})
-
-
-def read_labels(path: Path, classes: Classes, renamed: dict[int, int]) -> np.ndarray:
-    """The labels of a mask that stores them as pixel values. renamed: file label -> our label.
-
-    Raises BadFile for a file that is no such mask, or a label that is neither a class nor void.
-    """
-    try:
-        image = open_upright(path)
-        mode, pixels = image.mode, np.array(image)
-    except Exception as error:
-        raise _unreadable(path, "a mask", error) from None
-    if mode not in ("L", "P"):
-        raise BadFile(f"{path} is not a label mask (image mode {mode}, not one byte per pixel): replace it with one")
-    table = np.full(256, 255, dtype=np.uint8)
-    table[: classes.void + 1] = np.arange(classes.void + 1)
-    for theirs, ours in renamed.items():
-        table[theirs] = ours
-    labels = table[pixels]
-    if (labels == 255).any():
-        row, column = np.argwhere(labels == 255)[0]
-        raise BadFile(
-            f"{path} has the label {pixels[row, column]} in row {row}, column {column}, which is neither a class nor "
-            f"void (those are {_spans(np.flatnonzero(table != 255))}): fix the mask, or remove it with its image"
-        )
-    return labels
-
-
-def _spans(numbers: np.ndarray) -> str:
-    """Sorted numbers as ranges: "0 to 20 and 255"."""
-    spans = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
-    return " and ".join(f"{span[0]} to {span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans)
 
 
 class ColourMasks:
@@ -240,7 +110,7 @@ def _read_colours(path: Path) -> np.ndarray:
         require_8_bits(image)
         return np.array(image.convert("RGB"))
     except Exception as error:
-        raise _unreadable(path, "an image", error) from None
+        raise bad_file(path, "an image", error) from None
 
 
 def _read_class_dict(lines: Iterable[str], known: Container[str]) -> dict[tuple[int, ...], str]:
@@ -270,7 +140,7 @@ def _colour_codes(colours: np.ndarray) -> np.ndarray:
     return red << 16 | green << 8 | blue
 
 
-# ---------------------------------------------------------------------------- Pascal VOC 2012 and Cityscapes
+# ---------------------------------------------------------------------------- Pascal VOC 2012, Cityscapes, ADE20K
 
 
 def _find_voc(folder: Path, download: bool) -> MaskFiles:
@@ -343,3 +213,27 @@ def _usable_pairs(images: Iterable[str], masks: Iterable[str]) -> list[Pair]:
     """Drops what is not an image: torchvision takes any file in a folder and any line of a list."""
     pairs = [Pair(Path(image), Path(mask)) for image, mask in zip(images, masks, strict=True)]
     return [pair for pair in pairs if is_image(pair.image)]
+
+
+def _find_ade20k(folder: Path) -> MaskFiles:
+    """ADE20K with the 150 classes of its scene-parsing benchmark: Zhou et al. 2017 (arXiv 1608.05442).
+
+    Pixels of no class (0) are void. The test part has no public labels.
+    """
+    root = folder if (folder / "annotations").is_dir() else folder / "ADEChallengeData2016"
+    parts = {"train": "training", "val": "validation"}
+    missing = [f"{kind}/{name}/" for name in parts.values() for kind in ("images", "annotations")]
+    if missing := [name for name in missing if not (root / name).is_dir()]:
+        raise UserError(
+            f"{folder} does not hold ADE20K ({root.name}/ lacks {', '.join(missing)}). Get ADEChallengeData2016.zip "
+            "(0.9 GB) from data.csail.mit.edu/places/ADEchallenge and unpack it there"
+        )
+    finder, pairs, problems = Finder(), {}, []
+    for part, name in parts.items():
+        pairs[part], unpaired = pair_files(root / "images" / name, root / "annotations" / name, finder)
+        problems += unpaired
+        if not pairs[part] and not unpaired:
+            problems.append(f"{root / 'images' / name} holds no images: unpack ADEChallengeData2016.zip in {folder}")
+    renamed = {0: ADE20K.void} | {label + 1: label for label in range(ADE20K.void)}
+    read_mask = partial(read_labels, classes=ADE20K, renamed=renamed)
+    return MaskFiles("ade20k", pairs | {"test": []}, read_mask, problems, tuple(finder.notes()))

@@ -9,6 +9,7 @@ SIGNS = {  # what lies in the folder of a data set, for a --data-dir that is thi
     "camvid": ("trainannot", "train_labels", "val"),
     "voc": ("VOCdevkit",),
     "cityscapes": ("leftImg8bit",),
+    "ade20k": ("ADEChallengeData2016", "annotations"),
     "imagenet": ("train",),
 }
 

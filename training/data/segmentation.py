@@ -1,23 +1,28 @@
 """Batches of images with masks; `masks` says where the files lie."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import takewhile
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from training import processes, seeds
 from models.vision_bdh import ImageSize, height_and_width
 from training.augment import JointTransform, normalise
 from training.config import SegmentationConfig, UserError
-from training.data.masks import BadFile, MaskFiles, Pair, read_image
+from training.data.image_files import UnreadableImage
+from training.data.mask_files import BadFile, MaskFiles, Pair, mask_shape, read_image
+from training.data.streaming import Key, Reader
 from training.device import cpu_count, fits_in_memory
 
+READ_AHEAD = 256  # masks read together where a pass over all masks is needed
 SHOWN_PROBLEMS = 5
 
 
@@ -31,26 +36,83 @@ class MaskPart:
         self.masks = np.empty((len(pairs), height, width), dtype=np.uint8)
         self.full_masks: list[np.ndarray | None] = [None] * len(pairs)
 
-        def read(index: int) -> str | None:
-            try:
-                image, mask = read_pair(pairs[index], files)
-            except BadFile as error:
-                return str(error)
+        def read(index: int) -> None:
+            image, mask = read_pair(pairs[index], files)
             self.images[index] = scale_image(image, img_size)
             self.masks[index] = scale_mask(mask, img_size)
             if full_masks:
                 self.full_masks[index] = mask
-            return None
 
-        with ThreadPoolExecutor(cpu_count()) as pool:
-            work = pool.map(read, range(len(pairs)))
-            read_all = list(
-                tqdm(work, total=len(pairs), unit="img", desc="reading", leave=False, disable=processes.no_bar())
-            )
-        self.problems = [problem for problem in read_all if problem]
+        _, self.problems = _each(read, range(len(pairs)), "reading")
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Image (h, w, 3) and mask (h, w), uint8, at the model's size."""
+        return self.images[index], self.masks[index]
+
+    def eval_pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same, but the mask at the size that is evaluated."""
+        full = self.full_masks[index]
+        return self.images[index], self.masks[index] if full is None else full
+
+    @property
+    def mask_shapes(self) -> list[tuple[int, int]]:
+        """Height and width of each mask of `eval_pair`."""
+        pairs = zip(self.masks, self.full_masks, strict=True)
+        return [mask.shape if full is None else full.shape for mask, full in pairs]
+
+    def each_mask(self) -> Iterable[np.ndarray]:
+        return self.masks
+
+
+class FilesPart:
+    """Images and masks of a part that are read when they are asked for; same interface as MaskPart."""
+
+    def __init__(self, files: MaskFiles, pairs: list[Pair], img_size: ImageSize, full_masks: bool):
+        """Afterwards `problems` has a message for each mask whose size cannot be read."""
+        self.files, self.pairs, self.img_size, self.full_masks = files, pairs, img_size, full_masks
+        self.mask_shapes, self.problems = [height_and_width(img_size)] * len(pairs), []
+        if full_masks:
+            self.mask_shapes, self.problems = _each(lambda pair: mask_shape(pair.mask), pairs, "sizes of masks")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        image, mask = read_pair(self.pairs[index], self.files)
+        return scale_image(image, self.img_size), scale_mask(mask, self.img_size)
+
+    def eval_pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        image, mask = read_pair(self.pairs[index], self.files)
+        return scale_image(image, self.img_size), mask if self.full_masks else scale_mask(mask, self.img_size)
+
+    def each_mask(self) -> Iterable[np.ndarray]:
+        """Raises UserError for unusable files."""
+        for first in range(0, len(self.pairs), READ_AHEAD):  # not all at once
+            read, problems = _each(self._mask, self.pairs[first : first + READ_AHEAD], "masks")
+            refuse(problems, self.files.name)
+            yield from read
+
+    def _mask(self, pair: Pair) -> np.ndarray:
+        return scale_mask(self.files.read_mask(pair.mask), self.img_size)
+
+
+def _each(read: Callable[[Any], Any], items: Sequence[Any], text: str) -> tuple[list[Any], list[str]]:
+    """What read gives for each item, in threads, None at a BadFile, and the messages of those."""
+
+    def attempt(item: Any) -> tuple[Any, str | None]:
+        try:
+            return read(item), None
+        except BadFile as error:
+            return None, str(error)
+
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        work = pool.map(attempt, items)
+        bar = tqdm(work, total=len(items), unit="img", desc=text, leave=False, disable=processes.no_bar())
+        results = list(bar)
+    return [result for result, _ in results], [problem for _, problem in results if problem]
 
 
 def scale_image(image: np.ndarray, img_size: ImageSize) -> np.ndarray:
@@ -81,49 +143,35 @@ def refuse(problems: list[str], name: str) -> None:
     if problems:
         more = len(problems) - SHOWN_PROBLEMS
         shown = problems[:SHOWN_PROBLEMS] + [f"and {more} more"] * (more > 0)
-        check = "; python tools/verify_camvid.py lists all" if name == "camvid" else ""
+        check = f"; python tools/verify_camvid.py{f' --dataset {name}' if name != 'camvid' else ''} lists all"
         raise UserError(f"{len(problems)} of the files of {name} cannot be used{check}\n" + "\n".join(shown))
 
 
-class _Augmented(Dataset):
-    """Augmented images and masks, made in the loader's workers."""
+class _Samples(Dataset):
+    """What the workers make: images with masks, augmented for training."""
 
-    def __init__(self, part: MaskPart, transform: JointTransform):
-        self.part, self.transform = part, transform
+    def __init__(self, parts: dict[str, MaskPart | FilesPart], transform: JointTransform):
+        self.parts, self.transform = parts, transform
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """item: index and seed -> (3, h, w) and (h, w), uint8."""
-        index, seed = item
-        image, mask = self.transform(self.part.images[index], self.part.masks[index], seed)
+    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor]:
+        """(3, h, w) and (h, w), uint8. Raises UnreadableImage."""
+        part, number, seed = key
+        try:
+            if seed is None:
+                image, mask = self.parts[part].eval_pair(number)
+            else:
+                image, mask = self.transform(*self.parts[part].pair(number), seed)
+        except BadFile as error:
+            raise UnreadableImage(str(error)) from None
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), torch.from_numpy(mask)
-
-
-class _EpochOrder:
-    """Batch sampler: sample indices in the order of the current epoch, each with its own augmentation seed.
-
-    Of several processes, those of this one's share, which is left out if it is empty. first: batch to begin with.
-    """
-
-    def __init__(self, n: int, config: SegmentationConfig):
-        self.n, self.config, self.epoch, self.first = n, config, 0, 0
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        seed, epoch, size = self.config.seed, self.epoch, self.config.batch_size
-        order = torch.randperm(self.n, generator=seeds.generator("order", seed, epoch)).tolist()
-        draws = seeds.generator("augmentation", seed, epoch)
-        items = list(zip(order, torch.randint(2**63 - 1, (self.n,), generator=draws).tolist(), strict=True))
-        batches = [items[start : start + size] for start in range(self.first * size, self.n, size)]
-        yield from filter(None, (batch[processes.share(len(batch))] for batch in batches))
-
-    def __len__(self) -> int:
-        return -(-self.n // self.config.batch_size) - self.first
 
 
 class MaskBatches:
     """Batches of a segmentation data set, ready for the model: `tasks.Batches`.
 
-    All images are decoded once, resized to the model's size and kept in memory. Order and augmentation depend on seed
-    and epoch alone, not on the number of workers; validation and test images are only normalised.
+    Images are resized to the model's size; if they fit in memory, all are decoded once and kept there. Order and
+    augmentation depend on seed and epoch alone, not on the number of workers; validation and test images are only
+    normalised.
     """
 
     split = None  # the data sets have official validation sets
@@ -136,39 +184,20 @@ class MaskBatches:
         device: torch.device,
         num_workers: int = 0,
     ):
-        """Raises UserError for unusable files and for data larger than half of the memory.
-
-        That estimate leaves out masks kept at their original size, which is not known before reading.
-        """
+        """Raises UserError for unusable files; those that are not kept in memory are looked at when they are read."""
         refuse(files.problems, files.name)
         for note in files.notes:
             print(note)
-        transform = JointTransform(config, files.classes.void, height_and_width(img_size))
-        self.batch_size = config.batch_size
-        self.device = device
+        self.config, self.device = config, device
+        self.img_size = height_and_width(img_size)
         pairs = files.pairs | {"train": training_pairs(files, config.train_val, config.train_limit, config.seed)}
-        height, width = height_and_width(img_size)
-        n_bytes = sum(map(len, pairs.values())) * height * width * 4
-        if not fits_in_memory(n_bytes, torch.device("cpu")):
-            raise UserError(
-                f"the images of {files.name} take {n_bytes / 1e9:.0f} GB at this size, over half of the memory: "
-                "choose a smaller --img-size"
-            )
+        kind = MaskPart if _fits(sum(map(len, pairs.values())), self.img_size) else FilesPart
         self.parts = {
-            part: MaskPart(files, of, img_size, config.eval_full_size and part != "train") for part, of in pairs.items()
+            part: kind(files, of, img_size, config.eval_full_size and part != "train") for part, of in pairs.items()
         }
         refuse([problem for part in self.parts.values() for problem in part.problems], files.name)
-        workers = min(num_workers, cpu_count())
-        self.order = _EpochOrder(len(self.parts["train"]), config)
-        self.loader = DataLoader(
-            _Augmented(self.parts["train"], transform),
-            batch_sampler=self.order,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=_one_thread,
-            generator=torch.Generator(),  # not PyTorch's default generator, which dropout uses
-        )
+        samples = _Samples(self.parts, JointTransform(config, files.classes.void, self.img_size))
+        self.reader = Reader(samples, device, num_workers, _one_thread)
 
     def size(self, part: str) -> int:
         """Number of images in "train", "val" or "test"."""
@@ -179,34 +208,46 @@ class MaskBatches:
 
         first: number of the batch to begin with.
         """
-        self.order.epoch, self.order.first = epoch, first
-        made = 0
-        for images, masks in self.loader:
-            yield self._on_device(images, masks)
-            made += 1
-        if made < len(self.order):  # this process's share of the last batch is empty
-            part = self.parts["train"]
-            images = torch.from_numpy(part.images[:0]).permute(0, 3, 1, 2)
-            yield self._on_device(images, torch.from_numpy(part.masks[:0]))
+        seed, n = self.config.seed, self.size("train")
+        order = torch.randperm(n, generator=seeds.generator("order", seed, epoch))
+        drawn = torch.randint(2**63 - 1, (n,), generator=seeds.generator("augmentation", seed, epoch))
+        batches = torch.stack((order, drawn), dim=1).split(self.config.batch_size)[first:]
+        yield from self._read("train", batches, [self.img_size] * len(batches))
 
     def eval_batches(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Every image of a part once, in order; with masks at original size, a batch holds masks of one size."""
-        of = self.parts[part]
-        first = 0
-        while first < len(of):
-            here = slice(first, first + self.batch_size)
-            masks = [
-                mask if full is None else full for mask, full in zip(of.masks[here], of.full_masks[here], strict=True)
-            ]
-            masks = list(takewhile(lambda mask, shape=masks[0].shape: mask.shape == shape, masks))
-            share = processes.share(len(masks))
-            images = torch.from_numpy(of.images[first : first + len(masks)][share]).permute(0, 3, 1, 2)
-            yield self._on_device(images.contiguous(), torch.from_numpy(np.stack(masks)[share]))
-            first += len(masks)
+        shapes = self.parts[part].mask_shapes
+        of_one_shape = [torch.tensor(list(group)) for _, group in groupby(range(len(shapes)), shapes.__getitem__)]
+        batches = [batch for numbers in of_one_shape for batch in numbers.split(self.config.batch_size)]
+        yield from self._read(part, batches, [shapes[batch[0]] for batch in batches])
+
+    def _read(
+        self, part: str, batches: Sequence[Tensor], shapes: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's share of each batch, empty where the batch has too few. shapes: of the batches' masks."""
+        shares = [batch[processes.share(len(batch))] for batch in batches]
+        filled = [share for share in shares if len(share)]
+        read = self.reader.read(part, filled) if filled else iter(())
+        for share, shape in zip(shares, shapes, strict=True):
+            nothing = (torch.empty(0, *size, dtype=torch.uint8) for size in ((3, *self.img_size), shape))
+            images, masks = next(read) if len(share) else nothing
+            yield self._on_device(images, masks)
 
     def _on_device(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         images, masks = (each.to(self.device, non_blocking=True) for each in (images, masks))
         return normalise(images), masks.long()
+
+
+def _fits(n_images: int, img_size: tuple[int, int]) -> bool:
+    """Whether so many images and masks are kept in memory; if not, says so.
+
+    Leaves out masks kept at their original size, which is not known before reading.
+    """
+    n_bytes = n_images * math.prod(img_size) * 4
+    fits = fits_in_memory(n_bytes, torch.device("cpu"))
+    if not fits:
+        print(f"{n_bytes / 1e9:.1f} GB of images and masks do not fit in memory: they are read again in every epoch")
+    return fits
 
 
 def training_pairs(files: MaskFiles, train_val: bool, limit: int | None, seed: int) -> list[Pair]:

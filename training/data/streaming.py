@@ -1,7 +1,8 @@
 """Image files that are read again in every epoch, by worker processes that live as long as the run."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ WORKER_ENDED = (
     "a process that reads images has ended, perhaps for lack of memory (or of /dev/shm in a container): "
     "try fewer --num-workers or a smaller --batch-size"
 )
-Key = tuple[str, int, int | None]  # part, number of an image in it, seed of its crop
+Key = tuple[str, int, int | None]  # part, number of an image in it, seed of its crop or augmentation
 
 
 class StreamedPart:
@@ -24,7 +25,7 @@ class StreamedPart:
 
     def __init__(self, name: str, reader: "Reader", labels: np.ndarray, device: torch.device):
         self.name, self.reader, self.device = name, reader, device
-        self.images = reader.parts[name]
+        self.images = reader.dataset.parts[name]
         self.labels = torch.from_numpy(labels)
 
     def __len__(self) -> int:
@@ -43,26 +44,36 @@ class StreamedPart:
 class Reader:
     """Worker processes that read the images of all parts, started once and fed with the batches to read.
 
-    What a worker makes depends on the image and the crop's seed alone, so their number does not matter. Only one part
+    What a worker makes depends on the image and its seed alone, so their number does not matter. Only one part
     can be read at a time; reading another one drops what was read ahead.
     """
 
-    def __init__(self, parts: dict[str, ImageFiles], crop_scale_min: float, device: torch.device, num_workers: int):
-        """crop_scale_min: smallest area of a random crop, as a share of the image."""
-        self.parts = parts
+    def __init__(
+        self,
+        dataset: Dataset,
+        device: torch.device,
+        num_workers: int,
+        prepare_worker: Callable[[int], None] | None = None,
+    ):
+        """dataset: gives a sample for a `Key`; raises UnreadableImage. prepare_worker: called first in each worker."""
+        self.dataset = dataset
         self.batches = _Batches()
         workers = min(num_workers, cpu_count())
         self.loader = DataLoader(
-            _Images(parts, crop_scale_min),
+            dataset,
             batch_sampler=self.batches,
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
+            worker_init_fn=prepare_worker,
             generator=torch.Generator(),  # not PyTorch's default generator, which dropout uses
         )
 
-    def read(self, part: str, orders: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Images (B, C, H, W) uint8 of each order. Raises UserError for a damaged file."""
+    def read(self, part: str, orders: Sequence[Tensor]) -> Iterator[Any]:
+        """The samples of each order, collated: as tensors with B rows. Raises UserError for a damaged file.
+
+        orders: not empty; numbers of images (B,), or (B, 2) with the seed of each.
+        """
         self.batches.part, self.batches.orders = part, orders
         try:
             yield from self.loader
@@ -110,10 +121,11 @@ class _Batches:
         return len(self.orders)
 
 
-class _Images(Dataset):
-    """What the workers read."""
+class Images(Dataset):
+    """What the workers read: images (C, H, W) uint8."""
 
     def __init__(self, parts: dict[str, ImageFiles], crop_scale_min: float):
+        """crop_scale_min: smallest area of a random crop, as a share of the image."""
         self.parts, self.crop_scale_min = parts, crop_scale_min
 
     def __getitem__(self, key: Key) -> np.ndarray:
