@@ -3,6 +3,8 @@
 DIR/train/CLASS/CLIP/FRAME   a folder of images, in the order of their names
 DIR/train/CLASS/CLIP.mp4     a video file, which OpenCV reads
 DIR/train/CLASS/CLIP.gif     an animated picture (GIF, WebP, PNG)
+
+Clips may also lie in folders below CLASS; there, a folder that holds nothing but pictures is one clip.
 """
 
 from collections.abc import Callable, Iterator
