@@ -53,5 +53,5 @@ def test_fields_of_a_later_version_are_passed_over_and_missing_ones_take_their_d
 
 
 def test_other_models_are_refused():
-    with pytest.raises(TypeError, match="ResNet20 has no class for the Hub, only VisionBDH, BDHUNet, BDH"):
+    with pytest.raises(TypeError, match="ResNet20 has no class for the Hub, only VisionBDH, VideoBDH, BDHUNet, BDH"):
         on_hub(ResNet20Config().build())
