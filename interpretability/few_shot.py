@@ -44,7 +44,7 @@ from interpretability.common.trained import SeveralChoice, TrainedRun, open_seve
 from models.masked_bdh import MaskedBDH
 from training.augment import normalise
 from training.command_line import run_script
-from training.config import UserError, require
+from training.config import OWN_FILES, UserError, require
 from training.data import DATASETS, DataSet, load_dataset
 from training.data.finding import cut_name
 from training.data.image_files import read_images
@@ -98,7 +98,7 @@ def new_classes(run: TrainedRun, dataset: str, data_dir: Path | None) -> DataSet
     sizes = run.sizes
     if not isinstance(getattr(sizes, "img_size", None), int):
         raise UserError(f"{run.checkpoint} does not classify images: give a run that does, or one of pretrain_bdh.py")
-    if dataset in DATASETS and dataset not in ("folder", "webdataset"):
+    if dataset in DATASETS and dataset not in OWN_FILES:
         found = _loaded(dataset, data_dir, sizes.img_size, sizes.in_channels)
     elif Path(dataset).is_dir():
         found = _loaded("folder", Path(dataset), sizes.img_size, sizes.in_channels)

@@ -24,6 +24,7 @@ from models.baselines import (
 from models.bdh_unet import BDHUNetConfig
 from models.language import BDHConfig
 from models.masked_bdh import MaskedBDHConfig
+from models.video_bdh import VideoBDHConfig
 from models.vision_bdh import VisionBDHConfig
 
 CONFIG_CLASSES = {
@@ -31,6 +32,7 @@ CONFIG_CLASSES = {
     for cls in (
         BDHConfig,
         VisionBDHConfig,
+        VideoBDHConfig,
         ViTConfig,
         DeiTTinyConfig,
         ResNet20Config,

@@ -9,7 +9,7 @@ A design choice is a field of `CoreConfig` and its line in one of the methods of
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ ACTIVATIONS = {"relu": F.relu, "relu2": lambda v: F.relu(v).square(), "gelu": F.
 @dataclass(frozen=True, kw_only=True)
 class CoreConfig:
     """Size and design choices of the BDH step, common to all BDH models."""
+
+    axes: ClassVar[int] = 2  # of the grid of tokens, for rotary = axial
 
     n_layer: int = 6
     """number of levels: how many times the step is applied"""
@@ -149,7 +151,9 @@ class BDHCore(nn.Module):
         self.decoder = nn.Parameter(torch.empty(*sets, H * N, D))
         if config.qk == "separate":
             self.encoder_k = nn.Parameter(torch.empty(*sets, H, D, N))
-        self.attn = RotaryAttention(N, config.attention == "softmax", causal, config.rotary, config.attend_self)
+        self.attn = RotaryAttention(
+            N, config.attention == "softmax", causal, config.rotary, config.attend_self, config.axes
+        )
         self.activation = ACTIVATIONS[config.activation]
         # identity modules: the recorder's hook points at the input and the output of each level
         self.level_input, self.level_output = nn.Identity(), nn.Identity()
@@ -193,11 +197,11 @@ class BDHCore(nn.Module):
             return [StepWeights(*weights)] * self.config.n_layer
         return [StepWeights(*each) for each in zip(*(weight.unbind() for weight in weights), strict=True)]
 
-    def levels(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    def levels(self, x: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         """Applies all levels. x: (B, T, D) -> (B, T, D). grid: (rows, columns) of the patches, for axial positions."""
         return self.states(x, grid)[-1]
 
-    def states(self, x: Tensor, grid: tuple[int, int] | None = None) -> list[Tensor]:
+    def states(self, x: Tensor, grid: tuple[int, ...] | None = None) -> list[Tensor]:
         """Residual stream after each level: n_layer tensors (B, T, D); the last one has passed `finished`."""
         residual = self.config.residual
         tables = self.attn.tables(x.shape[1], grid)
@@ -226,7 +230,7 @@ class BDHCore(nn.Module):
         states[-1] = self.finished(x)
         return states
 
-    def mixed(self, x: Tensor, level: int, grid: tuple[int, int] | None) -> Tensor:
+    def mixed(self, x: Tensor, level: int, grid: tuple[int, ...] | None) -> Tensor:
         """The residual stream before a level's norm; models on images may mix neighbouring tokens here."""
         return x
 
@@ -327,7 +331,7 @@ class BDHCore(nn.Module):
         return torch.einsum("bhtn,hnd->btd", gated, decoder.view(self.config.n_head, -1, self.config.n_embd))
 
     def attention_weights(
-        self, x: Tensor, level: int, grid: tuple[int, int] | None = None, queries: slice = slice(None)
+        self, x: Tensor, level: int, grid: tuple[int, ...] | None = None, queries: slice = slice(None)
     ) -> Tensor:
         """Attention weights of a level, (B, H, T, T): rows are queries, columns keys. x: (B, T, D), the level's input.
 
@@ -339,7 +343,7 @@ class BDHCore(nn.Module):
         first, _, _ = queries.indices(x.shape[1])
         return self.attn.weights(q[:, :, queries], k, first)
 
-    def level_activity(self, x: Tensor, level: int, grid: tuple[int, int] | None = None) -> Activity:
+    def level_activity(self, x: Tensor, level: int, grid: tuple[int, ...] | None = None) -> Activity:
         """Neuron activity at a level. x: (B, T, D), the level's input."""
         return self.activity(x, self.step_weights()[level], self.attn.tables(x.shape[1], grid))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models.bdh import BDHCore, StepWeights
 from models.bdh_unet import BDHUNet
 from models.language import BDH
+from models.video_bdh import VideoBDH
 from models.vision_bdh import VisionBDH, VisionEncoder
 
 
@@ -71,6 +72,10 @@ class ProductsVisionBDH(InProducts, VisionBDH):
     pass
 
 
+class ProductsVideoBDH(InProducts, VideoBDH):
+    pass
+
+
 class ProductsVisionEncoder(InProducts, VisionEncoder):
     pass
 
@@ -79,7 +84,12 @@ class ProductsBDH(InProducts, BDH):
     pass
 
 
-FORMS: dict[type, type] = {VisionBDH: ProductsVisionBDH, VisionEncoder: ProductsVisionEncoder, BDH: ProductsBDH}
+FORMS: dict[type, type] = {  # subclasses first
+    VideoBDH: ProductsVideoBDH,
+    VisionBDH: ProductsVisionBDH,
+    VisionEncoder: ProductsVisionEncoder,
+    BDH: ProductsBDH,
+}
 
 
 def export_form(model: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from torch import nn
 
 from models.bdh_unet import BDHUNet
 from models.language import BDH
+from models.video_bdh import VideoBDH
 from models.vision_bdh import VisionBDH
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,6 +30,10 @@ class HubVisionBDH(VisionBDH, PyTorchModelHubMixin, pipeline_tag="image-classifi
     """VisionBDH on the Hub."""
 
 
+class HubVideoBDH(VideoBDH, PyTorchModelHubMixin, pipeline_tag="video-classification", **ABOUT):
+    """VideoBDH on the Hub."""
+
+
 class HubBDHUNet(BDHUNet, PyTorchModelHubMixin, pipeline_tag="image-segmentation", **ABOUT):
     """BDHUNet on the Hub."""
 
@@ -37,7 +42,7 @@ class HubBDH(BDH, PyTorchModelHubMixin, pipeline_tag="text-generation", **ABOUT)
     """The language model on the Hub."""
 
 
-HUB_CLASSES = {VisionBDH: HubVisionBDH, BDHUNet: HubBDHUNet, BDH: HubBDH}
+HUB_CLASSES = {VisionBDH: HubVisionBDH, VideoBDH: HubVideoBDH, BDHUNet: HubBDHUNet, BDH: HubBDH}
 
 
 def on_hub(model: M) -> M:

@@ -29,6 +29,12 @@ def rope(v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (v * cos + quarter_turn * sin).to(v.dtype)
 
 
+def axial_sizes(n_neurons: int, axes: int) -> list[int]:
+    """Neurons that rotate by each axis of the grid: even numbers, as equal as possible; the first axis has the rest."""
+    each = n_neurons // (2 * axes) * 2
+    return [n_neurons - each * (axes - 1), *[each] * (axes - 1)]
+
+
 class Tables(NamedTuple):
     """Cached rotations for T positions."""
 
@@ -45,15 +51,23 @@ class RotaryAttention(nn.Module):
 
     softmax: softmax(q k^T / sqrt(N)) instead of q k^T. causal: only keys strictly before the query.
     rotary: selects the angles, see `CoreConfig`; the caller rotates q and k with `tables`. attend_self: raw scores of a
-    token with itself count.
+    token with itself count. axes: of the grid of tokens, 2 in images and 3 in clips.
 
     The buffer `freqs` is (1, 1, 1, N), the same for all heads. Loading weights of a pruned model makes it (1, H, 1, N).
     """
 
-    def __init__(self, n_neurons: int, softmax: bool, causal: bool, rotary: str = "raster", attend_self: bool = True):
+    def __init__(
+        self,
+        n_neurons: int,
+        softmax: bool,
+        causal: bool,
+        rotary: str = "raster",
+        attend_self: bool = True,
+        axes: int = 2,
+    ):
         super().__init__()
         if rotary == "axial":  # rows and columns have half of the pairs each, with the full range of frequencies
-            freqs = rope_frequencies(n_neurons // 2).repeat(2)
+            freqs = torch.cat([rope_frequencies(size) for size in axial_sizes(n_neurons, axes)])
         else:
             freqs = rope_frequencies(n_neurons)
         self.register_buffer("freqs", freqs.view(1, 1, 1, -1))
@@ -61,6 +75,7 @@ class RotaryAttention(nn.Module):
         self.causal = causal
         self.rotary = rotary
         self.attend_self = attend_self
+        self.axes = axes
         self._tables: dict[tuple, Tables] = {}
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -78,27 +93,30 @@ class RotaryAttention(nn.Module):
             self.freqs = before.to(self.freqs.device)
         return self
 
-    def angles(self, n_tokens: int, grid: tuple[int, int] | None = None) -> Tensor:
+    def angles(self, n_tokens: int, grid: tuple[int, ...] | None = None) -> Tensor:
         """Rotation angles (T, N), or (H, T, N), in radians: 2 pi frac(position * frequency). grid: see `tables`."""
         freqs = self.freqs[0, 0] if self.freqs.shape[1] == 1 else self.freqs[0]  # (1, N) or (H, 1, N)
         index = torch.arange(n_tokens, device=freqs.device, dtype=freqs.dtype)
         if self.rotary != "axial":
             turns = index[:, None] * freqs
         else:
-            rows, columns = grid
-            extra = n_tokens - rows * columns
-            place = (index - extra).clamp(min=0)
-            row, column = place.div(columns, rounding_mode="floor"), place % columns
+            extra = n_tokens - math.prod(grid)
+            place, places = (index - extra).clamp(min=0), []
+            for extent in grid[:0:-1]:  # the last axis runs fastest
+                places.insert(0, place % extent)
+                place = place.div(extent, rounding_mode="floor")
+            places.insert(0, place)
             if extra:  # the class token is at (0, 0), patches start at (1, 1)
-                row, column = ((each + 1) * (index >= extra) for each in (row, column))
-            by_row, by_column = freqs.chunk(2, dim=-1)
-            turns = torch.cat((row[:, None] * by_row, column[:, None] * by_column), dim=-1)
+                places = [(each + 1) * (index >= extra) for each in places]
+            by_axis = freqs.split(axial_sizes(freqs.shape[-1], self.axes), dim=-1)
+            turns = torch.cat([each[:, None] * by for each, by in zip(places, by_axis, strict=True)], dim=-1)
         return turns.frac() * (2 * math.pi)
 
-    def tables(self, n_tokens: int, grid: tuple[int, int] | None = None) -> Tables | None:
+    def tables(self, n_tokens: int, grid: tuple[int, ...] | None = None) -> Tables | None:
         """Rotation tables, cached for the last shape; None for rotary = none.
 
-        grid: (rows, columns) of the patches, which are the last rows * columns tokens; needed for axial only.
+        grid: (rows, columns) of the patches, which are the last rows * columns tokens, or (frames, rows, columns);
+        needed for axial only.
         """
         if self.rotary == "none":
             return None

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from models.bdh import WEIGHT_STD, BDHCore, CoreConfig, layer_norm
 from models.locality import ConvStem, TokenMixing
 
-Grid = tuple[int, int]  # rows and columns of patches
+Grid = tuple[int, ...]  # rows and columns of patches; in clips, frames first
 ImageSize = int | tuple[int, int]  # side of a square image, or (height, width), in pixels
 
 
@@ -86,6 +86,11 @@ class VisionEncoderConfig(CoreConfig):
         height, width = height_and_width(self.img_size)
         return height // self.patch_size, width // self.patch_size
 
+    @property
+    def image_channels(self) -> int:
+        """Channels of what is cut into patches: an image, or a frame of a clip."""
+        return self.in_channels
+
 
 def height_and_width(img_size: ImageSize) -> tuple[int, int]:
     return (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -135,9 +140,9 @@ class VisionEncoder(BDHCore):
     def __init__(self, config: VisionEncoderConfig):
         super().__init__(config, causal=False)
         if config.stem == "conv":
-            self.patch_embed = ConvStem(config.in_channels, config.n_embd, config.patch_size)
+            self.patch_embed = ConvStem(config.image_channels, config.n_embd, config.patch_size)
         else:
-            self.patch_embed = nn.Conv2d(config.in_channels, config.n_embd, config.patch_size, config.patch_size)
+            self.patch_embed = nn.Conv2d(config.image_channels, config.n_embd, config.patch_size, config.patch_size)
             init_projection(self.patch_embed, config.init_projections)
         self.pos_embed = None
         if config.pos_embed:
@@ -214,9 +219,11 @@ class VisionBDH(VisionEncoder):
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """As the encoder's, with the class token first if there is one: T patches plus 1."""
         x, grid = super().embed(images)
-        if self.cls_token is not None:
-            x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
-        return x, grid
+        return self.with_class_token(x), grid
+
+    def with_class_token(self, x: Tensor) -> Tensor:
+        """x: (B, T, D) -> the same with the class token first, if there is one."""
+        return x if self.cls_token is None else torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
 
     def tokens(self, images: Tensor) -> Tensor:
         """Last state. images: (B, C, height, width) -> (B, T, D)."""

@@ -27,6 +27,7 @@ from models.bdh_unet import bdh_unet_config
 from models.language import BDHConfig
 from models.vision_bdh import v2_config
 from tests.camvid_data import write_camvid
+from tests.clip_data import write_clips
 from tests.conftest import made_up_cifar
 from tests.photos import write_photos
 from tests.tiny_scripts import SCRIPTS
@@ -47,6 +48,8 @@ def write_data(folder: Path, n_masks: int = 2 * STEPS) -> Path:
     write_camvid(folder / "data_camvid", n_train=n_masks, n_val=4)
     write_photos(folder / "data_imagenet" / "train", 70)
     write_photos(folder / "data_imagenet" / "val", 2)
+    write_clips(folder / "clips" / "train", 70)
+    write_clips(folder / "clips" / "test", 2)
     text = folder / "song.txt"
     lines = (b"%d bottles on the wall, and if one of them should fall, " % (i % 11) for i in range(90))
     text.write_bytes(b"".join(lines))
@@ -90,7 +93,11 @@ def script_flags(script: str, folder: Path) -> list[str]:
         fields |= dict(img_size=32, num_classes=3, val_fraction=0.2)
     if experiment.train.start_from:
         fields["start_from"] = folder / "runs" / "train_bdh_unet" / "seed0" / "best.pt"
-    where = ["--data-dir", str(folder), "--runs-dir", str(folder / "runs"), "--device", "cpu", "--num-workers", "0"]
+    data = folder
+    if getattr(experiment.train, "dataset", None) == "clips":
+        fields |= dict(num_classes=3, patch_size=8)
+        data = folder / "clips"
+    where = ["--data-dir", str(data), "--runs-dir", str(folder / "runs"), "--device", "cpu", "--num-workers", "0"]
     return [*flags_of(fields), "--precision", "float32", "--name", Path(script).stem, *where]
 
 

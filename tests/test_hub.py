@@ -8,8 +8,9 @@ from huggingface_hub import ModelCard
 
 from models.baselines import ResNet20Config
 from models.bdh_unet import bdh_unet_config
-from models.hub import HubBDH, HubBDHUNet, HubVisionBDH, on_hub
+from models.hub import HubBDH, HubBDHUNet, HubVideoBDH, HubVisionBDH, on_hub
 from models.language import BDHConfig
+from models.video_bdh import v4_video_config
 from models.vision_bdh import v3_config
 from tests.inspecting import with_large_weights
 
@@ -17,6 +18,10 @@ TINY = dict(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
 IMAGES = torch.randn(2, 3, 32, 32)
 MODELS = {
     HubVisionBDH: (v3_config(**TINY, rotary="axial", pool="cls"), lambda model: model(IMAGES)),
+    HubVideoBDH: (
+        v4_video_config(**TINY, n_frames=4, in_channels=12),
+        lambda model: model(IMAGES.repeat(1, 4, 1, 1)),
+    ),
     HubBDHUNet: (
         bdh_unet_config(**TINY, img_size=(32, 40), skips=True, skip_levels=(2, 1)),
         lambda model: model(IMAGES),
@@ -48,5 +53,5 @@ def test_fields_of_a_later_version_are_passed_over_and_missing_ones_take_their_d
 
 
 def test_other_models_are_refused():
-    with pytest.raises(TypeError, match="ResNet20 has no class for the Hub, only VisionBDH, BDHUNet, BDH"):
+    with pytest.raises(TypeError, match="ResNet20 has no class for the Hub, only VisionBDH, VideoBDH, BDHUNet, BDH"):
         on_hub(ResNet20Config().build())

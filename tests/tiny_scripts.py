@@ -4,12 +4,13 @@ import dataclasses
 
 from training import SegmentationConfig, TextConfig
 from tests.camvid_data import write_camvid
+from tests.clip_data import write_clips
 from tests.photos import write_photos
 from training.command_line import experiment_of, flags_of
 from training.config import ROOT
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "\nEXPERIMENT = " in path.read_text(encoding="utf-8"))
-MADE_UP = ("digits", "cifar10", "cifar100", "imagenet", "camvid", "a text")
+MADE_UP = ("digits", "cifar10", "cifar100", "imagenet", "camvid", "clips", "a text")
 SMALL = dict(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, mlp_dim=16)
 SHORT = dict(epochs=1, train_limit=80, encoder_weights="none", context=16)
 
@@ -23,6 +24,8 @@ def tiny_fields(experiment, text):
         fields |= dict(skip_levels=(1, 1)) if getattr(experiment.model, "skips", False) else {}
     elif getattr(experiment.train, "dataset", None) == "imagenet":
         fields |= dict(img_size=32, num_classes=3, val_fraction=0.2)
+    elif getattr(experiment.train, "dataset", None) == "clips":
+        fields |= dict(num_classes=3, patch_size=8)
     elif "n_layer" in fields and getattr(experiment.model, "img_size", 0) == 32:
         fields["patch_size"] = 8
     return fields | ({"text": text} if isinstance(experiment.train, TextConfig) else {})
@@ -36,8 +39,16 @@ def tiny_flags(folder, data_dir):
     write_photos(folder / "data_imagenet" / "train", 30)
     write_photos(folder / "data_imagenet" / "val", 2)
     (folder / "song.txt").write_bytes(b"".join(b"%d bottles on the wall, " % i for i in range(100)))
-    where = ["--data-dir", str(folder), "--runs-dir", str(folder / "runs"), "--device", "cpu", "--num-workers", "0"]
-    return lambda script: [*flags_of(tiny_fields(experiment_of(script), folder / "song.txt")), *where]
+    write_clips(folder / "clips" / "train", 30)
+    write_clips(folder / "clips" / "test", 2)
+    where = ["--runs-dir", str(folder / "runs"), "--device", "cpu", "--num-workers", "0"]
+
+    def flags(script):
+        experiment = experiment_of(script)
+        data = folder / "clips" if getattr(experiment.train, "dataset", None) == "clips" else folder
+        return [*flags_of(tiny_fields(experiment, folder / "song.txt")), "--data-dir", str(data), *where]
+
+    return flags
 
 
 def has_made_up_data(script):

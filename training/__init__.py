@@ -1,7 +1,14 @@
 """Training: what a script needs."""
 
 import training.interrupts  # noqa: F401 (first, so that Ctrl-C during the other imports is one line)
-from training.config import ClassificationConfig, PretrainingConfig, SegmentationConfig, TextConfig, UserError
+from training.config import (
+    ClassificationConfig,
+    PretrainingConfig,
+    SegmentationConfig,
+    TextConfig,
+    UserError,
+    VideoConfig,
+)
 from training.experiment import Experiment, RunOptions
 from training.launch import launch
 from training.loop import fit
@@ -14,6 +21,7 @@ __all__ = [
     "SegmentationConfig",
     "TextConfig",
     "UserError",
+    "VideoConfig",
     "fit",
     "launch",
 ]

@@ -21,7 +21,7 @@ class UserError(Exception):
     """Something the user can fix; the message says how."""
 
 
-OWN_FILES = ("folder", "webdataset")  # data sets made of files of the user's choice
+OWN_FILES = ("folder", "webdataset", "clips")  # data sets made of files of the user's choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +228,20 @@ class PretrainingConfig(ClassificationConfig):
         from training.tasks import MaskedImages
 
         return MaskedImages(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoConfig(ClassificationConfig):
+    """Classification of short clips. What is done to an image is done to all frames of a clip alike."""
+
+    task: ClassVar[str] = "video"
+
+    dataset: Literal["clips"] = "clips"
+    """your own clips, in DATA_DIR/train/CLASS/ and DATA_DIR/test/CLASS/: folders of frames, video files or GIFs"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.randaugment == 0, self, "randaugment", "is for single images: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

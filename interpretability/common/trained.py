@@ -115,7 +115,7 @@ class TrainedRun:
             self.adapter: Adapter = adapter_of(model)
         except TypeError as error:
             raise UserError(f"{folder} cannot be inspected: {error}") from None
-        if not hasattr(self.sizes, "patch_size"):
+        if not hasattr(self.sizes, "patch_size") or task_of(self.config) == "video":
             raise UserError(f"{folder} cannot be inspected: its model does not read images")
 
     def untrained_model(self) -> nn.Module:

@@ -43,6 +43,7 @@ DATA = {  # name, where it is described, what its publishers say about its use
 }
 USES = {
     "classification": ("image-classification", "classifying small images into the classes above"),
+    "video": ("video-classification", "classifying short clips into the classes above"),
     "segmentation": ("image-segmentation", "naming the class of every pixel of street or everyday scenes"),
     "pretraining": ("image-feature-extraction", "starting another training from it"),
     "text": ("text-generation", "continuing English text, byte by byte"),
@@ -63,7 +64,9 @@ def model_card(folder: Path) -> str:
     model = configuration.model_class.removesuffix("Config")
     chosen = "the last one" if train.get("train_val") else "the best on the validation part"
     samples, reads = "images", "images (B, C, height, width) in [-1, 1]"
-    if task == "text":
+    if task == "video":
+        samples, reads = "clips", "clips (B, frames * 3, height, width) in [-1, 1]"
+    elif task == "text":
         samples, reads = "text", "bytes as integers (B, T)"
     lines = [
         *_metadata(tag, config["data"]["name"]),

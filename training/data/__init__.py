@@ -3,6 +3,7 @@
     places        where the files of a data set lie
     arrays        digits, CIFAR-10, CIFAR-100
     folder        images in one folder per class: your own, ImageNet
+    clips         short clips in one folder per class: frames, videos, animated pictures
     tar_files     images in tar files, as the webdataset package writes them
     finding       which files are images; hidden files, files left out, fingerprint
     image_files   reading images: orientation, transparency, size
@@ -25,6 +26,7 @@ from pathlib import Path
 from training.config import UserError
 from training.data.arrays import load_cifar, load_digits
 from training.data.batches import DataSet, ImageBatches, Split, draw_split, split_train
+from training.data.clips import load_clips
 from training.data.folder import load_folder, load_imagenet
 from training.data.places import data_folder
 from training.data.tar_files import load_webdataset
@@ -38,6 +40,7 @@ DATASETS: dict[str, Loader] = {
     "imagenet": load_imagenet,
     "folder": load_folder,
     "webdataset": load_webdataset,
+    "clips": load_clips,
 }
 
 

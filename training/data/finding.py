@@ -65,7 +65,7 @@ class Finder:
             folder = waiting.pop()
             entries = self.list_folder(folder)
             by_folder[folder] = self.list_images(entries)
-            waiting += [entry.path for entry in entries if entry.is_dir() and not _is_loop(entry)]
+            waiting += [entry.path for entry in entries if entry.is_dir() and not is_loop(entry)]
         return [file for folder in sorted(by_folder) for file in by_folder[folder]]
 
     def notes(self) -> list[str]:
@@ -137,7 +137,7 @@ def _size(entry: os.DirEntry) -> int:
         return -1
 
 
-def _is_loop(entry: os.DirEntry) -> bool:
+def is_loop(entry: os.DirEntry) -> bool:
     """Whether the entry is a link to a folder that it lies in."""
     if not entry.is_symlink():
         return False

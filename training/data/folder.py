@@ -6,7 +6,9 @@ DIR/CLASS/IMAGE         no parts: validation images are drawn from all, and ther
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,9 @@ PART_NAMES = re.compile(  # Train, training_set, valid, test-images, test1, ...
     r"((?P<train>train(ing)?)|(?P<val>val(id(ation)?)?)|(?P<test>test(ing)?))([ _-]?(set|data|images))?[ _-]?\d*", re.I
 )
 ONE_FOLDER_PER_CLASS = "must hold one folder of images per class"
+
+OpenFiles = Callable[[list[str]], ImageFiles]
+Find = Callable[[Finder, str], list[ImageFile]]  # the files below a class folder
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,11 @@ class Part:
     def files(self) -> list[ImageFile]:
         return [file for files in self.classes.values() for file in files]
 
-    def arrays(self, names: list[str], img_size: int, in_channels: int) -> tuple[ImageFiles, np.ndarray]:
+    def arrays(self, names: list[str], open_files: OpenFiles) -> tuple[ImageFiles, np.ndarray]:
         """Images, and their labels (N,) int64, positions in names."""
         labels = [names.index(name) for name, files in self.classes.items() if files]
         sizes = [len(files) for files in self.classes.values() if files]
-        images = ImageFiles([file.path for file in self.files], img_size, in_channels)
-        return images, np.repeat(np.array(labels, dtype=np.int64), sizes)
+        return open_files([file.path for file in self.files]), np.repeat(np.array(labels, dtype=np.int64), sizes)
 
 
 def load_folder(data_dir: Path | None, img_size: int, in_channels: int) -> DataSet:
@@ -56,7 +60,8 @@ def load_folder(data_dir: Path | None, img_size: int, in_channels: int) -> DataS
         raise UserError("your own images (--dataset folder) are needed: name their folder with --data-dir DIR")
     finder = Finder()
     roots = find_parts(data_dir, finder)
-    return read_folders(f"folder {printable(data_dir.resolve().name)}", data_dir, roots, finder, img_size, in_channels)
+    open_files = image_files(img_size, in_channels)
+    return read_folders(f"folder {printable(data_dir.resolve().name)}", data_dir, roots, finder, open_files)
 
 
 def load_imagenet(data_dir: Path | None, img_size: int, in_channels: int) -> DataSet:
@@ -73,18 +78,28 @@ def load_imagenet(data_dir: Path | None, img_size: int, in_channels: int) -> Dat
                 f"{root} is missing: put the images of ILSVRC2012 into {folder}/train/<class>/ and "
                 f"{folder}/val/<class>/ (another folder: --data-dir)"
             )
-    return read_folders("imagenet", folder, roots, Finder(), img_size, in_channels)
+    return read_folders("imagenet", folder, roots, Finder(), image_files(img_size, in_channels))
+
+
+def image_files(img_size: int, in_channels: int) -> OpenFiles:
+    """Opens files as images of that size. Raises UserError for a number of channels that they cannot be read in."""
+    check_channels(in_channels)
+    return partial(ImageFiles, img_size=img_size, in_channels=in_channels)
 
 
 def read_folders(
-    name: str, data_dir: Path, roots: dict[str, Path], finder: Finder, img_size: int, in_channels: int
+    name: str,
+    data_dir: Path,
+    roots: dict[str, Path],
+    finder: Finder,
+    open_files: OpenFiles,
+    find: Find = Finder.all_images,
 ) -> DataSet:
     """The images of the parts "train", and "val" and "test" if they are there. Raises UserError."""
-    check_channels(in_channels)
-    parts = {part: read_part(root, finder) for part, root in roots.items()}
+    parts = {part: read_part(root, finder, find) for part, root in roots.items()}
     check_classes(data_dir, parts, finder)
     names = list(parts["train"].classes)
-    arrays = {part: files.arrays(names, img_size, in_channels) for part, files in parts.items()}
+    arrays = {part: files.arrays(names, open_files) for part, files in parts.items()}
     images, labels = arrays["train"]
     return DataSet(
         name,
@@ -131,10 +146,10 @@ def part_of(name: str) -> str | None:
     return match and next(part for part in ("train", "val", "test") if match[part])
 
 
-def read_part(root: Path, finder: Finder) -> Part:
+def read_part(root: Path, finder: Finder, find: Find = Finder.all_images) -> Part:
     """The images below the class folders of root, at any depth."""
     entries = finder.list_folder(root)
-    classes = {entry.name: finder.all_images(entry.path) for entry in entries if entry.is_dir()}
+    classes = {entry.name: find(finder, entry.path) for entry in entries if entry.is_dir()}
     return Part(root, classes, finder.list_images(entries))
 
 
