@@ -108,6 +108,10 @@ class CoreConfig:
         """N, neurons per head."""
         return self.mlp_internal_dim_multiplier * self.n_embd // self.n_head
 
+    def drop_probability(self, level: int) -> float:
+        """Probability with which stochastic depth drops a level's update; it grows linearly up to drop_path."""
+        return self.drop_path * (level + 1) / self.n_layer
+
 
 def layer_norm(x: Tensor) -> Tensor:
     """LN over the last axis, without affine parameters."""
@@ -244,7 +248,7 @@ class BDHCore(nn.Module):
         update = self.update(x, *step)
         if self.config.update_gain is not None:
             update = update * self.update_gain[level]
-        probability = self.config.drop_path * (level + 1) / self.config.n_layer
+        probability = self.config.drop_probability(level)
         return stochastic_depth(update, probability, "row", self.training and probability > 0)
 
     def finished(self, x: Tensor) -> Tensor:

@@ -139,9 +139,12 @@ class TimmVisionBDH(VisionBDH):
         return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """For layer-wise rates: all levels share their weights, so they are one layer."""
+        """For layer-wise rates: levels share their weights and are one layer, a hybrid's blocks one each."""
         return dict(
-            stem=r"^cls_token|pos_embed|patch_embed", blocks=[(r"^(?:encoder|decoder|level_|update_gain|mixing)", None)]
+            stem=r"^cls_token|pos_embed|patch_embed",
+            before=r"^blocks_before\.(\d+)",
+            levels=r"^(?:encoder|decoder|level_|update_gain|mixing)",
+            after=r"^blocks_after\.(\d+)",
         )
 
 

@@ -16,14 +16,16 @@ The published variants are values of a few `CoreConfig` fields. `<name>_config(*
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from models.bdh import WEIGHT_STD, BDHCore, CoreConfig, layer_norm
+from models.bdh import LN_EPS, WEIGHT_STD, BDHCore, CoreConfig, layer_norm
 from models.locality import ConvStem, TokenMixing
 
 Grid = tuple[int, ...]  # rows and columns of patches; in clips, frames first
@@ -42,6 +44,8 @@ class VisionEncoderConfig(CoreConfig):
         "stem",
         "init_projections",
         "mixing",
+        "blocks_before",
+        "blocks_after",
     )
 
     img_size: ImageSize = 32
@@ -59,9 +63,17 @@ class VisionEncoderConfig(CoreConfig):
     mixing: Literal["none", "conv", "conv_per_level"] = "none"
     """before each level, add a depthwise 3 x 3 convolution of the grid of tokens: the same one at every level, or one
     per level"""
+    blocks_before: int = 0
+    """hybrid: number of Transformer blocks before the first level (softmax attention with n_head heads, MLP), which see
+    positions only by pos_embed or the stem"""
+    blocks_after: int = 0
+    """hybrid: number of Transformer blocks after the last level"""
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("blocks_before", "blocks_after"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 0")
         if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
             raise ValueError(f"stem = conv halves the image: patch_size = {self.patch_size} must be 2, 4, 8, ...")
         if self.stem == "conv" and self.n_embd % (self.patch_size // 2):
@@ -90,6 +102,11 @@ class VisionEncoderConfig(CoreConfig):
     def image_channels(self) -> int:
         """Channels of what is cut into patches: an image, or a frame of a clip."""
         return self.in_channels
+
+    def drop_probability(self, level: int) -> float:
+        """As `CoreConfig.drop_probability`, with the blocks counted as levels: before 0, and from n_layer on."""
+        depth = self.blocks_before + self.n_layer + self.blocks_after
+        return self.drop_path * (self.blocks_before + level + 1) / depth
 
 
 def height_and_width(img_size: ImageSize) -> tuple[int, int]:
@@ -131,7 +148,7 @@ class VisionBDHConfig(VisionEncoderConfig):
 
 
 class VisionEncoder(BDHCore):
-    """Patch embedding, learned positions and the BDH levels without a mask.
+    """Patch embedding, learned positions, the BDH levels without a mask, and a hybrid's Transformer blocks around them.
 
     Takes images of any size that is a multiple of the patch size: learned positions are interpolated to the new grid,
     rotary positions are computed for it.
@@ -151,6 +168,23 @@ class VisionEncoder(BDHCore):
         if config.mixing != "none":
             count = config.n_layer if config.mixing == "conv_per_level" else 1
             self.mixing = nn.ModuleList(TokenMixing(config.n_embd) for _ in range(count))
+        self.blocks_before = transformer_blocks(config, range(-config.blocks_before, 0))
+        self.blocks_after = transformer_blocks(config, range(config.n_layer, config.n_layer + config.blocks_after))
+
+    def states(self, x: Tensor, grid: Grid | None = None) -> list[Tensor]:
+        """As the core's, with `blocks_before` on x first."""
+        return super().states(self.through(self.blocks_before, x), grid)
+
+    def finished(self, x: Tensor) -> Tensor:
+        """`blocks_after`, then the final norm (scaled_pre only). x: (B, T, D), the residual stream after any level."""
+        return super().finished(self.through(self.blocks_after, x))
+
+    def through(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        """x: (B, T, D) -> (B, T, D)."""
+        for block in blocks:
+            again = self.recompute and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if again else block(x)
+        return x
 
     def mixed(self, x: Tensor, level: int, grid: Grid) -> Tensor:
         """x: (B, T, D), the residual stream before a level -> the same with neighbouring tokens mixed."""
@@ -179,6 +213,34 @@ class VisionEncoder(BDHCore):
     def normalised(self, x: Tensor) -> Tensor:
         """LN on the last state, for the head or decoder; scaled_pre has already applied its own, S_{n_layer + 1}."""
         return x if self.config.residual == "scaled_pre" else layer_norm(x)
+
+
+def transformer_blocks(config: VisionEncoderConfig, places: range) -> nn.ModuleList:
+    """Pre-norm blocks as in a ViT (Dosovitskiy et al. 2021, arXiv 2010.11929), with DeiT's initial weights.
+
+    x = x + attention(LN(x)); x = x + MLP(LN(x)), with learned LNs and an MLP 4 D wide with GELU. `dropout` acts after
+    the attention and in the MLP. places: the blocks' numbers for `drop_probability`.
+    """
+    if not places:
+        return nn.ModuleList()
+    from timm.models.vision_transformer import Block  # here, because the import takes seconds
+
+    blocks = nn.ModuleList(
+        Block(
+            config.n_embd,
+            config.n_head,
+            qkv_bias=True,
+            proj_drop=config.dropout,
+            drop_path=config.drop_probability(place),
+            norm_layer=partial(nn.LayerNorm, eps=LN_EPS),
+        )
+        for place in places
+    )
+    for module in blocks.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=WEIGHT_STD)
+            nn.init.zeros_(module.bias)
+    return blocks
 
 
 def init_projection(layer: nn.Conv2d | nn.Linear, init: str) -> None:

@@ -121,6 +121,30 @@ def mix(weights, x, level):
     return torch.cat((x[:, :first], x[:, first:] + mixed), dim=1)
 
 
+def transform(weights, name, x):
+    """The Transformer blocks of that name, a head at a time; none if the weights have none. x: (B, T, D)."""
+
+    def affine(v, part):
+        return v @ weights[f"{part}.weight"].T + weights[f"{part}.bias"]
+
+    def learned_norm(v, part):
+        return norm(v) * weights[f"{part}.weight"] + weights[f"{part}.bias"]
+
+    n_heads = weights["encoder"].shape[-3]
+    for block in itertools.takewhile(
+        lambda block: f"{block}.norm1.weight" in weights, map(f"{name}.{{}}".format, range(9))
+    ):
+        qkv = affine(learned_norm(x, f"{block}.norm1"), f"{block}.attn.qkv").chunk(3, dim=-1)
+        heads = []
+        for q, k, v in zip(*(each.chunk(n_heads, dim=-1) for each in qkv), strict=True):
+            powers = (torch.einsum("btn,bun->btu", q, k) / math.sqrt(q.shape[-1])).exp()
+            heads.append(powers / powers.sum(-1, keepdim=True) @ v)
+        x = x + affine(torch.cat(heads, dim=-1), f"{block}.attn.proj")
+        hidden = activate(affine(learned_norm(x, f"{block}.norm2"), f"{block}.mlp.fc1"), "gelu")
+        x = x + affine(hidden, f"{block}.mlp.fc2")
+    return x
+
+
 def reference_levels(weights, x, *, n_layer, residual="post", shared=True, **step):
     """The last state, by the table of residuals. x: (B, T, D), the embedded tokens."""
 
@@ -138,6 +162,7 @@ def reference_levels(weights, x, *, n_layer, residual="post", shared=True, **ste
         affine = weights[f"level_norms.{level - 1}.weight"], weights[f"level_norms.{level - 1}.bias"]
         return (norm(x) * affine[0] + affine[1]) / math.sqrt(level)
 
+    x = transform(weights, "blocks_before", x)
     if residual == "post":
         x = norm(x)
     for level in range(1, n_layer + 1):
@@ -154,6 +179,7 @@ def reference_levels(weights, x, *, n_layer, residual="post", shared=True, **ste
             x = x + f(scaled(x, level), level)
         else:
             x = x + f(x, level)
+    x = transform(weights, "blocks_after", x)
     return scaled(x, n_layer + 1) if residual == "scaled_pre" else x
 
 
@@ -223,8 +249,10 @@ def randomised(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             fan_in = {"encoder": D, "encoder_v": D, "encoder_k": D, "lm_head": D, "decoder": width}.get(name, 1)
+            if name.startswith("blocks_") and parameter.ndim == 2:
+                fan_in = parameter.shape[1]
             parameter.normal_(std=fan_in**-0.5)
-            if name.startswith("level_norms") and name.endswith("weight"):
+            if "norm" in name and name.endswith("weight"):
                 parameter.add_(1)
         # the buffer is computed in float32; exact values allow float64 tolerances
         N = model.config.n_neurons

@@ -45,7 +45,7 @@ SIZES = dict(
     n_layer=2, n_embd=24, n_head=2, mlp_internal_dim_multiplier=6, dropout=0.4, drop_path=0.3, vocab_size=7, img_size=8
 )
 SIZES |= dict(patch_size=2, in_channels=8, num_classes=3, skip_levels=(1,), encoder=Path("best.pt"), mask_ratio=0.3)
-SIZES["n_frames"] = 4
+SIZES |= dict(n_frames=4, blocks_before=2, blocks_after=1)
 OTHER_VALUES |= {name: [value] for name, value in SIZES.items()}
 BASE = dict(n_layer=3, n_embd=12, n_head=3, mlp_internal_dim_multiplier=4, dropout=0.2, img_size=12, patch_size=4)
 BASE["skip_levels"] = (2,)
@@ -53,7 +53,7 @@ SQUARE = SMALL | dict(attention="softmax", n_embd=6, mlp_internal_dim_multiplier
 BDH_CLASSES = [cls for cls in CONFIG_CLASSES.values() if issubclass(cls, CoreConfig)]
 # the choices that tests/test_vision_bdh.py does not combine with each other
 CHOICES = ["qk", "gate", "activation", "rotary", "pos_embed", "shared", "pool"]
-CHOICES += ["level_gain", "update_gain", "attend_self", "qk_norm", "stem", "mixing"]
+CHOICES += ["level_gain", "update_gain", "attend_self", "qk_norm", "stem", "mixing", "blocks_before", "blocks_after"]
 ALONE = [{name: value} for name in CHOICES for value in OTHER_VALUES[name]]
 TOGETHER = [
     dict(qk="separate", gate="sigmoid", activation="gelu", attention="softmax"),
@@ -65,6 +65,8 @@ TOGETHER = [
     dict(stem="conv", mixing="conv_per_level", level_gain=True, update_gain=0.3, pool="seq", residual="true_pre"),
     dict(mixing="conv", pool="cls", rotary="axial", level_gain=True, residual="scaled_pre", shared=False),
     dict(qk="separate", qk_norm=True, attend_self=False, update_gain=0.3, residual="post"),
+    dict(blocks_before=1, blocks_after=2, pool="cls", residual="scaled_pre", shared=False),
+    dict(blocks_before=1, blocks_after=1, residual="true_pre", attention="softmax", mixing="conv", pool="seq"),
 ]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from training import fit
+from training import UserError, fit
 from interpretability.common import attention_maps as computation
 from interpretability.common.attention_maps import attention_maps, look_at, shares
 from interpretability.common.recorder import record
@@ -62,6 +62,13 @@ def test_maps_are_rows_of_the_scores(model, pixels, show):
         assert np.allclose(heads[level], expected, **close) and np.allclose(means[level], [expected.mean(0)], **close)
     if show == "shares":
         assert (heads[0].sum((1, 2)) < 0.999).all() if first else np.allclose(heads[0].sum((1, 2)), 1, atol=1e-5)
+
+
+def test_no_rollout_over_levels_alone_where_blocks_have_mixed_tokens_before(pixels):
+    model = v2_config(**BDH, blocks_before=1, blocks_after=1).build().eval()
+    with pytest.raises(UserError, match="blocks_before"):
+        attention_maps(model, pixels, PATCH, GRID, [0], "rollout")
+    assert attention_maps(model, pixels, PATCH, GRID, [0], "shares")[0][0].sum() == pytest.approx(1, abs=1e-5)
 
 
 def test_shares_count_heads_alike():

@@ -29,7 +29,15 @@ def patch(images, index, columns=3, size=8):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, dict(pos_embed=False), dict(residual="scaled_pre"), dict(patch_size=4), dict(stem="conv")]
+    "fields",
+    [
+        {},
+        dict(pos_embed=False),
+        dict(residual="scaled_pre"),
+        dict(patch_size=4),
+        dict(stem="conv"),
+        dict(blocks_before=1),
+    ],
 )
 def test_only_visible_patches_matter_and_the_truth_is_the_masked_pixels(fields):
     model, images = make_model(**fields), torch.randn(2, 3, 24, 24)

@@ -28,6 +28,7 @@ CONFIGS = {
     "class_token": v2_config(pool="cls", **BDH),
     "scaled_pre": v3_config(**BDH),
     "own_weights": v2_config(shared=False, **BDH),
+    "hybrid": v2_config(blocks_before=1, blocks_after=1, **BDH),
 }
 FIXED = ("scaled_pre", "own_weights")  # cannot run more levels
 

@@ -31,6 +31,7 @@ MODELS = {
     "v3, own weights for each level": v3_config(**SIZES, patch_size=8, shared=False),
     "separate keys, no gate": v2_config(**SIZES, patch_size=8, qk="separate", gate="none"),
     "sigmoid gate, no rotation": v2_config(**SIZES, patch_size=8, gate="sigmoid", rotary="none"),
+    "hybrid": v2_config(**SIZES, patch_size=8, blocks_before=1, blocks_after=1),
     "BDH-UNet": bdh_unet_config(n_layer=2, n_embd=32, n_head=2, mlp_internal_dim_multiplier=2, img_size=32),
 }
 

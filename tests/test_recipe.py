@@ -110,9 +110,12 @@ def test_muon_leaves_embeddings_norms_and_the_head_to_adamw():
     }
     deit = hidden_matrices(DeiTTinyConfig().build())
     assert deit["blocks.0.attn.qkv.weight"] == (3, -1, 192) and len(deit) == 4 * 12
+    sizes = dict(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4)
+    hybrid = hidden_matrices(v2_config(**sizes, blocks_before=1, blocks_after=1).build())
+    assert hybrid["blocks_after.0.attn.qkv.weight"] == (3, -1, 8) and len(hybrid) == 3 + 4 + 4
     convolutions = hidden_matrices(ResNet20Config().build())
     assert len(convolutions) == 19 and set(map(len, convolutions.values())) == {2}
-    model = v2_config(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4).build()
+    model = v2_config(**sizes).build()
     muon, adamw = make_optimizer(model, make_train(optimizer="muon", adamw_learning_rate=0.005)).param_groups
     assert (muon["lr"], adamw["lr"]) == (0.02, 0.005)
     fields = dict(lr=0.005, weight_decay=0.1, betas=(0.5, 0.6))
@@ -231,6 +234,14 @@ def test_drop_path_skips_levels_in_proportion_to_their_depth_and_only_in_trainin
     groups = {tuple(row.tolist()) for row in torch.cdist(outputs, outputs) < 1e-2 * outputs.std()}
     shares = sorted(sum(group) / 800 for group in groups)  # both levels, one of them, none kept: p = 0.25 and 0.5
     assert shares == pytest.approx([0.125, 0.125, 0.375, 0.375], abs=0.06)
+
+
+def test_drop_path_counts_the_blocks_of_a_hybrid_as_levels():
+    sizes = dict(n_layer=2, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4)
+    model = v2_config(**sizes, drop_path=0.4, blocks_before=1, blocks_after=1).build()
+    around = [block.drop_path2.drop_prob for block in (*model.blocks_before, *model.blocks_after)]
+    assert around == pytest.approx([0.1, 0.4])
+    assert [model.config.drop_probability(level) for level in (0, 1)] == pytest.approx([0.2, 0.3])
 
 
 # ---------------------------------------------------------------------------- augmentations

@@ -54,7 +54,11 @@ def test_the_update_is_bit_identical(tokens, attn_norm, dropout, softmax, images
     assert all(torch.equal(*pair) for pair in zip(kept, again, strict=True))
 
 
-@pytest.mark.parametrize("config", [v1_config, v2_config, v3_config, v2_softmax_config, bdh_unet_config])
+def hybrid_config(**overrides):
+    return v2_config(**overrides, blocks_before=1, blocks_after=1, drop_path=0.3)
+
+
+@pytest.mark.parametrize("config", [v1_config, v2_config, v3_config, v2_softmax_config, bdh_unet_config, hybrid_config])
 @pytest.mark.parametrize("use_fast_path", [True, False])
 def test_models_are_bit_identical_and_need_less_memory(config, use_fast_path):
     torch.manual_seed(0)

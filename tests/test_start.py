@@ -260,7 +260,11 @@ def test_an_encoder_of_other_sizes_is_refused_with_the_flags_that_would_do(runs,
 
 @pytest.mark.parametrize(
     ("fields", "misfit", "flag"),
-    [(dict(qk="separate"), "encoder_k", "--qk separate"), (dict(residual="scaled_pre"), "level_norms", "scaled_pre")],
+    [
+        (dict(qk="separate"), "encoder_k", "--qk separate"),
+        (dict(residual="scaled_pre"), "level_norms", "scaled_pre"),
+        (dict(blocks_after=1), "blocks_after.0.attn.proj.bias, ", "--blocks-after 1"),
+    ],
 )
 def test_an_encoder_with_more_to_its_core_is_refused(fields, misfit, flag, runs, camvid, tmp_path, experiment_in):
     fit(experiment_in(tmp_path, "more", model=CORE | dict(patch_size=8) | fields, epochs=1, train_limit=20))

@@ -68,6 +68,14 @@ def test_a_convolutional_stem_takes_other_channels_and_levels_are_one_layer(expe
     assert levels == {"encoder", "encoder_v", "decoder", "mixing", "level_gain", "level_bias", "update_gain"}
 
 
+def test_each_block_of_a_hybrid_is_a_layer():
+    sizes = dict(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
+    model = timm.create_model("vision_bdh_v2", **sizes, blocks_before=2, blocks_after=1)
+    layers = group_parameters(model, model.group_matcher())
+    first = [layers[key][0].removesuffix(".norm1.weight") for key in sorted(layers)]
+    assert first[1:] == ["blocks_before.0", "blocks_before.1", "encoder", "blocks_after.0", "head.weight"]
+
+
 def test_head_and_features(trained):
     model = timm.create_model(trained[0], pretrained=True).eval()
     images = torch.randn(2, 3, 32, 32)

@@ -14,7 +14,7 @@ from training.experiment import Experiment, name_of_file
 from training.stored import first_line, load_weights, read_config
 
 FREQUENCIES = "attn.freqs"
-CORE = ("encoder", "decoder", "level_", "update_gain", "mixing")  # prefixes of the core's weights
+CORE = ("encoder", "decoder", "level_", "update_gain", "mixing", "blocks_")  # prefixes of the core's weights
 NO_DIFFERENCE = {"encoder", "encoder_weights", "dropout"}  # fields that do not change the weights' shapes or meaning
 
 
@@ -84,8 +84,9 @@ def take_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Any]:
     flags = _flags_of(source, encoder.config, fields)
     core = {name for name in mine.keys() | theirs if name.startswith(CORE)}
     if misfits := sorted(core - taken.keys()):
+        named = ", ".join(misfits[:3]) + (f" and {len(misfits) - 3} more" if len(misfits) > 3 else "")
         raise UserError(
-            f"{path} does not fit the encoder (its {', '.join(misfits)}): give the encoder the flags of the run it "
+            f"{path} does not fit the encoder (its {named}): give the encoder the flags of the run it "
             f"comes from ({flags})"
         )
     pruned = {name: value for name, value in theirs.items() if name == FREQUENCIES and of_each_head(value)}

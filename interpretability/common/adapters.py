@@ -43,7 +43,10 @@ class Adapter(Protocol):
 
 
 class BDHAdapter:
-    """BDH models. Their one step runs n_layer times, so the n-th call of `level_input` in a pass is level n."""
+    """BDH models. Their one step runs n_layer times, so the n-th call of `level_input` in a pass is level n.
+
+    The Transformer blocks of a hybrid are no levels; those after the last one are part of the read-out, `logits`.
+    """
 
     def __init__(self, model: BDHCore | BDHUNet):
         self.model = model = model.encoder if isinstance(model, BDHUNet) else model

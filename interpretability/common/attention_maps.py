@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from interpretability.common.recorder import Trace, record
 from interpretability.common.trained import TrainedRun
 from models.vision_bdh import Grid
+from training.config import UserError
 
 Show = Literal["scores", "shares", "rollout"]
 Patch = tuple[int, int]  # row and column, from 0
@@ -70,11 +71,14 @@ def attention_maps(
     pixels: (1, C, height, width), the model's input. levels: from 0. Maps are (H, rows, columns), or (1, rows, columns)
     for the mean over heads. show: `scores` as they multiply x in the model (BDH: signed; ViT: softmax weights);
     `shares` per head, averaged afterwards; `rollout`, which has no heads. Attention to a class token is not in the maps
-    but counts in the sums, so a map of shares may sum to less than 1.
+    but counts in the sums, so a map of shares may sum to less than 1. Raises UserError for the rollout of a hybrid
+    whose Transformer blocks have mixed the tokens before the first level.
     """
     levels = sorted(set(levels))
     with record(model, "scores", levels=range(levels[-1] + 1) if show == "rollout" else levels) as trace:
         output = model(pixels)
+    if show == "rollout" and len(getattr(trace.adapter.model, "blocks_before", ())):
+        raise UserError("rollout would leave out what blocks_before mix before the first level: use --show shares")
     first = trace.adapter.class_tokens
     token = first + patch[0] * grid[1] + patch[1]
     if show == "rollout":

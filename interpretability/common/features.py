@@ -2,8 +2,8 @@
 
 Features come from the residual stream after a level (`Trace.state`), which is all that the rest of the model receives.
 (A level's input, `Trace.x`, is in v2 the same stream one level late, without the last level.) Level 0 is what the first
-level reads: the embedding of the patches with their positions, in a model with `mixing` or `level_gain`, such as v4,
-after that level's own convolution and gain.
+level reads: the embedding of the patches with their positions, in a hybrid after its `blocks_before`, in a model with
+`mixing` or `level_gain`, such as v4, after that level's own convolution and gain.
 
 By default each token is normalised first (LN without affine parameters). In v1, v2 and the transformers everything that
 follows reads the stream through an LN, mostly token by token, so a token's length carries little information; but v2

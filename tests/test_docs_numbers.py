@@ -1,0 +1,144 @@
+"""Numbers typed into README.md and docs/results.md are those of the files in results/, rounded as the page rounds them.
+
+The expected lines are built from the files. Tables that analysis/claims.py makes are held to them in test_pages.py.
+"""
+
+import json
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from analysis.pages import NONE
+from analysis.published import read_published
+from analysis.tables import accuracy_interval
+from plans import training_flop
+from training.command_line import experiment_of
+from training.config import ROOT
+
+RESULTS = ROOT / "results"
+
+
+class Measured(NamedTuple):
+    """A run in results/, in the words of the pages."""
+
+    summary: dict[str, Any]
+    metrics: pd.DataFrame
+
+    @property
+    def parameters(self) -> str:
+        return f"{self.summary['parameters']:,}"
+
+    @property
+    def value(self) -> float:
+        """Test accuracy in percent."""
+        return 100 * self.summary["test"]["accuracy"]
+
+    @property
+    def accuracy(self) -> str:
+        return f"{self.value:.2f}"
+
+    @property
+    def interval(self) -> str:
+        n = self.summary["images"]["test"]
+        low, high = accuracy_interval(round(self.value * n / 100), n)
+        return f"{100 * low:.2f} to {100 * high:.2f}"
+
+    @property
+    def minutes(self) -> float:
+        """Without validation, as in analysis/time_to_accuracy.py."""
+        return (self.summary["images"]["train"] / self.metrics.images_per_sec).sum() / 60
+
+
+@cache
+def run(name: str, seed: int = 0) -> Measured:
+    """name: folder below results/ with the folders of the seeds."""
+    folder = RESULTS / name / f"seed{seed}"
+    return Measured(json.loads((folder / "summary.json").read_text()), pd.read_csv(folder / "metrics.csv"))
+
+
+def published(script: str, flags: str = "") -> str:
+    """The first published value of that script with those flags, in percent."""
+    return next(line.value for line in read_published() if (line.script, line.flags) == (script, flags))
+
+
+def petaflop(script: str, flags: str = "") -> str:
+    """Training operations of that script with those flags, to three digits."""
+    return f"{training_flop(experiment_of(script, flags)) / 1e15:.3g}"
+
+
+V4 = [run("speedrun", seed) for seed in range(3)]
+WIDE, VIT, WIDE_VIT = (run(f"speedrun/{name}") for name in ("width192", "vit_tiny", "vit_tiny_width192"))
+V1_10_EPOCHS = ("train_v1_cifar10.py", "--epochs 10")
+MINUTES = sorted(each.minutes for each in V4)
+MEAN = np.mean([each.value for each in V4])
+
+
+def readme() -> list[str]:
+    return [
+        f"v4 ({V4[0].parameters} parameters, {V4[0].accuracy} % test accuracy) and a ViT-Tiny of equal size with the "
+        f"same training ({VIT.accuracy} %; with as many operations as v4: {WIDE_VIT.accuracy} %)",
+        f"`results/speedrun/width192/seed0` ({WIDE.parameters} parameters, {WIDE.accuracy} % of CIFAR-10's test",
+        f"`results/speedrun/seed0` ({V4[0].parameters} parameters, {V4[0].accuracy} %; three seeds: {MEAN:.2f} % on "
+        f"average, {MINUTES[0]:.0f} to {MINUTES[-1]:.0f} minutes on two CPU cores)",
+    ]
+
+
+def status() -> list[str]:
+    vit, resnet = run("vit_tiny_cifar10+epochs=10+precision=bf16"), run("resnet20_cifar100+precision=bf16")
+    v1 = run("v1_cifar10+epochs=10+mlp_internal_dim_multiplier=4+precision=bf16")
+    last = "{:.1f}, {:.1f} and {:.1f}".format(*(100 * vit.metrics.val_accuracy[-3:]))
+    return [
+        f"ViT-Tiny on CIFAR-10, 10 epochs: {vit.accuracy} % ({vit.interval}); published "
+        f"{published('train_vit_tiny_cifar10.py', '--epochs 10')}",
+        f"epochs validate at {last} %",
+        f"ResNet-20 on CIFAR-100: {resnet.accuracy} % ({resnet.interval}); published "
+        f"{published('train_resnet20_cifar100.py')}",
+        f"(training loss {resnet.metrics.train_loss.iloc[-1]:.2f})",
+        f"10 epochs: {v1.accuracy} % ({v1.interval}) with {v1.parameters} parameters",
+        f"Published with all 3,562,570: {published(*V1_10_EPOCHS)}",
+    ]
+
+
+def speedrun() -> list[str]:
+    """The table, and what is said below it."""
+    costs = pd.read_csv(RESULTS / "speedrun" / "time_to_accuracy.csv").set_index("parameters")
+    values = [each.value for each in V4]
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    seeds = ", ".join(each.accuracy for each in V4)
+    results = {
+        "v4": (V4[0], f"{MEAN:.2f} ({seeds}; 95 % interval of the mean {MEAN - half:.1f} to {MEAN + half:.1f})"),
+        "v4, width 192 (`--n-embd 192`)": (WIDE, None),
+        "ViT-Tiny of v4's size": (VIT, None),
+        "ViT-Tiny with v4's operations (width 192)": (WIDE_VIT, None),
+    }
+    lines = []
+    for name, (one, result) in results.items():
+        cost = costs.loc[one.summary["parameters"]]
+        reached = NONE if np.isnan(cost.pflop_to_target) else f"{cost.pflop_to_target:.2f}"
+        result = result or f"{one.accuracy} ({one.interval} over test images)"
+        lines.append(f"| {name} | {one.parameters} | {cost.seeds} | {cost.pflop:.2f} | {reached} | {result} |")
+    v2, v1 = petaflop("train_v2_cifar10.py"), petaflop(*V1_10_EPOCHS)
+    lines += [
+        f"| v2, documented | 3,562,570 | 1 | {v2} | {v2} | {published('train_v2_cifar10.py')} |",
+        f"| v1, documented, ten epochs | 3,562,570 | 1 | {v1} | {NONE} | {published(*V1_10_EPOCHS)} |",
+        f"({100 * WIDE_VIT.metrics.train_accuracy.iloc[-1]:.1f} % in the last epoch)",
+        "trained for {:.0f}, {:.0f} and {:.0f} minutes".format(*MINUTES),
+    ]
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("page", "expected"),
+    [("README.md", readme), ("docs/results.md", status), ("docs/results.md", speedrun)],
+    ids=["README", "status", "speedrun"],
+)
+def test_a_page_says_what_the_files_in_results_say(page, expected):
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    missing = [line for line in expected() if line not in text]
+    assert not missing, (
+        f"change {page} (or, for new words, this test). By the files in results/, it says:\n" + "\n".join(missing)
+    )
