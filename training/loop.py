@@ -25,7 +25,6 @@ from training.start import start_weights
 from training.tasks import Task
 from training.trackers import Trackers
 
-
 LEAST_SCALE = 1.0  # of the loss in fp16: 17 skipped steps below the first one, and no help against overflow
 
 
