@@ -63,7 +63,7 @@ class Options:
     """processes that train each run together, each on a GPU of its own"""
     budget_minutes: float | None = None
     """stop after this time; the same command continues"""
-    precision: Literal["float32", "tf32", "bf16"] | None = None
+    precision: Literal["float32", "tf32", "bf16", "fp16"] | None = None
     """matmul precision of all runs; default: the plan's"""
     compile: bool = False
     """use torch.compile"""

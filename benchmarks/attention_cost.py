@@ -53,7 +53,14 @@ from models.kernels import raw_attention, scores_are_cheaper
 from models.rotary import RotaryAttention
 from training.command_line import run_script
 from training.config import UserError
-from training.device import effective_precision, fits_in_memory, prepare_device, set_precision, synchronize
+from training.device import (
+    effective_precision,
+    fits_in_memory,
+    prepare_device,
+    product_dtype,
+    set_precision,
+    synchronize,
+)
 
 PARTS = {"attention": "attention alone", "level": "one whole level"}
 LOOKS = {  # of each side; larger markers first, so that curves that coincide remain visible
@@ -104,7 +111,7 @@ class Options(BenchmarkOptions):
 
     def itemsize(self) -> int:
         """Bytes of an element of the products."""
-        return 2 if self.precision == "bf16" else 4
+        return product_dtype(self.precision).itemsize
 
 
 # ---------------------------------------------------------------------------- what is measured
@@ -134,7 +141,7 @@ class ScoresAttention(RotaryAttention):
 def attention_sides(options: Options, n_tokens: int, device: torch.device) -> Sides:
     """The attention product alone, on q: (B, H, T, N) and x: (B, T, D)."""
     config = options.core_config()
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    dtype = product_dtype(options.precision)
     torch.manual_seed(0)
     where = dict(device=device, dtype=dtype)
     q = torch.randn(options.batch_size, config.n_head, n_tokens, config.n_neurons, **where) / config.n_neurons**0.5

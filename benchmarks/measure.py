@@ -19,7 +19,7 @@ from analysis.tables import write_csv
 from training.config import ROOT
 from training.device import describe_hardware, synchronize
 
-Precision = Literal["float32", "tf32", "bf16"]
+Precision = Literal["float32", "tf32", "bf16", "fp16"]
 S, T = TypeVar("S", bound=Hashable), TypeVar("T")
 MAY_BE_0, MAY_BE_EMPTY = ("seed", "warm_up"), ("batch_sizes", "img_sizes", "multipliers", "depths")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from printing at every start and stop

@@ -27,7 +27,7 @@ from benchmarks.measure import BenchmarkOptions, Precision, changed, in_full, ma
 from benchmarks.training_steps import IMPLEMENTATIONS, Batch, StackedReference, training_step
 from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
 from training.command_line import run_script
-from training.device import pick_device, set_precision, synchronize, tune_cpu_allocator
+from training.device import pick_device, product_dtype, set_precision, synchronize, tune_cpu_allocator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ def products_alone(
 ) -> Callable[[], None]:
     """The matrix products of a step's levels, forward and backward, on separate tensors for each level."""
     set_precision(precision, device)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = product_dtype(precision)
     B, T, D, H, N = batch_size, math.prod(config.grid), config.n_embd, config.n_head, config.n_neurons
     weight = torch.randn(H, D, N, device=device, dtype=dtype)  # stands for encoder, encoder_v and decoder^T
     narrow = [torch.randn(1, B * T, D, device=device, dtype=dtype).expand(H, -1, -1) for _ in range(config.n_layer)]

@@ -38,7 +38,7 @@ from models.baselines import ResNet20Config, ViTConfig
 from models.flops import flop_per_image
 from models.vision_bdh import v2_config
 from training.command_line import run_script
-from training.device import prepare_device
+from training.device import prepare_device, product_dtype
 
 EPOCH = 40_000  # training images of the CIFAR protocol
 Name = Literal["v2", "vit_tiny", "resnet20"]
@@ -86,7 +86,7 @@ def sides_of(models: tuple[Name, ...], compiled: bool) -> list[Side]:
 def dense_tflops(precision: Precision, device: torch.device) -> float:
     """Rate of a large square matrix product in that precision: the best of ten."""
     size = 8192 if device.type == "cuda" else 2048
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = product_dtype(precision)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     product = in_full(lambda: left @ right, 1, device)
     return 2 * size**3 / min(seconds_of(product) for _ in range(10)) / 1e12

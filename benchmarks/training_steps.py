@@ -14,7 +14,7 @@ from models.rotary import Tables, rope
 from models.vision_bdh import VisionBDH, VisionBDHConfig
 from training.config import ClassificationConfig
 from training.data import DataSet, ImageBatches, Split
-from training.device import set_precision
+from training.device import make_scaler, set_precision
 from training.optimiser import WeightAverage
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, height, width) in [-1, 1] and labels (B,)
@@ -66,7 +66,7 @@ def training_step(
     train: default, `protocol()`. Moves the model to the device. The step does not synchronise with the device.
     """
     train = train or protocol()
-    autocast = set_precision(precision, device)
+    autocast, scaler = set_precision(precision, device), make_scaler(precision, device)
     model = model.to(device)
     forward = torch.compile(model) if compiled else model
     optimizer = train.make_optimizer(model)
@@ -76,9 +76,11 @@ def training_step(
         images, labels = next(batches)
         with autocast:
             loss = F.cross_entropy(forward(images).float(), labels)
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         if average is not None:
             average.update_parameters(model)

@@ -113,9 +113,11 @@ class CoreConfig:
         return self.drop_path * (level + 1) / self.n_layer
 
 
-def layer_norm(x: Tensor) -> Tensor:
+def layer_norm(x: Tensor, eps: float = LN_EPS) -> Tensor:
     """LN over the last axis, without affine parameters."""
-    return F.layer_norm(x, x.shape[-1:], eps=LN_EPS)
+    if x.dtype == torch.float16:  # in float32: on a CPU, one over the deviation overflows for small x
+        return F.layer_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
 class StepWeights(NamedTuple):
@@ -293,9 +295,14 @@ class BDHCore(nn.Module):
         """Neuron activity in a step. x: (B, T, D), the step's input."""
         before = self.encode(x, weights.encoder)  # (B, H, T, N)
         x_sparse = self.activation(before)
-        a = self.attn(*self.queries_and_keys(x, x_sparse, weights, tables), x)
-        if self.config.attn_norm:
-            a = layer_norm(a)
+        q, k = self.queries_and_keys(x, x_sparse, weights, tables)
+        if not self.config.attn_norm:
+            a = self.attn(q, k, x)
+        elif self.config.attention == "raw" and x_sparse.dtype == torch.float16:
+            scale = kernels.half_scale(x.shape[1])
+            a = layer_norm(self.attn(q * scale, k * scale, x), LN_EPS * scale**4)
+        else:
+            a = layer_norm(self.attn(q, k, x))
         y_sparse = self.activation(self.encode_attended(a, weights.encoder_v))
         if self.config.gate == "multiplicative":
             return Activity(x_sparse, y_sparse, x_sparse * y_sparse)

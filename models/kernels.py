@@ -144,6 +144,15 @@ def scores_are_cheaper(n_tokens: int, n_neurons: int, n_embd: int) -> bool:
     return n_tokens * (n_neurons + n_embd) <= 2 * n_neurons * n_embd
 
 
+def half_scale(n_tokens: int) -> float:
+    """The factor of queries and keys in float16, a power of two near 1 / sqrt(T).
+
+    The raw attention output is a sum over T tokens and passes 65,504, float16's largest number, at published sizes. So
+    scaled, it is about a mean over tokens. The LN after it cancels the factor exactly, its eps taken times factor^4.
+    """
+    return 2.0 ** -math.ceil(math.log2(n_tokens) / 2)
+
+
 def raw_attention(q: Tensor, k: Tensor, x: Tensor) -> Tensor:
     """(q k^T) x in the cheaper of its two orders. q, k: (..., T, N), x: (..., T, D) -> (..., T, D).
 
@@ -178,6 +187,9 @@ def fast_update(
     recompute: activation checkpointing; the gradients are bit-identical.
     slice_bytes: on a CPU, the size of one (H, images T, N) tensor; the batch is processed in slices of that size.
     """
+    if weights[0].dtype == torch.float16 and attn_eps is not None and not softmax:
+        scale = half_scale(x.shape[1])
+        phases, attn_eps = phases * scale, attn_eps * scale**4
     settings = (attn_eps, dropout, softmax, recompute, slice_bytes)
     return _FastUpdate.apply(x, *masters, tuple(w.detach() for w in weights), phases, *settings)
 
@@ -295,7 +307,7 @@ def _excite(x, weights, phases, attn_eps, dropout, softmax, inner=None):
         a = q @ inner
     rstd = None
     if attn_eps is not None:
-        a, _, rstd = torch.native_layer_norm(a, (D,), None, None, attn_eps)
+        a, rstd = _norm(a, attn_eps)
     y_sparse = torch.bmm(a.view(H, g * T, D), encoder_v).relu_()  # (H, R, N)
     scale = drop_(y_sparse, dropout)
     return None if q is None else q.view_as(x_sparse), scale, (x_sparse, y_sparse, a, rstd, inner)
@@ -368,6 +380,13 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def _relu_backward_(grad: Tensor, output: Tensor) -> Tensor:
     """Zeroes grad in place where the ReLU's output is zero."""
     return torch.ops.aten.threshold_backward.grad_input(grad, output, 0, grad_input=grad)
+
+
+def _norm(a: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """LN over the last axis, and one over the deviation; that in float32 where a is float16, which it may overflow."""
+    wide = a.float() if a.dtype == torch.float16 and a.device.type == "cpu" else a
+    normed, _, rstd = torch.native_layer_norm(wide, a.shape[-1:], None, None, eps)
+    return normed.to(a.dtype), rstd
 
 
 def _norm_backward(da: Tensor, a: Tensor, rstd: Tensor) -> Tensor:

@@ -38,10 +38,12 @@ def float32_again(device):
 # ---------------------------------------------------------------------------- kernels against their twins
 
 
-# float32: a few roundings of 6e-8, magnified by LN. tf32 and bf16 round each factor to 11 and 8 bits: about ten
+# float32: a few roundings of 6e-8, magnified by LN. tf32 and fp16 round each factor to 11 bits, bf16 to 8: about ten
 # roundings lie between x and y (see test_kernels), and those that flip a ReLU change gradients more; there the plain
 # path in the same precision is the measure.
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("tf32", 0.01), ("bf16", 0.03)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("float32", 1e-4), ("tf32", 0.01), ("fp16", 0.01), ("bf16", 0.03)]
+)
 @pytest.mark.parametrize("rows", [SCORES, STATE])
 @pytest.mark.parametrize(
     "fields", [{}, dict(attn_norm=False), dict(attention="softmax"), dict(rotary="axial")], ids=str
@@ -66,16 +68,17 @@ def test_the_fast_step_is_near_the_plain_one(precision, tolerance, rows, fields,
         assert relative_error(grad, expected_grads[name]) < allowed, name
 
 
-@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16", "fp16"])
 def test_the_precision_of_products_is_the_one_asked_for(precision, gpu, float32_again):
-    """1 + 2^-9 has ten bits: float32 and tf32 keep it, bf16 does not; 1 + 2^-13 only float32 keeps."""
+    """1 + 2^-9 has ten bits: float32, tf32 and fp16 keep it, bf16 does not; 1 + 2^-13 only float32 keeps."""
     if precision == "tf32" and torch.cuda.get_device_capability(gpu) < (8, 0):
         pytest.skip("no TF32 on this GPU")
     autocast = set_precision(precision, gpu)
     ones = torch.eye(512, device=gpu)
     with autocast:
         kept = [bool(((ones * (1 + 2.0**-bits)) @ ones)[0, 0] != 1) for bits in (9, 13)]
-    assert kept == {"float32": [True, True], "tf32": [True, False], "bf16": [False, False]}[precision]
+    bits = {"float32": [True, True], "tf32": [True, False], "fp16": [True, False], "bf16": [False, False]}
+    assert kept == bits[precision]
 
 
 def test_rotation_equals_its_twin(device):
@@ -165,7 +168,9 @@ def test_an_epoch_waits_for_nothing_but_the_progress(script, flags, device, tiny
     assert math.isfinite(trained["loss"]) and math.isfinite(validated["loss"])
 
 
-@pytest.mark.parametrize("precision, optimizer", [("float32", "adamw"), ("bf16", "adamw"), ("float32", "muon")])
+@pytest.mark.parametrize(
+    "precision, optimizer", [("float32", "adamw"), ("bf16", "adamw"), ("fp16", "adamw"), ("float32", "muon")]
+)
 def test_a_stopped_run_resumes_to_the_same_end(precision, optimizer, experiment, device, float32_again):
     fields = dict(epochs=3, ema=0.9, mixup=0.5, randaugment=1, optimizer=optimizer, precision=precision)
     fields |= dict(options={"device": device.type})

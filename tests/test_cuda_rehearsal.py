@@ -67,7 +67,9 @@ def test_the_recipes_set_every_field_of_the_recipe():
     assert not [name for name in fields if f"--{name.replace('_', '-')}" not in flags]
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("tf32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("tf32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_the_fast_path_is_rehearsed(precision, dtype, tiny, monkeypatch):
     seen, real = [], kernels.fast_update
     monkeypatch.setattr(kernels, "fast_update", lambda *a, **k: seen.append(a[2][0].dtype) or real(*a, **k))

@@ -27,8 +27,8 @@ def fake():
 @contextlib.contextmanager
 def autocast(dtype):
     """Of CUDA, without a GPU; `torch.autocast` would turn itself off."""
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    torch.set_autocast_enabled("cuda", dtype is torch.bfloat16)
+    torch.set_autocast_dtype("cuda", dtype)
+    torch.set_autocast_enabled("cuda", dtype is not torch.float32)
     try:
         yield
     finally:
@@ -42,7 +42,7 @@ class Context:
         self.saved_tensors = tensors
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("attn_eps", "softmax", "recompute", "tokens"),
     list(itertools.product((None, 1e-5), (False, True), (False, True), (FEW, MANY))),
@@ -58,7 +58,7 @@ def test_the_fast_step_keeps_its_precision(fake, monkeypatch, dtype, attn_eps, s
     with autocast(dtype):
         y = kernels._FastUpdate.forward(context, x, *masters, weights, phases, *settings)
         gradients = kernels._FastUpdate.backward(context, torch.empty_like(y))
-        assert torch.is_autocast_enabled("cuda") == (dtype is torch.bfloat16)
+        assert torch.is_autocast_enabled("cuda") == (dtype is not torch.float32)
     assert (y.shape, y.dtype, y.device.type) == (x.shape, torch.float32, "cuda")
     kept = [tensor for tensor in context.saved_tensors if tensor is not None and tensor.shape[-1] > 1]
     assert kept and {tensor.dtype for tensor in kept} == {dtype}

@@ -63,8 +63,8 @@ class TrainConfig:
     """clip gradients to this norm"""
     grad_accum: int = 1
     """batches accumulated per optimizer step"""
-    precision: Literal["float32", "tf32", "bf16"] = "tf32"
-    """matmul precision; tf32 falls back to float32 where unsupported"""
+    precision: Literal["float32", "tf32", "bf16", "fp16"] = "tf32"
+    """matmul precision; tf32 falls back to float32 where unsupported; fp16 (with loss scaling): GPUs without bf16"""
     compile: bool = False
     """run the model through torch.compile"""
     sync_batchnorm: bool = False

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch.amp import GradScaler
 
 from training import processes
 from training.config import UserError
@@ -87,13 +88,35 @@ def tune_cpu_allocator() -> bool:
     return all(mallopt(option, value) for option, value in settings)
 
 
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def product_dtype(precision: str) -> torch.dtype:
+    """The type of the factors of matrix products in that precision."""
+    return AUTOCAST.get(precision, torch.float32)
+
+
 def set_precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """Sets the precision of float32 matmuls; returns the (re-usable) autocast context for forward passes."""
+    """Sets the precision of float32 matmuls; returns the (re-usable) autocast context for forward passes.
+
+    Raises UserError for fp16 on a device where `make_scaler` is not known to work.
+    """
+    if precision == "fp16" and device.type == "mps":
+        raise UserError("--precision fp16 is for CUDA: use bf16 or float32 on mps")
     if device.type == "cuda":
         tf32 = precision != "float32"
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
+
+
+def make_scaler(precision: str, device: torch.device) -> GradScaler:
+    """Scales the loss in fp16, so that small gradients do not vanish; in every other precision it does nothing.
+
+    The scale starts at 2^16. Steps whose gradients overflow are skipped and halve it, 2,000 good steps in a row double
+    it. Gradients are averaged over processes before they are looked at, so all processes decide alike.
+    """
+    return GradScaler(device.type, enabled=precision == "fp16")
 
 
 def effective_precision(precision: str, device: torch.device) -> str:

@@ -16,6 +16,7 @@ from training.device import describe_hardware, peak_memory_mb, prepare_device, s
 from training.experiment import Experiment
 from training.metrics import METRICS, Sums
 from training.onlooker import Onlooker
+from training.optimiser import set_step
 from training.progress import Progress, counts_of, loss_of, ratios_of, share_of_loss
 from training.provenance import describe_run
 from training.runs import Run
@@ -24,6 +25,8 @@ from training.start import start_weights
 from training.tasks import Task
 from training.trackers import Trackers
 from training.views import views_used
+
+LEAST_SCALE = 1.0  # of the loss in fp16: 17 skipped steps below the first one, and no help against overflow
 
 
 class TrainingError(UserError):
@@ -212,7 +215,9 @@ def train_epoch(session: Session) -> tuple[dict[str, float], float]:
     with bar:
         for first in range(progress.steps * group, n_samples, group):
             finite = _accumulate(session, progress, batches, min(group, n_samples - first))
-            finite &= _clip(session).isfinite()
+            norm = _clip(session)
+            if not session.scaler.is_enabled():  # in fp16 a gradient may overflow: the step is skipped
+                finite &= norm.isfinite()
             progress.rate = optimizer_step(session)
             progress.steps += 1
             progress.note(session.step - 1, finite)
@@ -235,7 +240,7 @@ def _accumulate(session: Session, progress: Progress, batches: Iterator, in_step
             with session.autocast:
                 outputs = session.trained(inputs)
                 loss = loss_of(task, outputs, targets)
-            share_of_loss(task, loss, len(targets), batch, in_step).backward()
+            session.scaler.scale(share_of_loss(task, loss, len(targets), batch, in_step)).backward()
         finite &= loss.detach().isfinite()
         progress.sums.add(counts_of(task, outputs, targets, loss))
         progress.seen += batch
@@ -243,19 +248,25 @@ def _accumulate(session: Session, progress: Progress, batches: Iterator, in_step
 
 
 def _clip(session: Session) -> Tensor:
-    """Clips the gradients; returns their norm before, on the device."""
+    """Clips the gradients, in fp16 after dividing by the loss scale; returns their norm before, on the device."""
+    session.scaler.unscale_(session.optimizer)
     return nn.utils.clip_grad_norm_(session.model.parameters(), session.experiment.train.max_grad_norm)
 
 
 def optimizer_step(session: Session) -> float:
-    """Steps at the schedule's rates and clears the gradients; returns the rate of the first group."""
+    """Steps at the schedule's rates and clears the gradients; returns the rate of the first group.
+
+    A step that fp16 skips leaves weights and optimizer as they are. It counts as a step all the same, so the schedule
+    does not depend on it. Skipping takes no waiting with AdamW; with other optimizers the scaler reads a value.
+    """
     rate = session.optimizer.param_groups[0]["lr"]
-    session.optimizer.step()
+    session.scaler.step(session.optimizer)
+    session.scaler.update()
     session.optimizer.zero_grad()
-    session.schedule.step()
     if session.average is not None:
         session.average.update_parameters(session.model)
     session.step += 1
+    set_step(session.schedule, session.step)
     return rate
 
 
@@ -263,6 +274,8 @@ def _read_progress(session: Session, progress: Progress, bar: tqdm) -> None:
     """Updates the progress bar; the one place in an epoch that waits for the device."""
     if (step := progress.bad_step()) is not None:
         raise TrainingError(_not_finite(session, f"the loss or its gradient at step {step}"))
+    if (scale := session.scaler.get_scale()) < LEAST_SCALE:
+        raise TrainingError(_not_finite(session, f"the gradient in fp16, even with the loss scaled by {scale:g},"))
     task = session.task
     if task.shows_metric:
         ratios = ratios_of(task, progress.sums, progress.seen)

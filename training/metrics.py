@@ -77,7 +77,7 @@ class Sums:
             if isinstance(count, Items):
                 self._items.setdefault(name, []).append(count.rows.detach())
                 continue
-            count = count.detach().float() if count.dtype == torch.bfloat16 else count.detach()
+            count = count.detach().float() if count.dtype in (torch.bfloat16, torch.float16) else count.detach()
             self._sums[name] = self._sums[name] + count if name in self._sums else count
 
     def read_one(self, name: str) -> float:

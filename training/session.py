@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -15,7 +16,7 @@ from training import batchnorm, processes, seeds
 from models.bdh import BDHCore
 from models.kernels import set_random_state
 from training.config import UserError
-from training.device import effective_precision, set_precision
+from training.device import effective_precision, make_scaler, set_precision
 from training.experiment import Experiment
 from training.optimiser import WeightAverage, make_schedule, set_step
 from training.progress import Progress
@@ -39,6 +40,7 @@ class Session:
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     autocast: contextlib.AbstractContextManager
+    scaler: GradScaler  # of the loss, in fp16
     average: WeightAverage | None = None  # of the weights, if train.ema: what is validated and tested
     epoch: int = 0  # epochs done
     step: int = 0  # optimizer steps done
@@ -79,9 +81,10 @@ class Session:
         """Content of last.pt. Random draws depend on seed and epoch, learning rates on the step."""
         training = {"step": self.step, "best": self.best, "optimizer": self.optimizer.state_dict()}
         average = {} if self.average is None else {"average": self.average.state_dict()}
+        scaler = {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
         inside = {} if self.progress is None else {"inside": self.progress.state(self.device)}
         rest = {"history": self.history, "processes": processes.count()}
-        return self.weights(self.model) | training | average | inside | rest
+        return self.weights(self.model) | training | average | scaler | inside | rest
 
     def weights(self, model: nn.Module | None = None) -> dict[str, Any]:
         """Content of best.pt and epoch_<n>.pt. model: default, what is evaluated."""
@@ -93,6 +96,8 @@ class Session:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         self.history = state.get("history")  # None in checkpoints of older versions
         set_step(self.schedule, self.step)
@@ -124,9 +129,9 @@ def make_session(
     forward = _compile(model, device) if train.compile else model
     trained = forward if processes.count() == 1 else _distribute(forward, device)
     schedule = make_schedule(optimizer, total_steps, train)
-    autocast = set_precision(train.precision, device)
+    autocast, scaler = set_precision(train.precision, device), make_scaler(train.precision, device)
     average = WeightAverage(model, train.ema) if train.ema else None
-    parts = (device, data, task, model, forward, trained, optimizer, schedule, autocast, average)
+    parts = (device, data, task, model, forward, trained, optimizer, schedule, autocast, scaler, average)
     return Session(experiment, run, run_id, *parts)
 
 
@@ -140,6 +145,8 @@ def announce(session: Session) -> None:
         f"test; {several}{session.device}, {effective_precision(train.precision, session.device)}\n"
         f"{session.experiment.folder}"
     )
+    if train.precision == "fp16" and session.device.type == "cpu":
+        print("--precision fp16 is for GPUs: on a CPU it is many times slower than float32")
 
 
 def count_parameters(model: nn.Module) -> int:
