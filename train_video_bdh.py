@@ -35,6 +35,7 @@ EXPERIMENT = Experiment(
         warmup_steps=200,
         max_grad_norm=1.0,
         val_fraction=0.2,
+        crop_padding=4,
         horizontal_flip=False,  # a mirrored motion to the left is one to the right
         precision="tf32",
     ),

@@ -45,7 +45,7 @@ class Options:
     """folder of photographs, at any depth"""
     output: Path
     """folder for train/CLASS/ and test/CLASS/; it must not exist"""
-    train: int = 3500
+    train: int = 10500
     """training clips"""
     test: int = 700
     """test clips"""
