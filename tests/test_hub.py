@@ -18,7 +18,7 @@ IMAGES = torch.randn(2, 3, 32, 32)
 MODELS = {
     HubVisionBDH: (v3_config(**TINY, rotary="axial", pool="cls"), lambda model: model(IMAGES)),
     HubBDHUNet: (
-        bdh_unet_config(**TINY, img_size=(32, 40), skips=True, skip_levels=(2, 1)),
+        bdh_unet_config(**TINY, img_size=(40, 48), decoder="upernet", upernet_levels=(1, 1, 2, 2)),
         lambda model: model(IMAGES),
     ),
     HubBDH: (BDHConfig(**TINY, dropout=0.0), lambda model: model(torch.arange(10)[None])[0]),

@@ -112,6 +112,13 @@ def test_muon_leaves_embeddings_norms_and_the_head_to_adamw():
     assert deit["blocks.0.attn.qkv.weight"] == (3, -1, 192) and len(deit) == 4 * 12
     convolutions = hidden_matrices(ResNet20Config().build())
     assert len(convolutions) == 19 and set(map(len, convolutions.values())) == {2}
+    sizes = dict(n_layer=1, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4, img_size=64)
+    upernet = hidden_matrices(bdh_unet_config(decoder="upernet", **sizes).build())
+    assert len(upernet) == 3 + 1 + 5 + 3 + 3 + 1 and upernet["upernet.resize.0.0.weight"] == (16, -1)
+    bridged = hidden_matrices(bdh_unet_config(skips=True, skip_levels=(1, 1), bridges="attention", **sizes).build())
+    assert {name for name in bridged if "bridge" in name} == {
+        f"stages.{stage}.bridge.of_{what}.weight" for stage in (0, 1) for what in ("skip", "gate")
+    }
     model = v2_config(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4).build()
     muon, adamw = make_optimizer(model, make_train(optimizer="muon", adamw_learning_rate=0.005)).param_groups
     assert (muon["lr"], adamw["lr"]) == (0.02, 0.005)

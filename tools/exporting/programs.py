@@ -1,8 +1,8 @@
 """A model as a torch.export program, as ONNX, and as ONNX with int8 weights.
 
 Each takes any number of images at once; those of a BDH-UNet may have any height and width that its patch divides, from
-two patches each way (of one, PyTorch would make another program), above 32 pixels with decoder=upernet. A file is written under a temporary name, opened
-again, held to the model on random images, and only then renamed.
+two patches each way (of one, PyTorch would make another program), above 32 pixels with decoder=upernet. A file is
+written under a temporary name, opened again, held to the model on random images, and only then renamed.
 """
 
 import json
