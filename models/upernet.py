@@ -29,7 +29,7 @@ class UPerNet(nn.Module):
     def forward(self, levels: list[Tensor]) -> Tensor:
         """levels: four maps (B, width, rows, columns) of the patch grid, finest stride first -> (B, channels, h, w).
 
-        h and w are a quarter of the image's height and width.
+        h and w are a quarter of the image's height and width, rounded up.
         """
         *fine, coarsest = (resize(level) for resize, level in zip(self.resize, levels, strict=True))
         x = self.pooling(coarsest)
