@@ -3,6 +3,8 @@
 Not a published experiment. It has 6 % more parameters than train_bdh_unet.py's model.
 
     python train_v4_unet.py --seed 1 --precision bf16
+    python train_v4_unet.py --bridges attention        # attention gates on the skip connections
+    python train_v4_unet.py --no-skips --decoder upernet
     python train_v4_unet.py --img-size 96 --epochs 30 --precision bf16      # 45 to 51 minutes on a CPU core
 """
 

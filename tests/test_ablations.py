@@ -33,6 +33,8 @@ OTHER_VALUES = {
     "pos_embed": [False],
     "pool": ["cls", "seq"],
     "skips": [True],
+    "bridges": ["attention"],
+    "decoder": ["upernet"],
     "level_gain": [True],
     "update_gain": [0.3],
     "attend_self": [False],
@@ -46,9 +48,15 @@ SIZES = dict(
 )
 SIZES |= dict(patch_size=2, in_channels=8, num_classes=3, skip_levels=(1,), encoder=Path("best.pt"), mask_ratio=0.3)
 SIZES |= dict(n_frames=4, blocks_before=2, blocks_after=1)
+SIZES |= dict(upernet_levels=(3, 1, 2, 3), upernet_channels=5)
 OTHER_VALUES |= {name: [value] for name, value in SIZES.items()}
 BASE = dict(n_layer=3, n_embd=12, n_head=3, mlp_internal_dim_multiplier=4, dropout=0.2, img_size=12, patch_size=4)
 BASE["skip_levels"] = (2,)
+UPERNET = dict(decoder="upernet", img_size=36)
+NEEDS = {  # other fields without which a field is refused
+    "bridges": dict(skips=True),
+    **dict.fromkeys(("decoder", "upernet_levels", "upernet_channels"), UPERNET),
+}
 SQUARE = SMALL | dict(attention="softmax", n_embd=6, mlp_internal_dim_multiplier=3)
 BDH_CLASSES = [cls for cls in CONFIG_CLASSES.values() if issubclass(cls, CoreConfig)]
 # the choices that tests/test_vision_bdh.py does not combine with each other
@@ -151,7 +159,7 @@ def test_every_field_is_served_or_refused_by_the_fast_path(cls, name, value):
     """In evaluation mode; tests/test_kernels.py has dropout."""
     assert value != "?", f"add {name} with other valid values to OTHER_VALUES or SIZES"
     own = {field.name for field in dataclasses.fields(cls)}
-    fields = {key: each for key, each in (BASE | {name: value}).items() if key in own}
+    fields = {key: each for key, each in (BASE | NEEDS.get(name, {}) | {name: value}).items() if key in own}
     config = cls(**fields)
     model = config.build().double().eval()
     core = next(module for module in model.modules() if isinstance(module, BDHCore))

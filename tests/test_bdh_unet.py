@@ -1,20 +1,29 @@
 """BDH-UNet: the encoder is Vision-BDH's, the decoder is the published one, any image size is accepted."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from interpretability.common.recorder import record
 from models.bdh import layer_norm
-from models.bdh_unet import BDHUNetConfig, bdh_unet_config
+from models.bdh_unet import AttentionBridge, BDHUNetConfig, bdh_unet_config
+from models.upernet import STRIDES, UPerNet, averaged
 from models.vision_bdh import VisionBDH, VisionEncoder, interpolate_positions, v2_config
 from tests.reference import count, randomised
 
 SMALL = dict(img_size=32, n_layer=3, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
 WITH_SKIPS = dict(skips=True, skip_levels=(2, 1))
+WITH_BRIDGES = WITH_SKIPS | dict(bridges="attention")
+UPERNET = dict(decoder="upernet", img_size=64)
 VARIANTS = [
     {},
     WITH_SKIPS,
+    WITH_BRIDGES,
+    UPERNET,
+    UPERNET | dict(residual="scaled_pre", upernet_levels=(3, 1, 1, 2)),
     dict(rotary="axial"),
     dict(attention="softmax"),
     dict(shared=False),
@@ -101,13 +110,15 @@ def test_the_decoder_reads_the_normalised_last_state(residual):
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
 def test_training_reaches_every_weight(fields):
     model = small_unet(**fields).train()
-    model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+    side = model.config.img_size
+    model(torch.randn(2, 3, side, side)).square().mean().backward()
     for name, weight in model.named_parameters():
         assert weight.grad is not None and weight.grad.abs().sum() > 0, name
 
 
 def test_the_fast_path_is_the_encoders():
-    assert small_unet().encoder.has_fast_path(torch.device("cpu"))
+    for fields in ({}, WITH_BRIDGES, UPERNET | dict(upernet_channels=3)):
+        assert small_unet(**fields).encoder.has_fast_path(torch.device("cpu"))
     assert not small_unet(gate="sigmoid").encoder.has_fast_path(torch.device("cpu"))
 
 
@@ -138,6 +149,116 @@ def test_with_skips_the_image_bypasses_the_encoder(fields, seen):
     with torch.no_grad():
         model.encoder.patch_embed.weight.zero_()
         assert (not torch.equal(model(images), model(changed))) == seen
+
+
+def test_a_bridge_weights_each_position_of_the_skip_connection():
+    """Against the formula of Attention U-Net, written as sums over channels."""
+    model, seen = small_unet(**WITH_BRIDGES).double(), {}
+    for stage in model.stages[:2]:
+        nn.init.normal_(stage.bridge.psi.weight, std=2)
+    stage = model.stages[1]
+    for name, part in (("gate", stage.up), ("out", stage.bridge)):
+        part.register_forward_hook(lambda module, args, output, name=name: seen.update({name: output}))
+    stage.bridge.register_forward_pre_hook(lambda module, args: seen.update(skip=args[0]))
+    stage.conv.register_forward_pre_hook(lambda module, args: seen.update(read=args[0]))
+    model(torch.randn(2, 3, 16, 40, dtype=torch.float64))
+    w_x, w_g, psi = (getattr(stage.bridge, name).weight[:, :, 0, 0] for name in ("of_skip", "of_gate", "psi"))
+    both = torch.einsum("oc,bchw->bohw", w_x, seen["skip"]) + torch.einsum("oc,bchw->bohw", w_g, seen["gate"])
+    both = (both + stage.bridge.of_gate.bias[:, None, None]).clamp(min=0)
+    alpha = 1 / (1 + torch.exp(-torch.einsum("c,bchw->bhw", psi[0], both) - stage.bridge.psi.bias))
+    assert alpha.shape == (2, 8, 20) and alpha.max() - alpha.min() > 0.1
+    torch.testing.assert_close(seen["out"], seen["skip"] * alpha[:, None])
+    torch.testing.assert_close(seen["read"], torch.cat((seen["gate"], seen["out"]), dim=1))
+
+
+def test_bridges_start_almost_open():
+    torch.manual_seed(0)
+    alpha = AttentionBridge(64, 32)(torch.ones(4, 64, 9, 9), torch.randn(4, 32, 9, 9))
+    assert alpha.min() > 0.7 and 0.8 < alpha.mean() < 0.95
+
+
+# ---------------------------------------------------------------------------- UPerNet
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 6, 13])
+def test_means_over_regions_are_the_librarys(side):
+    x = torch.randn(2, 3, side, 7, dtype=torch.float64)
+    for n in (1, 2, 3, 6):
+        torch.testing.assert_close(averaged(x, n), F.adaptive_avg_pool2d(x, n))
+
+
+@torch.no_grad()
+def test_upernet_computes_what_segmentation_models_pytorch_does():
+    """But for BatchNorm after the mean over the whole map, a LayerNorm on the levels, and strides, tested below."""
+    from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+
+    torch.manual_seed(0)
+    ours, theirs = UPerNet(16, 8, 6).eval(), UPerNetDecoder([3, 16, 16, 16, 16, 16], decoder_channels=6).eval()
+    ours.resize = nn.ModuleList(nn.Identity() for _ in STRIDES)
+    theirs.feature_norms = nn.ModuleList(nn.Identity() for _ in STRIDES)
+    pairs = [*zip(theirs.fpn_conv_blocks, reversed(ours.smooth), strict=True)]
+    lateral = [each.conv_norm_relu for each in theirs.fpn_lateral_blocks]
+    regions = [each[1] for each in theirs.psp.blocks]
+    pairs += [*zip(lateral, reversed(ours.lateral), strict=True), *zip(regions, ours.pooling.regions, strict=True)]
+    pairs += [(theirs.psp.out_conv, ours.pooling.bottleneck), (theirs.fusion_block, ours.fuse)]
+    for their, own in pairs:
+        own[0].weight.copy_(their[0].weight)
+        norm = their[1]
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        norm.bias.normal_()
+        if isinstance(own[1], nn.BatchNorm2d):
+            own[1].load_state_dict(norm.state_dict())
+        else:
+            norm.running_mean.zero_(), norm.running_var.fill_(1 - norm.eps)
+            own[0].bias.copy_(norm.bias)
+    levels = [torch.randn(2, 16, 24 // k, 40 // k) for k in (1, 2, 4, 8)]
+    torch.testing.assert_close(ours(levels), theirs([levels[0], levels[0], *levels]))
+
+
+@pytest.mark.parametrize(("patch_size", "factors"), [(8, (2, 1, 1 / 2, 1 / 4)), (16, (4, 2, 1, 1 / 2))])
+def test_levels_are_resized_to_four_strides(patch_size, factors):
+    resize = UPerNet(2, patch_size, 4).eval().resize
+    x = torch.randn(1, 2, 5, 6)
+    for factor, layer in zip(factors, resize, strict=True):
+        y = layer(x)
+        assert y.shape[2:] == (math.ceil(5 * factor), math.ceil(6 * factor))
+        if factor == 2:
+            weight, bias = layer[0].weight, layer[0].bias
+            expected = torch.einsum("bchw,cokl->bohkwl", x, weight).flatten(2, 3).flatten(3) + bias[:, None, None]
+            torch.testing.assert_close(y, expected)
+        if factor < 1:
+            k = round(1 / factor)
+            blocks = [[x[..., i : i + k, j : j + k].amax((2, 3)) for j in range(0, 6, k)] for i in range(0, 5, k)]
+            assert torch.equal(y, torch.stack([torch.stack(row, -1) for row in blocks], -2))
+
+
+@pytest.mark.parametrize("residual", ["pre", "scaled_pre"])
+def test_upernet_reads_the_normalised_levels_and_its_logits_are_interpolated(residual):
+    model, read, small = small_unet(**UPERNET, residual=residual, upernet_levels=(2, 1, 1, 3)), [], []
+    model.upernet.register_forward_pre_hook(lambda module, args: read.extend(args[0]))
+    model.head.register_forward_hook(lambda module, args, output: small.append(output))
+    images = torch.randn(2, 3, 96, 160)
+    logits = model(images)
+    states, grid = model.encoder(images)
+    last = states[2] if residual == "scaled_pre" else layer_norm(states[2])
+    for each, expected in zip(read, (layer_norm(states[1]), *2 * [layer_norm(states[0])], last), strict=True):
+        assert torch.equal(each.flatten(2).mT, expected) and each.shape[2:] == grid
+    assert small[0].shape == (2, 11, 24, 40)
+    torch.testing.assert_close(logits, F.interpolate(small[0], scale_factor=4, mode="bilinear"))
+
+
+def test_upernet_trains_on_one_image_at_a_time():
+    model = small_unet(**UPERNET | dict(img_size=40)).train()
+    model(torch.randn(1, 3, 40, 40)).square().mean().backward()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
+
+
+def test_upernets_levels_are_spread_over_the_depth():
+    defaults = {n: bdh_unet_config(decoder="upernet", n_layer=n).levels_of_strides for n in (1, 2, 6, 12)}
+    assert defaults == {1: (1, 1, 1, 1), 2: (1, 1, 2, 2), 6: (2, 3, 5, 6), 12: (3, 6, 9, 12)}
+    one, other = (BDHUNetConfig(decoder="upernet", upernet_levels=kind((1, 2, 4, 6))) for kind in (list, tuple))
+    assert one == other and one.levels_of_strides == (1, 2, 4, 6)  # a list: as config.json returns it
 
 
 # ---------------------------------------------------------------------------- any size
@@ -186,6 +307,17 @@ def test_positions_are_interpolated_as_a_map():
         (dict(skips=True, skip_levels=(0, 2)), "between 1 and n_layer = 6"),
         (dict(patch_size=2, skips=True, skip_levels=()), "skips need a patch_size of 4 or more"),
         (dict(num_classes=0), "num_classes = 0"),
+        (dict(bridges="attention"), "bridges = attention needs skip connections: .*--skips"),
+        (dict(bridges="attention", decoder="upernet"), "bridges = attention needs skip connections"),
+        (dict(decoder="upernet", skips=True), "--no-skips"),
+        (dict(decoder="upernet", upernet_levels=(1, 2, 6)), "must be 4 levels"),
+        (dict(decoder="upernet", upernet_levels=(0, 2, 4, 6)), "between 1 and n_layer = 6"),
+        (dict(decoder="upernet", upernet_levels=(1, 2, 4, 7)), "between 1 and n_layer = 6"),
+        (dict(decoder="upernet", upernet_levels=(1, 2, 3, 4)), "must contain the last level, n_layer = 6"),
+        (dict(decoder="upernet", upernet_channels=0), "upernet_channels = 0 must be at least 1"),
+        (dict(decoder="upernet", img_size=(64, 32)), r"img_size = \(64, 32\) is too small .* above 32"),
+        (dict(upernet_levels=(1, 2, 4, 6)), "upernet_levels is for decoder = upernet"),
+        (dict(upernet_channels=64), "upernet_channels is for decoder = upernet"),
     ],
 )
 def test_impossible_configurations(fields, message):
@@ -199,10 +331,18 @@ def test_other_patch_sizes(patch_size, levels):
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 11, 32, 32)
 
 
+@pytest.mark.parametrize("patch_size", [2, 4, 16, 64])
+def test_other_patch_sizes_with_upernet(patch_size):
+    model = small_unet(**UPERNET, patch_size=patch_size)
+    assert model(torch.randn(1, 3, 64, 128)).shape == (1, 11, 64, 128)
+
+
 # ---------------------------------------------------------------------------- looking inside
 
 
-@pytest.mark.parametrize("fields", [{}, dict(rotary="axial"), dict(attention="softmax", rotary="axial")], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, dict(rotary="axial"), dict(attention="softmax", rotary="axial"), WITH_BRIDGES, UPERNET], ids=str
+)
 @pytest.mark.parametrize("size", [(32, 32), (16, 40)])
 def test_recorded_scores_are_those_of_the_encoder(fields, size):
     model = small_unet(**fields).double()

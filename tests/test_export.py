@@ -57,7 +57,8 @@ def test_the_export_form_of_the_language_model():
     torch.testing.assert_close(export_form(model)(idx)[0], model(idx)[0], atol=1e-11, rtol=1e-9)
 
 
-PROGRAMS = {"v2": v2_config(**SIZES, patch_size=8), "BDH-UNet": bdh_unet_config(**SIZES, img_size=32)}
+BRIDGES = dict(skips=True, skip_levels=(2, 1), bridges="attention")
+PROGRAMS = {"v2": v2_config(**SIZES, patch_size=8), "BDH-UNet": bdh_unet_config(**SIZES, **BRIDGES, img_size=32)}
 PROGRAMS["hybrid"] = v2_config(**SIZES, patch_size=8, blocks_before=1, blocks_after=1)
 
 
@@ -89,6 +90,19 @@ def test_files_compute_the_model_for_any_batch_and_size(name, form, files):
         images = torch.rand(n, 3, height, width) * 2 - 1
         expected = model(images)
         assert (answer(images) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_programs_of_upernet(tmp_path, monkeypatch):
+    monkeypatch.setattr(programs, "open_program", functools.cache(programs.open_program))
+    config = bdh_unet_config(**SIZES | dict(n_layer=1), img_size=(40, 48), decoder="upernet", rotary="none")
+    model, path = with_large_weights(config.build()), tmp_path / "model.onnx"
+    write_torch(model, config, path.with_suffix(".pt2"))
+    write_onnx(model, config, path)
+    for answer in (torch.export.load(path.with_suffix(".pt2")).module(), onnx_answer(path)):
+        for n, height, width in ((1, 40, 48), (2, 72, 40), (1, 64, 136)):
+            images = torch.rand(n, 3, height, width) * 2 - 1
+            expected = model(images)
+            assert (answer(images) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_onnx_says_how_to_use_it(files):

@@ -23,7 +23,7 @@ MODELS = {
         lambda model: model(IMAGES.repeat(1, 4, 1, 1)),
     ),
     HubBDHUNet: (
-        bdh_unet_config(**TINY, img_size=(32, 40), skips=True, skip_levels=(2, 1)),
+        bdh_unet_config(**TINY, img_size=(40, 48), decoder="upernet", upernet_levels=(1, 1, 2, 2)),
         lambda model: model(IMAGES),
     ),
     HubBDH: (BDHConfig(**TINY, dropout=0.0), lambda model: model(torch.arange(10)[None])[0]),

@@ -115,6 +115,15 @@ def test_muon_leaves_embeddings_norms_and_the_head_to_adamw():
     assert hybrid["blocks_after.0.attn.qkv.weight"] == (3, -1, 8) and len(hybrid) == 3 + 4 + 4
     convolutions = hidden_matrices(ResNet20Config().build())
     assert len(convolutions) == 19 and set(map(len, convolutions.values())) == {2}
+    unet_sizes = sizes | dict(n_embd=16, img_size=64)
+    upernet = hidden_matrices(bdh_unet_config(decoder="upernet", **unet_sizes).build())
+    assert len(upernet) == 3 + 1 + 5 + 3 + 3 + 1 and upernet["upernet.resize.0.0.weight"] == (16, -1)
+    bridged = hidden_matrices(
+        bdh_unet_config(skips=True, skip_levels=(1, 1), bridges="attention", **unet_sizes).build()
+    )
+    assert {name for name in bridged if "bridge" in name} == {
+        f"stages.{stage}.bridge.of_{what}.weight" for stage in (0, 1) for what in ("skip", "gate")
+    }
     model = v2_config(**sizes).build()
     muon, adamw = make_optimizer(model, make_train(optimizer="muon", adamw_learning_rate=0.005)).param_groups
     assert (muon["lr"], adamw["lr"]) == (0.02, 0.005)

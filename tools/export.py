@@ -16,7 +16,8 @@ Without --output, the files go into the run's own folder.
     python tools/export.py runs/v2_cifar10/seed0/pruned_512 --to int8
 
 Programs and ONNX take images (B, C, height, width) in [-1, 1], any number at once, and for a BDH-UNet of any size that
-the patch divides, at least two patches each way. Each is opened again and held to the model before its file is there.
+the patch divides, at least two patches each way (decoder=upernet: above 32 pixels). Each is opened again and held to
+the model before its file is there.
 """
 
 import sys

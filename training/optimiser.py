@@ -65,15 +65,17 @@ def hidden_matrices(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
     Encoders and decoder of a BDH are one matrix per head (and level), convolutions are flattened to (out, in * k * k),
     query, key and value projections that share a tensor are three. Embeddings, positions, tokens, norms, biases,
-    depthwise convolutions (a vector per channel) and the output layer are not among them.
+    depthwise convolutions (a vector per channel), convolutions to one channel (a vector) and the output layer are not
+    among them.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
             parts = name.split(".")
-            depthwise = isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels > 1
+            is_convolution = isinstance(module, nn.modules.conv._ConvNd)
+            vectors = is_convolution and (module.groups == module.in_channels > 1 or module.out_channels == 1)
             takes_input = any(part in name for part in INPUTS_AND_TOKENS) and "hidden" not in parts
-            if parameter.ndim < 2 or depthwise or takes_input or HEADS & set(parts):
+            if parameter.ndim < 2 or vectors or takes_input or HEADS & set(parts):
                 continue
             shapes[name] = _as_matrices(module, name, parameter)
     return shapes

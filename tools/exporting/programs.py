@@ -1,8 +1,8 @@
 """A model as a torch.export program, as ONNX, and as ONNX with int8 weights.
 
 Each takes any number of images at once; those of a BDH-UNet may have any height and width that its patch divides, from
-two patches each way (of one, PyTorch would make another program). A file is written under a temporary name, opened
-again, held to the model on random images, and only then renamed.
+two patches each way (of one, PyTorch would make another program), above 32 pixels with decoder=upernet. A file is
+written under a temporary name, opened again, held to the model on random images, and only then renamed.
 """
 
 import json
@@ -35,7 +35,8 @@ def open_program(model: nn.Module, config: Any) -> ExportedProgram:
     sizes: dict[int, Any] = {0: Dim("batch", min=1)}
     channels, height, width = _image_shape(config)
     if patch:  # sizes of the example must differ from the trained one and from each other: equal ones would be kept
-        sizes |= {2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
+        least = config.least_patches
+        sizes |= {2: patch * Dim("rows", min=least), 3: patch * Dim("columns", min=least)}
         height, width = height + patch, width + 2 * patch
     example = torch.randn(2, channels, height, width)
     with quiet():
@@ -53,8 +54,8 @@ def fresh_images(model: nn.Module, config: Any) -> Iterator[Tensor]:
     for n in (1, 3):
         yield torch.rand(n, channels, height, width) * 2 - 1
     if isinstance(model, BDHUNet):
-        patch = config.patch_size
-        yield torch.rand(1, channels, 3 * patch, 5 * patch) * 2 - 1
+        rows, columns = config.least_patches + 1, config.least_patches + 3
+        yield torch.rand(1, channels, rows * config.patch_size, columns * config.patch_size) * 2 - 1
 
 
 def difference(model: nn.Module, config: Any, answer: Callable[[Tensor], Tensor]) -> float:
