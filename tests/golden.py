@@ -1,5 +1,5 @@
-"""Golden record: runs whose losses must not change. `python tests/golden.py` compares with the record; `--write` makes
-it anew, which only a deliberate change of the published protocol justifies.
+"""Golden record: runs whose losses must not change. `python tests/golden.py` compares with the record; `--add` adds
+scripts that it lacks; `--write` makes it anew, which only a deliberate change of the published protocol justifies.
 
 Three tiny runs in detail; the losses of the first 20 optimizer steps of every script, with its own protocol but for a
 small model (where it has flags for that) and so few samples that an epoch is one step; and every script's configuration
@@ -14,6 +14,7 @@ import hashlib
 import json
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from unittest import mock
 
@@ -106,14 +107,14 @@ def configurations() -> dict[str, dict]:
     return {script: experiment_of(script).configuration.flat() for script in SCRIPTS}
 
 
-def measure_scripts() -> dict[str, list[float]]:
-    """The losses of the first 20 steps of each script, on one thread."""
+def measure_scripts(scripts: Collection[str] = SCRIPTS) -> dict[str, list[float]]:
+    """The losses of the first 20 steps of each of the scripts, on one thread."""
     torch.set_num_threads(1)
     losses = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_data(folder)
-        for script in sorted(SCRIPTS, key=lambda name: name.startswith("finetune")):  # after what it goes on from
+        for script in sorted(scripts, key=lambda name: name.startswith("finetune")):  # after what it goes on from
             losses[script] = first_losses(experiment_of(script, " ".join(script_flags(script, folder))))
     return losses
 
@@ -155,14 +156,30 @@ def measure() -> dict[str, dict]:
     return measured
 
 
+def write(record: dict[str, dict], of_scripts: dict[str, dict]) -> None:
+    record["first_losses"] = dict(sorted(record["first_losses"].items()))
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    lines = [f"{json.dumps(script)}: {json.dumps(of_scripts[script])}" for script in sorted(of_scripts)]
+    CONFIGURATIONS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def add() -> None:
+    """Measures the scripts that the record lacks; everything else in it stays."""
+    record, of_scripts = json.loads(RECORD.read_text()), json.loads(CONFIGURATIONS.read_text())
+    new = [script for script in SCRIPTS if script not in record["first_losses"]]
+    record["first_losses"] |= measure_scripts(new)
+    write(record, of_scripts | {script: configurations()[script] for script in new})
+    print(f"added: {', '.join(new) or 'nothing'}")
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--add"]:
+        raise SystemExit(add())
     if sys.argv[1:] not in ([], ["--write"]):
         raise SystemExit(__doc__)
     now = {"runs": measure(), "first_losses": measure_scripts()}
     if "--write" in sys.argv[1:]:
-        RECORD.write_text(json.dumps(now, indent=1) + "\n")
-        lines = [f"{json.dumps(script)}: {json.dumps(fields)}" for script, fields in configurations().items()]
-        CONFIGURATIONS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        write(now, configurations())
     before = json.loads(RECORD.read_text())
     for part, entries in now.items():
         for name, entry in entries.items():

@@ -32,4 +32,4 @@ def test_the_first_losses_of_every_script_are_those_of_the_golden_record(record)
     for script, losses in record["first_losses"].items():
         # BatchNorm over few pixels magnifies rounding
         assert measured[script] == pytest.approx(losses, rel=5e-3 if "net" in script else 1e-4), script
-    assert measured.keys() == record["first_losses"].keys(), "run `python tests/golden.py --write` for a new script"
+    assert measured.keys() == record["first_losses"].keys(), "run `python tests/golden.py --add` for a new script"
