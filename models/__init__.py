@@ -5,7 +5,7 @@
   `in_channels`, as fields or properties, and usually `num_classes`. `__post_init__` raises ValueError for impossible
   values. `build()` returns the untrained module.
 * The module takes images (B, in_channels, height, width) in [-1, 1]. It returns logits: (B, num_classes) for
-  classification, (B, num_classes, height, width) for segmentation.
+  classification, (B, num_classes, height, width) for segmentation; for detection, `bdh_detector.Detections`.
 * A run stores the class name and the fields in its config.json. Only a registered model can be built from them again.
 """
 
@@ -20,6 +20,7 @@ from models.baselines import (
     ResNetUNetConfig,
     ViTConfig,
 )
+from models.bdh_detector import BDHDetectorConfig
 from models.bdh_unet import BDHUNetConfig
 from models.language import BDHConfig
 from models.masked_bdh import MaskedBDHConfig
@@ -36,6 +37,7 @@ CONFIG_CLASSES = {
         MobileNetV2Config,
         EfficientNetB0Config,
         BDHUNetConfig,
+        BDHDetectorConfig,
         MaskedBDHConfig,
         ResNetUNetConfig,
     )

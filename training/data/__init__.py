@@ -11,6 +11,7 @@
     masks         where images with masks lie and how masks are read: CamVid, Pascal VOC, Cityscapes
     classes       their classes and colours
     segmentation  batches of images with masks
+    boxes         images with boxes in COCO's format, and their batches
     text          the bytes of one text
 
 A new classification data set is a function in a file of its own, a line in DATASETS, and its name in the field

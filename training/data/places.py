@@ -10,6 +10,7 @@ SIGNS = {  # what lies in the folder of a data set, for a --data-dir that is thi
     "voc": ("VOCdevkit",),
     "cityscapes": ("leftImg8bit",),
     "imagenet": ("train",),
+    "coco": ("annotations",),
 }
 
 
