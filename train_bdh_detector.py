@@ -1,7 +1,7 @@
 """BDH-Detector: v4's encoder and a DETR head, on images with boxes in COCO's format. Not a published experiment.
 
-    python tools/make_detection_data.py     # makes data_coco/: scenes of 1 to 4 CIFAR-10 images on noise, 96 x 96
-    python train_bdh_detector.py --precision bf16
+python tools/make_detection_data.py     # makes data_coco/: scenes of 1 to 4 CIFAR-10 images on noise, 96 x 96
+python train_bdh_detector.py --precision bf16
 """
 
 from training import DetectionConfig, Experiment, launch
@@ -9,7 +9,8 @@ from models.bdh_detector import v4_detector_config
 
 EXPERIMENT = Experiment(
     "bdh_detector",
-    model=v4_detector_config(  # stem="conv", mixing="conv_per_level", residual="true_pre", level_gain=True, rotary="axial"
+    # stem="conv", mixing="conv_per_level", residual="true_pre", level_gain=True, rotary="axial"
+    model=v4_detector_config(
         img_size=96,
         patch_size=8,  # 12 x 12 = 144 tokens an image
         n_layer=4,

@@ -119,9 +119,7 @@ def sine_positions(grid: Grid, width: int, device: torch.device | None = None) -
     cosine of each. width: a multiple of 4.
     """
     frequencies = 10_000.0 ** -(torch.arange(width // 4, device=device) / (width // 4))
-    rows, columns = (
-        (torch.arange(n, device=device) + 0.5)[:, None] / n * (2 * math.pi) * frequencies for n in grid
-    )
+    rows, columns = ((torch.arange(n, device=device) + 0.5)[:, None] / n * (2 * math.pi) * frequencies for n in grid)
     rows, columns = (torch.cat((angles.sin(), angles.cos()), dim=1) for angles in (rows, columns))
     planes = (rows[:, None].expand(-1, grid[1], -1), columns[None].expand(grid[0], -1, -1))
     return torch.cat(planes, dim=2).flatten(0, 1)

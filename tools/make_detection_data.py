@@ -3,8 +3,8 @@
     python tools/make_detection_data.py                     # scenes of 1 to 4 CIFAR-10 images on noise
     python tools/make_detection_data.py --source camvid     # cars, pedestrians, bicyclists and signs of CamVid
 
-cifar10: square images of random size, which may overlap a little, on a canvas of noise of a random grey. Scenes for training
-have training images only, those for validation have test images. camvid: the boxes of connected regions of the masks.
+cifar10: images of random size, which may overlap a little, on a canvas of noise around a random grey. Scenes for
+training have training images only, those for validation test images. camvid: boxes of connected regions of the masks.
 """
 
 import json

@@ -80,9 +80,9 @@ class Detection(OneForward):
         l1 = (mine - found[:, 1:5]).abs().sum()
         giou = generalized_box_iou_loss(_corners(mine), _corners(found[:, 1:5]), reduction="sum")
         per_layer = weights[classes].sum() / logits.shape[1]  # equal in all layers, as their numbers of matches are
-        parts = torch.stack((CLASS_COST * entropy, L1_COST * l1 + GIOU_COST * giou))
-        whole = torch.stack((per_layer, truth.sum().to(per_layer)))
-        return (processes.total(parts) / processes.total(whole).clamp(min=1)).sum()
+        entropy, distance = processes.total(torch.stack((entropy, L1_COST * l1 + GIOU_COST * giou)))
+        weight, n_boxes = processes.total(torch.stack((per_layer, truth.sum().to(per_layer))))
+        return CLASS_COST * entropy / weight.clamp(min=1e-6) + distance / n_boxes.clamp(min=1)
 
     def counts(self, outputs: Detections, targets: Tensor) -> dict[str, Tensor | Items]:
         """What was said and what is there, in validation and test.
@@ -142,7 +142,7 @@ def match(logits: Tensor, boxes: Tensor, targets: Tensor, truth: Tensor) -> Matc
 
 @torch.no_grad()
 def predictions(outputs: Detections) -> Tensor:
-    """(B, Q, 6): the most probable class of each query of the last layer, its probability, the box as in `Detections`."""
+    """The last layer's answers, (B, Q, 6): most probable class, its probability, and the box as in `Detections`."""
     probabilities = outputs.logits[:, -1].float().softmax(-1)[..., :-1]
     score, label = probabilities.max(-1)
     return torch.cat((label[..., None], score[..., None], outputs.boxes[:, -1].float()), dim=-1)

@@ -42,6 +42,7 @@ DATA = {  # name, where it is described, what its publishers say about its use
 USES = {
     "classification": ("image-classification", "classifying small images into the classes above"),
     "segmentation": ("image-segmentation", "naming the class of every pixel of street or everyday scenes"),
+    "detection": ("object-detection", "finding objects of the classes above in images"),
     "pretraining": ("image-feature-extraction", "starting another training from it"),
     "text": ("text-generation", "continuing English text, byte by byte"),
 }

@@ -23,7 +23,7 @@ from models.vision_bdh import ImageSize, height_and_width
 from training.augment import normalise
 from training.config import DetectionConfig, UserError
 from training.data.batches import ImageBatches, MemoryPart, fit_in_memory
-from training.data.finding import count, fingerprint
+from training.data.finding import fingerprint
 from training.data.image_files import UnreadableImage, open_image, read_images, unreadable, why_unreadable
 from training.data.segmentation import refuse
 from training.data.streaming import Reader, StreamedPart
@@ -239,7 +239,8 @@ class _Reading:
             else:
                 boxes[annotation["image_id"]].append([self.labels[annotation["category_id"]], *box, float(crowd)])
         if empty:
-            self.notes.append(f"left out: {count(empty, 'box')} without an area in {self.file}".replace("boxs", "boxes"))
+            boxes_left = f"{empty:,} box{'es' * (empty != 1)}"
+            self.notes.append(f"left out: {boxes_left} without an area in {self.file}")
         if not any(boxes.values()) and not self.problems:
             self.problems.append(f"{self.file} has no boxes: replace it")
         arrays = [np.array(each, dtype=np.float32).reshape(-1, COLUMNS) for each in boxes.values()]
