@@ -369,7 +369,7 @@ BAD = {
     ),
     "no boxes": (
         lambda folder: change(annotated(folder), lambda content: content.update(annotations=[])),
-        "instances_train.json has no boxes",
+        "instances_train.json has no boxes to find",
     ),
     "missing image": (lambda folder: (folder / "train" / "000002.png").unlink(), r"000002.png is missing, but listed"),
     "damaged image": (

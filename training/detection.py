@@ -87,7 +87,7 @@ class Detection(OneForward):
     def counts(self, outputs: Detections, targets: Tensor) -> dict[str, Tensor | Items]:
         """What was said and what is there, in validation and test.
 
-        Not in training, where they would be as many as all epochs' images: `map` is then None.
+        Not in training, whose images may be too many to keep all answers: the ratios are then None.
         """
         predicted = predictions(outputs)
         if torch.is_grad_enabled():

@@ -241,8 +241,9 @@ class _Reading:
         if empty:
             boxes_left = f"{empty:,} box{'es' * (empty != 1)}"
             self.notes.append(f"left out: {boxes_left} without an area in {self.file}")
-        if not any(boxes.values()) and not self.problems:
-            self.problems.append(f"{self.file} has no boxes: replace it")
+        to_find = any(not box[-1] for of_image in boxes.values() for box in of_image)  # crowds alone are none
+        if not to_find and not self.problems:
+            self.problems.append(f"{self.file} has no boxes to find: replace it")
         arrays = [np.array(each, dtype=np.float32).reshape(-1, COLUMNS) for each in boxes.values()]
         sizes = [(each["width"], each["height"]) for each in images.values()]
         return Scenes([self.images / each["file_name"] for each in images.values()], sizes, arrays)
