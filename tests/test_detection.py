@@ -476,7 +476,7 @@ def learned(tmp_path_factory):
         (folder / "val" / path.name).write_bytes(path.read_bytes())
     annotated(folder, "val").write_bytes(annotated(folder).read_bytes())
     size = SIZE | dict(n_embd=32, n_queries=5, dropout=0.0, img_size=(32, 48), decoder_mlp_dim=32)
-    train = DetectionConfig(epochs=100, batch_size=3, learning_rate=1e-2, weight_decay=0.0, optimizer="muon")
+    train = DetectionConfig(epochs=80, batch_size=3, learning_rate=1e-2, weight_decay=0.0, optimizer="muon")
     options = RunOptions(data_dir=place, runs_dir=place / "runs", device="cpu", num_workers=0)
     run = Experiment("learned", v4_detector_config(**size), train, options)
     fit(run)
