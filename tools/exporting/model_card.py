@@ -45,6 +45,7 @@ USES = {
     "classification": ("image-classification", "classifying small images into the classes above"),
     "video": ("video-classification", "classifying short clips into the classes above"),
     "segmentation": ("image-segmentation", "naming the class of every pixel of street or everyday scenes"),
+    "detection": ("object-detection", "finding objects of the classes above in images"),
     "pretraining": ("image-feature-extraction", "starting another training from it"),
     "text": ("text-generation", "continuing English text, byte by byte"),
 }

@@ -13,6 +13,7 @@
     masks         where those of a data set lie: CamVid, Pascal VOC, Cityscapes, ADE20K
     classes       their classes and colours
     segmentation  batches of images with masks
+    boxes         images with boxes in COCO's format, and their batches
     text          the bytes of one text
 
 A new classification data set is a function in a file of its own, a line in DATASETS, and its name in the field

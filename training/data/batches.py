@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,7 +172,9 @@ class ImageBatches:
         for note in dataset.notes:
             print(note)
         parts = {name: dataset.part(name, split) for name in ("train", "val", "test")}
-        in_memory = isinstance(dataset.train_images, np.ndarray) or _fits(parts, config, device)
+        in_memory = isinstance(dataset.train_images, np.ndarray) or (
+            not config.crop_original and fit_in_memory([images for images, _ in parts.values()], device)
+        )
         self.config = config
         self.augmentations = config.make_augmentations(len(dataset.class_names))
         self.eval_batch_size = eval_batch_size
@@ -259,11 +261,9 @@ def _rows(values: Tensor, rows: Sequence[slice]) -> Tensor:
     return values[rows[0]] if len(rows) == 1 else torch.cat([values[each] for each in rows])
 
 
-def _fits(parts: dict[str, Part], config: ClassificationConfig, device: torch.device) -> bool:
-    """Whether image files are read once and kept in memory; if not, and that is not asked for, says so."""
-    if config.crop_original:
-        return False
-    n_bytes = sum(math.prod(images.shape) for images, _ in parts.values())
+def fit_in_memory(parts: Iterable[Any], device: torch.device) -> bool:
+    """Whether image files are read once and kept in memory; if not, says so. parts: images, with the shape of each."""
+    n_bytes = sum(math.prod(images.shape) for images in parts)
     places = {device, torch.device("cpu")}  # images pass through host memory on their way to a GPU
     fits = all(fits_in_memory(n_bytes, place) for place in places)
     if not fits:

@@ -11,6 +11,7 @@ SIGNS = {  # what lies in the folder of a data set, for a --data-dir that is thi
     "cityscapes": ("leftImg8bit",),
     "ade20k": ("ADEChallengeData2016", "annotations"),
     "imagenet": ("train",),
+    "coco": ("annotations",),
 }
 
 
