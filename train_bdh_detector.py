@@ -29,7 +29,7 @@ EXPERIMENT = Experiment(
     ),
     train=DetectionConfig(
         dataset="coco",
-        epochs=30,
+        epochs=20,
         batch_size=16,
         optimizer="muon",
         learning_rate=2e-3,
