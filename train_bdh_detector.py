@@ -3,8 +3,8 @@
     python tools/make_detection_data.py     # makes data_coco/: scenes of 1 to 4 CIFAR-10 images on noise, 96 x 96
     python train_bdh_detector.py --precision bf16
 
-A CPU core trains on about 44 images a second: two minutes for an epoch of the 5,000 scenes, about an hour for all. It
-has not been run to its end. DETR learns slowly: the first epochs find where objects are, not yet what they are.
+A CPU core trains on about 44 images a second: two minutes for an epoch of the 5,000 scenes, 40 minutes for all. It has
+not been run to its end. DETR learns slowly: the first epochs find where objects are, not yet what they are.
 """
 
 from training import DetectionConfig, Experiment, launch

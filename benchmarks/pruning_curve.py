@@ -77,7 +77,7 @@ def measure(run: TrainedRun, options: Options) -> pd.DataFrame:
     rows = []
     for order, needed in progress(orders(run, options).items()):
         for n in (counts[place] for place in places):
-            smaller = pruned(run.model, kept_neurons(needed, n, config.rotary == "axial")).to(run.device)
+            smaller = pruned(run.model, kept_neurons(needed, n, config.rotary_parts)).to(run.device)
             result = score(run, smaller, options.test_images)
             low, high = result.interval
             about = {"order": order, "neurons_per_head": n, "of": config.n_neurons}

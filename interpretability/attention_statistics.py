@@ -12,7 +12,7 @@ which then sum to 1 over the patches again.
     distance          mean distance between a patch and what it attends to, in patches (arXiv 2010.11929, figure 7)
     same_for_queries  how much of the map does not depend on the query: 1 - total variation to the mean over queries
     same_for_heads    how alike heads are: 1 - total variation, mean over pairs of heads
-    same_for_images   how much does not depend on the image: 1 - total variation to the image before (shuffled images)
+    same_for_images   how much does not depend on the image: 1 - total variation between two images, in random pairs
     negative          part of the |scores| that is subtracted; 0 with softmax
     to_class_token    a ViT's weight on its class token, before that is left out
     class_entropy     entropy of the class token's own shares of the patches
@@ -187,6 +187,8 @@ def tabulate(measured: dict[tuple[str, str], dict[str, np.ndarray]]) -> pd.DataF
     for (name, weights), by_statistic in measured.items():
         for statistic, values in by_statistic.items():  # (images, levels, heads)
             there = values[~np.isnan(values).all((1, 2))]
+            if statistic == "same_for_images":
+                there = there[::2]  # pairs of images that share none
             if len(there) < 2:
                 continue
             every = np.concatenate((there.mean(2, keepdims=True), there), 2)

@@ -108,6 +108,11 @@ class CoreConfig:
         """N, neurons per head."""
         return self.mlp_internal_dim_multiplier * self.n_embd // self.n_head
 
+    @property
+    def rotary_parts(self) -> int:
+        """Parts of a head's neurons that rotate by axes of their own; 1 if all rotate by the index, or none."""
+        return self.axes if self.rotary == "axial" else 1
+
     def drop_probability(self, level: int) -> float:
         """Probability with which stochastic depth drops a level's update; it grows linearly up to drop_path."""
         return self.drop_path * (level + 1) / self.n_layer

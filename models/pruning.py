@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.bdh import BDHCore, StepWeights
 from models.bdh_unet import BDHUNet
+from models.rotary import axial_sizes
 
 
 def core_of(model: nn.Module) -> BDHCore:
@@ -36,13 +37,16 @@ def neuron_counts(config: Any) -> list[int]:
     return [int(n) for n in every if n == int(n) and int(n) % multiple == 0]
 
 
-def kept_neurons(needed: Tensor, n_neurons: int, axial: bool) -> Tensor:
-    """Numbers of the kept neurons, (H, n_neurons), ascending: the pairs whose two neurons are needed most together."""
-    parts = needed.chunk(2, dim=-1) if axial else (needed,)
+def kept_neurons(needed: Tensor, n_neurons: int, parts: int = 1) -> Tensor:
+    """Numbers of the kept neurons, (H, n_neurons), ascending: the pairs whose two neurons are needed most together.
+
+    parts: `CoreConfig.rotary_parts`, each of which keeps its share.
+    """
     kept, first = [], 0
-    for part in parts:
+    of_parts = needed.split(axial_sizes(needed.shape[-1], parts), dim=-1)
+    for part, size in zip(of_parts, axial_sizes(n_neurons, parts), strict=True):
         pairs = part.unflatten(-1, (-1, 2)).sum(-1)  # (H, pairs)
-        best = pairs.topk(n_neurons // (2 * len(parts)), dim=-1).indices.sort(dim=-1).values
+        best = pairs.topk(size // 2, dim=-1).indices.sort(dim=-1).values
         kept.append(first + torch.stack((2 * best, 2 * best + 1), dim=-1).flatten(-2))
         first += part.shape[-1]
     return torch.cat(kept, dim=-1)

@@ -123,7 +123,8 @@ def test_table_has_intervals_over_images():
         row, half = table.loc["entropy", 2, head], 1.96 * of_images.std(ddof=1) / math.sqrt(30)
         expected = (of_images.mean(), of_images.mean() - half, of_images.mean() + half)
         assert (row["mean"], row["low"], row["high"]) == pytest.approx(expected) and row["images"] == 30
-    assert table.loc["same_for_images", 1, 1]["images"] == 29
+    pairs = table.loc["same_for_images", 1, 1]  # each image in one pair only, so that the pairs are independent
+    assert pairs["images"] == 15 and pairs["mean"] == pytest.approx(values["same_for_images"][1::2, 0, 0].mean())
 
 
 # ---------------------------------------------------------------------------- runs

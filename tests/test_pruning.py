@@ -12,6 +12,7 @@ import torch
 from training import UserError
 from models.bdh_unet import bdh_unet_config
 from models.pruning import core_of, kept_neurons, neuron_counts, pruned
+from models.video_bdh import v4_video_config
 from models.vision_bdh import v1_config, v2_config, v3_config
 from tests.inspecting import with_large_weights
 from tests.trials import resumed, same_weights, weights
@@ -32,6 +33,7 @@ MODELS = {
     "separate keys, no gate": v2_config(**SIZES, patch_size=8, qk="separate", gate="none"),
     "sigmoid gate, no rotation": v2_config(**SIZES, patch_size=8, gate="sigmoid", rotary="none"),
     "hybrid": v2_config(**SIZES, patch_size=8, blocks_before=1, blocks_after=1),
+    "video": v4_video_config(**SIZES | dict(mlp_internal_dim_multiplier=8), patch_size=8, n_frames=2, in_channels=6),
     "BDH-UNet": bdh_unet_config(n_layer=2, n_embd=32, n_head=2, mlp_internal_dim_multiplier=2, img_size=32),
 }
 
@@ -39,11 +41,12 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_a_pruned_model_is_the_whole_one_with_neurons_silenced(name):
     config = MODELS[name]
+    images = IMAGES.repeat(1, config.in_channels // 3, 1, 1)
     model = with_large_weights(config.build()).double()
-    needed = importance(model, [IMAGES[:2], IMAGES[2:]])
+    needed = importance(model, [images[:2], images[2:]])
     N = config.n_neurons
     assert needed.shape == (2, N) and (needed >= 0).all()
-    kept = kept_neurons(needed, N // 2, config.rotary == "axial")
+    kept = kept_neurons(needed, N // 2, config.rotary_parts)
     assert (kept[:, 1::2] == kept[:, 0::2] + 1).all() and (kept[:, 0::2] % 2 == 0).all()
     small = pruned(model, kept)
     assert core_of(small).encoder.shape[-1] == small.config.n_neurons == N // 2
@@ -53,14 +56,14 @@ def test_a_pruned_model_is_the_whole_one_with_neurons_silenced(name):
         for each in ("encoder", "encoder_v", "encoder_k"):
             if hasattr(core, each):
                 getattr(core, each).masked_fill_(dropped[:, None], 0)
-    expected = model(IMAGES)
+    expected = model(images)
     for use_fast_path in (True, False):
         core_of(small).use_fast_path = use_fast_path
-        torch.testing.assert_close(small(IMAGES), expected, atol=1e-11, rtol=1e-9)
+        torch.testing.assert_close(small(images), expected, atol=1e-11, rtol=1e-9)
     if config.rotary != "none":  # the test would fail with the frequencies of a model built with N / 2 neurons
         core_of(small).attn.freqs = core_of(dataclasses.replace(small.config).build()).attn.freqs.double()
         core_of(small).attn._tables = {}
-        assert (small(IMAGES) - expected).abs().max() > 1e-6
+        assert (small(images) - expected).abs().max() > 1e-6
 
 
 def test_what_is_needed_is_measured_at_every_level():
@@ -81,8 +84,8 @@ def test_what_is_needed_is_measured_at_every_level():
 
 def test_the_most_needed_pairs_are_kept():
     needed = torch.tensor([[0, 9, 5, 5, 1, 1, 8, 0.0], [1, 1, 2, 2, 3, 3, 4, 4]])
-    assert kept_neurons(needed, 4, axial=False).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert kept_neurons(needed, 4, axial=True).tolist() == [[2, 3, 6, 7], [2, 3, 6, 7]]
+    assert kept_neurons(needed, 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert kept_neurons(needed, 4, parts=2).tolist() == [[2, 3, 6, 7], [2, 3, 6, 7]]
 
 
 def test_models_and_numbers_that_cannot_be_pruned():

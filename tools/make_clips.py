@@ -1,8 +1,9 @@
 """Makes short clips of a moving camera from photographs, to try train_video_bdh.py: the class is the camera's motion.
 
-No single frame tells the class, so a model that is better than chance has used time. A window moves over a photograph:
-left, right, up, down, towards it, away from it, or not at all. Photographs of the test clips are others than those of
-the training clips. A little noise is added to each frame. Clips are lossless animated WebP pictures.
+A window moves over a photograph: left, right, up, down, towards it, away from it, or not at all. Size and place of the
+window in the middle of a clip do not depend on the class, so a model of one frame (--n-frames 1 --in-channels 3), which
+reads that one, can only guess: what others reach beyond chance, they have from time. Photographs of the test clips are
+others than those of the training clips. A little noise is added to each frame. Clips are lossless animated WebP.
 
     python tools/make_clips.py --images data_camvid/train --output clips
     python train_video_bdh.py --data-dir clips
@@ -33,7 +34,7 @@ MOTIONS = {  # shift of the window to the right and down, and growth, per clip; 
     "closer": (0, 0, -1),
     "away": (0, 0, 1),
 }
-LEAST, MOST = 0.1, 0.5  # motion over a clip, as a share of the window's side
+LEAST, MOST = 0.1, 0.5  # motion over a clip, as a share of the window's side in the middle
 NOISE = 2.0  # standard deviation, of 255
 
 
@@ -64,14 +65,12 @@ class Options:
 def boxes(motion: str, width: int, height: int, frames: int, rng: np.random.Generator) -> np.ndarray:
     """(frames, 4): left, top, right, bottom of a square window that moves inside a photograph."""
     right, down, growth = MOTIONS[motion]
-    way = np.linspace(0, 1, frames)[:, None] * rng.uniform(LEAST, MOST)
-    side = 1 + growth * way
-    corners = way * (right, down) - side / 2  # around the centre, so that zooms do not shift
-    window = np.concatenate((corners, corners + side), axis=1)  # in units of the first side
-    first, last = window[:, :2].min(0), window[:, 2:].max(0)
-    scale = rng.uniform(0.3, 0.9) * min((width, height) / (last - first))
-    corner = rng.uniform(0, 1, 2) * ((width, height) - scale * (last - first))
-    return window * scale + np.tile(corner - scale * first, 2)
+    way = np.linspace(-0.5, 0.5, frames)[:, None] * rng.uniform(LEAST, MOST)  # 0 in the middle of the clip
+    room = 1 + MOST  # for any motion, in units of the side in the middle
+    side = rng.uniform(0.3, 0.9) * min(width, height) / room
+    centre = side * room / 2 + rng.uniform(0, 1, 2) * ((width, height) - side * np.array(room))
+    centres, halves = centre + side * way * (right, down), side * (1 + growth * way) / 2
+    return np.concatenate((centres - halves, centres + halves), axis=1)
 
 
 def clip(photo: Image.Image, motion: str, options: Options, rng: np.random.Generator) -> list[Image.Image]:
@@ -103,7 +102,8 @@ def main(options: Options) -> None:
         for motion in MOTIONS:
             (options.output / part / motion).mkdir(parents=True)
         for i in tqdm(range(n_clips), desc=part, unit="clip", leave=False, disable=None):
-            path, motion = paths[i % len(paths)], list(MOTIONS)[i % len(MOTIONS)]
+            turn, place = divmod(i, len(paths))
+            path, motion = paths[place], list(MOTIONS)[(i + turn) % len(MOTIONS)]  # any photograph with any motion
             try:
                 photo = open_image(path, "RGB")
             except Exception as error:  # Pillow raises errors of many kinds for damaged files

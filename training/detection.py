@@ -21,7 +21,7 @@ from training.tasks import OneForward
 
 CLASS_COST, L1_COST, GIOU_COST = 1.0, 5.0, 2.0  # of the matching; the loss weights its parts by the same
 NO_OBJECT_WEIGHT = 0.1  # in the cross-entropy, as most queries find nothing
-MAX_DETECTIONS = 100  # best answers an image, as COCO's metric counts
+MAX_DETECTIONS = 100  # best answers of a class in an image, as COCO's metric counts
 
 
 class Detection(OneForward):

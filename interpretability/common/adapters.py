@@ -79,7 +79,8 @@ class BDHAdapter:
             keep_state((level - 1) % self.n_levels, args[0])
 
         def see_grid(module: nn.Module, args: tuple, patches: Tensor) -> None:
-            self.grid = tuple(patches.shape[2:])
+            frames = getattr(self.model.config, "n_frames", None)  # of a clip
+            self.grid = (*(() if frames is None else (frames,)), *patches.shape[2:])
 
         handles = [
             self.model.register_forward_pre_hook(restart),

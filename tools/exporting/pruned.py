@@ -50,7 +50,7 @@ def prune(model: nn.Module, batches: Iterable[Tensor], keep: float) -> nn.Module
     counts = neuron_counts(core.config)
     n_neurons = min(counts, key=lambda n: abs(n - keep * core.config.n_neurons))
     needed = importance(model, batches)
-    return pruned(model, kept_neurons(needed, n_neurons, core.config.rotary == "axial"))
+    return pruned(model, kept_neurons(needed, n_neurons, core.config.rotary_parts))
 
 
 def write_pruned(model: nn.Module, config: dict[str, Any], target: Path) -> Path:
