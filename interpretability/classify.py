@@ -2,8 +2,9 @@
 
 Takes image files or folders of them, of any size and format that Pillow reads: turned upright by their EXIF
 orientation, transparent pixels on white, 16 bits a channel scaled to 8. Each is scaled until its shorter side has the
-model's size, then center-cropped, as in training. Writes one row per image to classes.csv, and a picture of each file
-that is named itself (images found in a folder go into the table only).
+model's size, then center-cropped, as in training; a run with --eval-flip or --eval-scales answers as it was evaluated.
+Writes one row per image to classes.csv, and a picture of each file that is named itself (images found in a folder go
+into the table only).
 
     python interpretability/classify.py cat.jpg truck.png --run runs/v2_cifar10/seed0
     python interpretability/classify.py photos --run runs/v2_cifar10/seed0 --top 3
@@ -81,7 +82,7 @@ def classify(run: TrainedRun, files: Sequence[Path], top: int, batch_size: int, 
         if not read:
             continue
         with torch.inference_mode():
-            logits = run.model(run.pixels(torch.from_numpy(np.stack(list(read.values())))))
+            logits = run.answer(run.model, run.pixels(torch.from_numpy(np.stack(list(read.values())))))
         best = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
         for place, values, numbers in zip(read, best.values.tolist(), best.indices.tolist(), strict=True):
             yield Answer(files[place], read[place], [names[number] for number in numbers], values)

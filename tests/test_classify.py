@@ -55,6 +55,18 @@ def test_test_images_get_the_answers_of_training(trained_run, data_dir, call_scr
         check_row(rows[f"{index}.png"], expected[index])
 
 
+def test_a_run_that_was_evaluated_with_mirror_images_answers_so(trained_run, tmp_path):
+    run, seen = TrainedRun(trained_run), []
+    run.train = run.train | {"eval_flip": True}
+    Image.fromarray(colours()).save(tmp_path / "a.png")
+    (answer,) = classify(run, [tmp_path / "a.png"], 10, 4, seen)
+    images = normalise(torch.from_numpy(answer.pixels)[None])
+    with torch.no_grad():
+        expected = ((run.model(images) + run.model(images.flip(-1))) / 2).softmax(-1)[0]
+    assert answer.probabilities == pytest.approx(expected.sort(descending=True).values.tolist(), abs=1e-5)
+    assert not torch.allclose(run.model(images), run.model(images.flip(-1)), atol=1e-3)
+
+
 def colours(size=(48, 40)):
     rows, columns = np.mgrid[: size[1], : size[0]]
     return np.stack((4 * columns, 5 * rows, 255 - 2 * rows - 2 * columns), -1).astype(np.uint8)
