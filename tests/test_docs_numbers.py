@@ -82,8 +82,8 @@ def readme() -> list[str]:
     return [
         f"v4 ({V4[0].parameters} parameters, {V4[0].accuracy} % test accuracy) and a ViT-Tiny of equal size with the "
         f"same training ({VIT.accuracy} %; with as many operations as v4: {WIDE_VIT.accuracy} %)",
-        f"`results/speedrun/width192_flip/seed1` ({MIRRORED.parameters} parameters, {MIRRORED.accuracy} % of CIFAR-10's "
-        "test images",
+        f"`results/speedrun/width192_flip/seed1` ({MIRRORED.parameters} parameters, {MIRRORED.accuracy} % of "
+        "CIFAR-10's test images",
         f"`results/speedrun/seed0` ({V4[0].parameters} parameters, {V4[0].accuracy} %; three seeds: {MEAN:.2f} % on "
         f"average, {MINUTES[0]:.0f} to {MINUTES[-1]:.0f} minutes on two CPU cores)",
     ]
