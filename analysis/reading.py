@@ -68,6 +68,7 @@ class RunFiles:
         }
         if self.train.get("dataset") in OWN_FILES:
             fields["files"] = data.get("file_names_and_sizes")
+            fields["boxes"] = data.get("boxes")  # of detection
         for key in ("start_from", "encoder"):
             if fields.get(key):
                 fields[key] = re.sub(rf"-seed{seed}(?!\d)", "", str(fields[key]))

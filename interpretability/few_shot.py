@@ -49,6 +49,7 @@ from training.data import DATASETS, DataSet, load_dataset
 from training.data.finding import cut_name
 from training.data.image_files import read_images
 from training.experiment import changed_fields
+from training.stored import task_of
 
 METHODS = {"nearest_mean": "nearest class mean", "centred": "the same, centred and scaled to length 1"}
 PIXELS, TRAINED, UNTRAINED = "raw pixels", "trained", "untrained"
@@ -77,7 +78,7 @@ class Options(SeveralChoice):
     episodes: int = 600
     """number of episodes"""
     seed: int = 0
-    """of the draw of episodes"""
+    """seed of the episodes"""
 
     def __post_init__(self):
         for name, least in (("way", 2), ("queries", 1), ("episodes", 2), ("seed", 0)):
@@ -96,7 +97,8 @@ def new_classes(run: TrainedRun, dataset: str, data_dir: Path | None) -> DataSet
     Raises UserError if the run has been trained on one of the classes, or its model cannot read the images.
     """
     sizes = run.sizes
-    if not isinstance(getattr(sizes, "img_size", None), int):
+    known_task = task_of(run.config) in ("classification", "pretraining")
+    if not known_task or not isinstance(getattr(sizes, "img_size", None), int):
         raise UserError(f"{run.checkpoint} does not classify images: give a run that does, or one of pretrain_bdh.py")
     if dataset in DATASETS and dataset not in OWN_FILES:
         found = _loaded(dataset, data_dir, sizes.img_size, sizes.in_channels)
@@ -106,7 +108,7 @@ def new_classes(run: TrainedRun, dataset: str, data_dir: Path | None) -> DataSet
         raise UserError(f"--dataset {dataset} is neither a data set nor a folder: give cifar10, cifar100, or a folder")
     if found.train_images.shape[1:] != (sizes.in_channels, sizes.img_size, sizes.img_size):
         shapes = [" x ".join(map(str, shape)) for shape in (found.train_images.shape[1:], run_shape(run))]
-        raise UserError(f"{dataset} has images of {shapes[0]}, and {run.checkpoint} reads {shapes[1]}: give another")
+        raise UserError(f"{dataset} has images of {shapes[0]}, and {run.checkpoint} reads {shapes[1]}: give other ones")
     known = set() if isinstance(run.model, MaskedBDH) else set(run.config["data"].get("class_names", ()))
     if shared := sorted(known.intersection(found.class_names)):
         more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""

@@ -2,8 +2,8 @@
 
 Takes image files or folders of them and writes one picture for each. The ground truth is shown for images of the run's
 data set, and for images in CamVid's layout (DIR/val/NAME.png with DIR/valannot/NAME.png); its void pixels are not
-scored. Images are scaled to the size that the model was trained at, and predictions back to the image's size. With
---eval-flip or --eval-scales, a run predicts as it was evaluated. Of a detection run, boxes with a probability of at
+scored. Images are scaled to the size that the model was trained at, and predictions back to the image's size. A run
+trained with --eval-flip or --eval-scales predicts with them, too. Of a detection run, boxes with a probability of at
 least --threshold are drawn.
 
     python interpretability/predict.py data_camvid/val --run runs/bdh_unet/seed0
@@ -32,7 +32,7 @@ from interpretability.common.trained import Places, TrainedRun, progress
 from models.vision_bdh import ImageSize
 from training.augment import normalise
 from training.command_line import run_script
-from training.config import ROOT, UserError
+from training.config import ROOT, UserError, require
 from training.data import data_folder
 from training.data.classes import CLASSES, Classes
 from training.data.finding import printable
@@ -59,7 +59,10 @@ class Options(Places):
     output_dir: Path = ROOT / "predictions"
     """pictures are written to a subfolder named after the run (and the checkpoint, if one is given)"""
     threshold: float = 0.5
-    """detection: least probability of a box that is drawn"""
+    """detection: draw boxes with at least this probability"""
+
+    def __post_init__(self):
+        require(0 <= self.threshold <= 1, self, "threshold", "must be between 0 and 1")
 
 
 def predict(answer: Predict, image: np.ndarray, img_size: ImageSize, device: torch.device) -> np.ndarray:

@@ -39,7 +39,7 @@ class BDHDetectorConfig(VisionEncoderConfig):
     num_classes: int = 10
     """number of classes, not counting "no object" """
     n_queries: int = 20
-    """number of queries: at most so many objects are found in an image"""
+    """number of queries: the most objects it can find in an image"""
     decoder_layers: int = 3
     """Transformer layers between the encoder's tokens and the answers; each layer's answers are trained"""
     decoder_heads: int = 4

@@ -64,8 +64,8 @@ class VisionEncoderConfig(CoreConfig):
     """before each level, add a depthwise 3 x 3 convolution of the grid of tokens: the same one at every level, or one
     per level"""
     blocks_before: int = 0
-    """hybrid: number of Transformer blocks before the first level (softmax attention with n_head heads, MLP), which see
-    positions only by pos_embed or the stem"""
+    """hybrid: number of Transformer blocks before the first level (softmax attention with n_head heads, MLP); they have
+    no rotary positions"""
     blocks_after: int = 0
     """hybrid: number of Transformer blocks after the last level"""
 

@@ -98,7 +98,7 @@ def rehearsing(precision):
         patch.setattr(session, "set_precision", lambda precision, device: contextlib.nullcontext())
         patch.setattr(torch, "autocast", lambda *args, **settings: contextlib.nullcontext())
         patch.setattr(torch, "is_autocast_enabled", lambda *device: precision in AUTOCAST and bool(device))
-        patch.setattr(torch, "get_autocast_dtype", lambda device: AUTOCAST[precision])
+        patch.setattr(torch, "get_autocast_dtype", lambda device: AUTOCAST.get(precision, torch.bfloat16))
         patch.setattr(GradScaler, "_maybe_opt_step", lambda scaler, optimizer, state: optimizer.step())
         patch.setattr(muon, "adamw", _fused_adamw)
         patch.setattr(BDHCore, "has_fast_path", lambda self, device, n=0: real_fast_path(self, CUDA, n))

@@ -156,7 +156,8 @@ def test_what_does_not_fit_is_refused(model, options, word, trial, tmp_path):
 
 def test_scenes_of_cifar(call_script, data_dir, tmp_path, capsys, cifar_arrays):
     out = tmp_path / "made"
-    args = ["--data-dir", data_dir, "--output", out, "--train", 12, "--val", 5]
+    (tmp_path / "data_cifar10").symlink_to(data_dir / "data_cifar10")
+    args = ["--data-dir", tmp_path, "--output", out, "--train", 12, "--val", 5]
     assert call_script("tools/make_detection_data.py", *args) == 0
     files = find_scenes(out)
     assert files.class_names == tuple(cifar_arrays["class_names"]) and not files.problems
@@ -173,9 +174,9 @@ def test_scenes_of_cifar(call_script, data_dir, tmp_path, capsys, cifar_arrays):
     before_again = [path.read_bytes() for path in sorted(out.rglob("*.*"))]
     assert call_script("tools/make_detection_data.py", *args) == 1
     check_error(capsys, "exists: remove it")
-    again = [*args[:3], tmp_path / "again", *args[4:]]
+    again = [*args[:2], *args[4:]]  # into the folder in which the training script looks
     assert call_script("tools/make_detection_data.py", *again) == 0
-    assert [path.read_bytes() for path in sorted((tmp_path / "again").rglob("*.*"))] == before_again
+    assert [path.read_bytes() for path in sorted((tmp_path / "data_coco").rglob("*.*"))] == before_again
 
 
 def test_boxes_of_camvid(call_script, tmp_path):

@@ -305,3 +305,19 @@ def test_photographs_of_the_test_clips_are_others(tmp_path, monkeypatch):
     assert len(greys[0]) == 10 and len(greys[1]) == 2 and not greys[0] & greys[1]
     with pytest.raises(UserError, match="exists"):
         make_clips(Options(images=tmp_path / "photos", output=tmp_path / "clips"))
+    (tmp_path / "photos" / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"bad.png cannot be read"):
+        make_clips(Options(images=tmp_path / "photos", output=tmp_path / "half", train=28, test=14))
+    assert not (tmp_path / "half").exists()
+
+
+def test_the_middle_of_a_clip_and_its_photograph_do_not_tell_the_class(tmp_path):
+    middles = [boxes(motion, 480, 360, 9, np.random.default_rng(3))[4] for motion in MOTIONS]
+    assert all(np.allclose(middle, middles[0]) for middle in middles)
+    (tmp_path / "photos").mkdir()
+    for i in range(8):  # 7 for training, as many as motions: each photograph is to meet them all
+        Image.new("RGB", (60, 40), (28 * i,) * 3).save(tmp_path / "photos" / f"{i}.png")
+    make_clips(Options(images=tmp_path / "photos", output=tmp_path / "clips", train=98, test=14, frames=2, size=8))
+    data = load_dataset("clips", tmp_path / "clips", 8, 6)
+    seen = {(round(data.train_images[i].mean() / 28), data.train_labels[i]) for i in range(98)}
+    assert len(seen) == 7 * 7

@@ -1,14 +1,15 @@
 """Makes short clips of a moving camera from photographs, to try train_video_bdh.py: the class is the camera's motion.
 
-A window moves over a photograph: left, right, up, down, towards it, away from it, or not at all. Size and place of the
-window in the middle of a clip do not depend on the class, so a model of one frame (--n-frames 1 --in-channels 3), which
-reads that one, can only guess: what others reach beyond chance, they have from time. Photographs of the test clips are
-others than those of the training clips. A little noise is added to each frame. Clips are lossless animated WebP.
+The camera is a window that moves over a photograph: left, right, up, down, closer, away or not at all. Size and place
+of the window in the middle of a clip do not depend on the class, so a model of one frame (--n-frames 1 --in-channels
+3), which reads that one, can only guess: what others reach beyond chance, they have from time. Test clips come from
+other photographs than training clips. Each frame gets a little noise. Clips are lossless animated WebP pictures.
 
-    python tools/make_clips.py --images data_camvid/train --output clips
+    python tools/make_clips.py --images PHOTOS --output clips     # such as data_camvid/train
     python train_video_bdh.py --data-dir clips
 """
 
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,14 +52,14 @@ class Options:
     test: int = 700
     """test clips"""
     frames: int = 8
-    """frames of a clip"""
+    """frames per clip"""
     size: int = 32
     """width and height of a clip in pixels"""
     seed: int = 0
     """seed of all draws"""
 
     def __post_init__(self):
-        for name, least in {"train": len(MOTIONS), "test": len(MOTIONS), "frames": 2, "size": 8}.items():
+        for name, least in {"train": len(MOTIONS), "test": len(MOTIONS), "frames": 2, "size": 8, "seed": 0}.items():
             require(getattr(self, name) >= least, self, name, f"must be at least {least}")
 
 
@@ -98,6 +99,15 @@ def main(options: Options) -> None:
     if options.output.exists():
         raise UserError(f"{options.output} exists: name a new folder with --output, or remove it")
     rng = np.random.default_rng(options.seed)
+    try:
+        write(options, rng)
+    except BaseException:  # half of the clips are of no use
+        shutil.rmtree(options.output, ignore_errors=True)
+        raise
+    print(f"-> {options.output}: {options.train} training and {options.test} test clips of {len(MOTIONS)} motions")
+
+
+def write(options: Options, rng: np.random.Generator) -> None:
     for part, n_clips, paths in parts(options, rng):
         for motion in MOTIONS:
             (options.output / part / motion).mkdir(parents=True)
@@ -111,7 +121,6 @@ def main(options: Options) -> None:
             first, *rest = clip(photo, motion, options, rng)
             target = options.output / part / motion / f"{i:05d}.webp"
             first.save(target, save_all=True, append_images=rest, lossless=True, duration=100)
-    print(f"-> {options.output}: {options.train} training and {options.test} test clips of {len(MOTIONS)} motions")
 
 
 if __name__ == "__main__":

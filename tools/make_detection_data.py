@@ -1,4 +1,4 @@
-"""Makes a small detection data set in COCO's format, from data that are there, to train train_bdh_detector.py on.
+"""Makes a small detection data set in COCO's format from CIFAR-10 or CamVid, for train_bdh_detector.py.
 
     python tools/make_detection_data.py                     # scenes of 1 to 4 CIFAR-10 images on noise
     python tools/make_detection_data.py --source camvid     # cars, pedestrians, bicyclists and signs of CamVid
@@ -22,7 +22,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from training.command_line import run_script
-from training.config import ROOT, UserError, require
+from training.config import UserError, require
 from training.data import data_folder, load_dataset
 from training.data.classes import CAMVID
 from training.data.mask_files import BadFile
@@ -45,8 +45,8 @@ class Options:
 
     source: Literal["cifar10", "camvid"] = "cifar10"
     """what objects are cut from"""
-    output: Path = ROOT / "data_coco"
-    """folder to write; it must not exist"""
+    output: Path | None = None
+    """folder to write, which must not exist; default: data_coco, where train_bdh_detector.py looks for it"""
     train: int = 5000
     """scenes to train on (cifar10)"""
     val: int = 1000
@@ -156,13 +156,14 @@ def write_part(folder: Path, part: str, n: int, scenes: Iterator[Scene], class_n
 
 
 def main(options: Options) -> None:
-    if options.output.exists():
-        raise UserError(f"{options.output} exists: remove it, or name another folder with --output")
+    output = options.output or data_folder("coco", options.data_dir)
+    if output.exists():
+        raise UserError(f"{output} exists: remove it, or name another folder with --output")
     class_names, parts = (cifar_scenes if options.source == "cifar10" else camvid_scenes)(options)
     for part, (n, scenes) in parts.items():
-        boxes = write_part(options.output, part, n, scenes, class_names)
+        boxes = write_part(output, part, n, scenes, class_names)
         print(f"{part}: {n:,} images, {boxes:,} boxes")
-    print(f"{options.output}: {len(class_names)} classes ({', '.join(class_names)})")
+    print(f"{output}: {len(class_names)} classes ({', '.join(class_names)})")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import tyro
 
@@ -81,14 +81,15 @@ def _defined_in(script: str) -> Experiment:
 
 
 def run_script(main: Callable, description: str) -> None:
-    """Calls main with arguments from the command line; fields of a config argument are flags of their own name.
+    """Calls main with its one argument, a dataclass, made from the command line: its fields are the flags.
 
     Ends the process with one message: exit code 1 if main raises UserError or a file cannot be read or written, 2 for a
     wrong flag, 130 after Ctrl-C.
     """
     prepare_streams()
     try:
-        tyro.cli(main, description=description, config=(tyro.conf.OmitArgPrefixes,))
+        (options_class,) = (of for name, of in get_type_hints(main).items() if name != "return")
+        main(tyro.cli(options_class, description=description, config=(tyro.conf.OmitArgPrefixes,)))
     except (UserError, OSError) as error:
         exit_with(str(error), 1)
     except KeyboardInterrupt:

@@ -21,7 +21,7 @@ class UserError(Exception):
     """Something the user can fix; the message says how."""
 
 
-OWN_FILES = ("folder", "webdataset", "clips")  # data sets made of files of the user's choice
+OWN_FILES = ("folder", "webdataset", "clips", "coco")  # data sets made of files of the user's choice
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,8 @@ class RunOptions:
     runs_dir: Path = ROOT / "runs"
     """folder of all runs"""
     eval_batch_size: int | None = None
-    """samples per forward pass in validation and test; default: 256; segmentation uses batch_size"""
+    """samples per forward pass in validation and test; default: 256; segmentation and detection use
+    batch_size"""
     recompute: bool = False
     """activation checkpointing (BDH only): less memory, more compute"""
     log_every: int = 50

@@ -81,6 +81,8 @@ def take_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Any]:
     if not stem <= taken.keys():  # one part is useless without the others
         taken = {name: weight for name, weight in taken.items() if name not in stem}
     fields = {field.name for field in dataclasses.fields(VisionEncoderConfig)} - {"img_size"}
+    if source.image_channels == encoder.config.image_channels:  # in_channels counts all frames of a clip
+        fields.remove("in_channels")
     flags = _flags_of(source, encoder.config, fields)
     core = {name for name in mine.keys() | theirs if name.startswith(CORE)}
     if misfits := sorted(core - taken.keys()):
@@ -96,6 +98,8 @@ def take_encoder(encoder: VisionEncoder, path: Path) -> dict[str, Any]:
     grids = f" (positions interpolated from {_by(source.grid)} patches)" if other_grid else ""
     drawn = left if isinstance(encoder, VisionBDH) else [*left, "the rest of the model"]
     print(f"encoder from {path}: {', '.join(sorted(taken))} taken{grids}; drawn: {', '.join(drawn)}")
+    if source.rotary == encoder.config.rotary == "axial" and source.axes != encoder.config.axes:
+        print("note: its neurons rotate by other axes: frame, row and column in clips, row and column in images")
     _say_differences(flags)
     return {"file": name_of_file(path), "taken": sorted(taken), "drawn": left}
 

@@ -82,8 +82,8 @@ class SeveralChoice(Places):
     names: tuple[str, ...] = ()
     """short names of the runs in tables and figures, in the same order; default: their experiments' names"""
     untrained: bool = True
-    """also measure each run's model before training, with the weights it started from: what is the same there comes
-    from the architecture"""
+    """also measure each run's model with newly drawn weights, as before training: what is the same there comes from the
+    architecture (of --encoder, --start-from and pruning these weights know nothing)"""
 
 
 class Samples(NamedTuple):

@@ -81,7 +81,10 @@ def read_frames(path: Path, n_frames: int) -> list[Image.Image]:
     with Image.open(path) as picture:
         count = getattr(picture, "n_frames", 1)
         if count == 1:
-            raise ValueError("it is a single picture; frames of a clip belong in a folder of their own")
+            raise ValueError(
+                "it is a single picture: frames of a clip belong in a folder of their own, single images to a script "
+                "such as train_v2_cifar10.py --dataset folder"
+            )
         return _chosen((frame.convert("RGB") for frame in ImageSequence.Iterator(picture)), n_frames, count)
 
 

@@ -17,6 +17,7 @@ from training import processes, seeds
 from models.vision_bdh import ImageSize, height_and_width
 from training.augment import JointTransform, normalise
 from training.config import SegmentationConfig, UserError
+from training.data.classes import CLASSES
 from training.data.image_files import UnreadableImage
 from training.data.mask_files import BadFile, MaskFiles, Pair, mask_shape, read_image
 from training.data.streaming import Key, Reader
@@ -144,6 +145,7 @@ def refuse(problems: list[str], name: str) -> None:
         more = len(problems) - SHOWN_PROBLEMS
         shown = problems[:SHOWN_PROBLEMS] + [f"and {more} more"] * (more > 0)
         check = f"; python tools/verify_camvid.py{f' --dataset {name}' if name != 'camvid' else ''} lists all"
+        check = check if name in CLASSES else ""
         raise UserError(f"{len(problems)} of the files of {name} cannot be used{check}\n" + "\n".join(shown))
 
 
