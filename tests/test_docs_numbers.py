@@ -1,6 +1,7 @@
-"""Numbers typed into README.md and docs/results.md are those of the files in results/, rounded as the page rounds them.
+"""Numbers typed into README.md, docs/results.md and docs/interpretability.md are those of the files in results/.
 
-The expected lines are built from the files. Tables that analysis/claims.py makes are held to them in test_pages.py.
+They are rounded as the page rounds them; the expected lines are built from the files. Tables that analysis/claims.py
+makes are held to them in test_pages.py.
 """
 
 import json
@@ -135,10 +136,48 @@ def speedrun() -> list[str]:
     return lines
 
 
+def attention() -> list[str]:
+    """Ranges over levels, and the few-shot table."""
+    table = pd.read_csv(RESULTS / "looks" / "attention_statistics.csv")
+    table = table[(table["head"] == "all") & (table["weights"] == "trained")].set_index(["run", "statistic"])["mean"]
+
+    def spread(name: str, statistic: str, digits: int = 2, factor: int = 1) -> str:
+        values = factor * table[name, statistic]
+        return f"{values.min():.{digits}f} to {values.max():.{digits}f}"
+
+    v1, v4, vit, tuned = "v1 (4 neurons a dimension)", "v4", "ViT-Tiny", "ViT-Tiny, v4's recipe"
+    near, images, heads = ("distance", 1, 1), ("same_for_images", 0, 100), ("same_for_heads", 0, 100)
+    lowest, highest = (pick(table[name, "distance"].agg(pick) for name in (v1, v4)) for pick in (min, max))
+    few = pd.read_csv(RESULTS / "looks" / "few_shot_cifar100.csv", keep_default_na=False)
+    few = few[few["method"] == "nearest_mean"]
+    rows = []
+    for (features, weights), of in few.groupby(["features", "weights"], sort=False):
+        half = 50 * (of["accuracy_high"] - of["accuracy_low"])
+        cells = " | ".join(f"{100 * a:.1f} ± {h:.1f}" for a, h in zip(of["accuracy"], half, strict=True))
+        rows.append(f"| {features}{', untrained' * (weights == 'untrained')} | {cells} |")
+    return [
+        f"{spread(v1, 'entropy')} of that of equal shares (v1) and {spread(v4, 'entropy')} (v4)",
+        f"ViT-Tiny's is {spread(vit, 'entropy')}",
+        f"{spread(v1, 'self_share', 1, 100)} % in v1",
+        f"ViT-Tiny has {spread(vit, 'self_share', 1, 100)} %",
+        f"gets {spread(vit, 'to_class_token', 1, 100)} % of the weight",
+        f"({lowest:.1f} to {highest:.1f} patches; equal shares 4.1; ViT-Tiny {spread(vit, *near)})",
+        f"images share {spread(v1, *images)} % of it in v1, {spread(vit, *images)} % in ViT-Tiny",
+        f"({spread(v1, *heads)} % against {spread(vit, *heads)})",
+        f"({spread(tuned, *near)} patches, {spread(tuned, *images)} %, {spread(tuned, *heads)} %)",
+        *rows,
+    ]
+
+
 @pytest.mark.parametrize(
     ("page", "expected"),
-    [("README.md", readme), ("docs/results.md", status), ("docs/results.md", speedrun)],
-    ids=["README", "status", "speedrun"],
+    [
+        ("README.md", readme),
+        ("docs/results.md", status),
+        ("docs/results.md", speedrun),
+        ("docs/interpretability.md", attention),
+    ],
+    ids=["README", "status", "speedrun", "attention"],
 )
 def test_a_page_says_what_the_files_in_results_say(page, expected):
     text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
