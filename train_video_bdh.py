@@ -1,9 +1,9 @@
 """Vision-BDH v4 on short clips: all frames' patches are tokens of one sequence (models/video_bdh.py).
 
 Not a published experiment. Reads clips of your own: folders of frames, video files or GIFs, one folder per class.
-Another
-number of frames needs both of its flags, such as --n-frames 16 --in-channels 48. tools/make_clips.py makes clips of a
-moving camera from photographs, on which it is right for XX % of the test clips after 12 epochs (chance: 14 %).
+Another number of frames needs both of its flags, such as --n-frames 16 --in-channels 48. tools/make_clips.py makes
+clips of a moving camera from photographs, on which it is right for XX % of the test clips after 12 epochs (chance: 14
+%).
 
     python train_video_bdh.py --data-dir clips
 """
@@ -17,7 +17,8 @@ EXPERIMENT = Experiment(
         img_size=32,
         n_frames=8,
         in_channels=24,  # 8 frames of 3 colours
-        patch_size=8,  # 16 tokens a frame, 128 a clip
+        tubelet=2,  # a token is a patch of 2 frames
+        patch_size=8,  # 16 x 4 = 64 tokens a clip
         n_layer=4,
         n_embd=96,
         n_head=4,

@@ -47,7 +47,7 @@ SIZES = dict(
     n_layer=2, n_embd=24, n_head=2, mlp_internal_dim_multiplier=6, dropout=0.4, drop_path=0.3, vocab_size=7, img_size=8
 )
 SIZES |= dict(patch_size=2, in_channels=8, num_classes=3, skip_levels=(1,), encoder=Path("best.pt"), mask_ratio=0.3)
-SIZES |= dict(n_frames=4, blocks_before=2, blocks_after=1)
+SIZES |= dict(n_frames=4, tubelet=2, blocks_before=2, blocks_after=1)
 SIZES |= dict(upernet_levels=(3, 1, 2, 3), upernet_channels=5)
 SIZES |= dict(n_queries=5, decoder_layers=2, decoder_heads=3, decoder_mlp_dim=8)
 OTHER_VALUES |= {name: [value] for name, value in SIZES.items()}

@@ -47,13 +47,16 @@ def test_the_fast_path_equals_the_plain_one(build, pool):
 
 
 @BUILD
-def test_tokens_are_those_of_each_frame_in_turn(build):
-    """Each frame is cut into patches as an image is; learned positions of patch and frame are added."""
-    model, images = randomised(build(**SMALL).build()), clips()
+@pytest.mark.parametrize("tubelet", [1, 2])
+def test_tokens_are_those_of_each_frame_in_turn(build, tubelet):
+    """Each frame, or group of frames, is cut into patches as an image is; learned positions of both are added."""
+    model = randomised(build(**SMALL | dict(n_frames=3 * tubelet, in_channels=9 * tubelet), tubelet=tubelet).build())
+    images = torch.randn(2, 9 * tubelet, 8, 8, dtype=torch.float64)
     tokens, grid = model.embed(images)
     assert grid == (3, 2, 2) and tokens.shape == (2, 12, 8)
     for frame in range(3):
-        expected = model.patch_embed(images[:, 3 * frame : 3 * frame + 3]).flatten(2).mT
+        channels = slice(3 * tubelet * frame, 3 * tubelet * (frame + 1))
+        expected = model.patch_embed(images[:, channels]).flatten(2).mT
         if model.config.pos_embed:
             expected = expected + model.pos_embed + model.pos_frame[:, frame]
         assert_close(tokens[:, 4 * frame : 4 * frame + 4], expected, 1e-12)
@@ -104,6 +107,7 @@ def test_mixing_convolves_frames_apart_then_over_time(pool):
     [
         (dict(n_frames=0), "not a multiple"),
         (dict(n_frames=5), "set in_channels to 15"),
+        (dict(tubelet=2), "not a multiple of tubelet = 2"),
         (dict(rotary="axial", n_embd=4, mlp_internal_dim_multiplier=2), "6 neurons"),
     ],
 )

@@ -1,9 +1,10 @@
 """Makes short clips of a moving camera from photographs, to try train_video_bdh.py: the class is the camera's motion.
 
 The camera is a window that moves over a photograph: left, right, up, down, closer, away or not at all. Size and place
-of the window in the middle of a clip do not depend on the class, so a model of one frame (--n-frames 1 --in-channels
-3), which reads that one, can only guess: what others reach beyond chance, they have from time. Test clips come from
-other photographs than training clips. Each frame gets a little noise. Clips are lossless animated WebP pictures.
+of the window in the middle of a clip do not depend on the class, so a model of one frame (--n-frames 1 --in-channels 3
+--tubelet 1), which reads that one, can only guess: what others reach beyond chance, they have from time. Test clips
+come from other photographs than training clips. Each frame gets a little noise. Clips are lossless animated WebP
+pictures.
 
     python tools/make_clips.py --images PHOTOS --output clips     # such as data_camvid/train
     python train_video_bdh.py --data-dir clips

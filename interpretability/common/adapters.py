@@ -79,7 +79,7 @@ class BDHAdapter:
             keep_state((level - 1) % self.n_levels, args[0])
 
         def see_grid(module: nn.Module, args: tuple, patches: Tensor) -> None:
-            frames = getattr(self.model.config, "n_frames", None)  # of a clip
+            frames = getattr(self.model.config, "time_steps", None)  # of a clip
             self.grid = (*(() if frames is None else (frames,)), *patches.shape[2:])
 
         handles = [
