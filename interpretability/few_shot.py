@@ -43,7 +43,7 @@ from interpretability.common.features import head_input
 from interpretability.common.trained import SeveralChoice, TrainedRun, open_several, progress, several_folder
 from models.masked_bdh import MaskedBDH
 from training.augment import normalise
-from training.command_line import run_script
+from training.command_line import in_a_name, run_script
 from training.config import OWN_FILES, UserError, require
 from training.data import DATASETS, DataSet, load_dataset
 from training.data.finding import cut_name
@@ -315,10 +315,6 @@ def draw(table: pd.DataFrame, way: int, title: str) -> Figure:
     return figure
 
 
-def _words(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-
-
 def main(options: Options) -> None:
     runs = open_several(options, any_model=True)
     results = measure_all(runs, options)
@@ -328,7 +324,7 @@ def main(options: Options) -> None:
         f"{name}, {options.way} classes at a time, {options.episodes:,} episodes of {options.queries} queries a class"
     )
     changed = changed_fields(Options(), options)  # the settings that are not the default ones, in the files' names
-    settings = [f"{key}={_words(changed[key])}" for key in SETTINGS if key in changed]
+    settings = [f"{key}={in_a_name(changed[key])}" for key in SETTINGS if key in changed]
     path = several_folder(options, runs) / cut_name("_".join(["few_shot", name, *settings]))
     lines = markdown(table, title)
     pictures = save_figure(draw(table, options.way, f"{title}; 95 % intervals"), path)

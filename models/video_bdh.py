@@ -64,8 +64,8 @@ class VideoBDHConfig(VisionBDHConfig):
 class VideoBDH(VisionBDH):
     """Encoder, mean over the tokens of all frames (or class token), LN, linear head.
 
-    A clip is an image whose channels are those of its frames, one frame after another. So
-    whatever is done to an image, such as a random crop, is done to all of its frames alike.
+    A clip is an image whose channels are those of its frames, one frame after another. So whatever is done to
+    an image, such as a random crop, is done to all of its frames alike.
     """
 
     def __init__(self, config: VideoBDHConfig):
@@ -95,7 +95,7 @@ class VideoBDH(VisionBDH):
         first = 0 if self.cls_token is None else 1
         frames = x[:, first:].unflatten(1, (steps, -1))  # (B, F, T, D)
         frames = super().mixed(frames.flatten(0, 1), level, tuple(of_frame)).view_as(frames)
-        frames = self.frame_mixing[level if self.config.mixing == "conv_per_level" else 0](frames)
+        frames = self.of_level(self.frame_mixing, level)(frames)
         return torch.cat((x[:, :first], frames.flatten(1, 2)), dim=1) if first else frames.flatten(1, 2)
 
 

@@ -190,7 +190,11 @@ class VisionEncoder(BDHCore):
         """x: (B, T, D), the residual stream before a level -> the same with neighbouring tokens mixed."""
         if self.config.mixing == "none":
             return x
-        return self.mixing[level if self.config.mixing == "conv_per_level" else 0](x, grid)
+        return self.of_level(self.mixing, level)(x, grid)
+
+    def of_level(self, mixing: nn.ModuleList, level: int) -> nn.Module:
+        """The convolution before a level: its own, or that of all."""
+        return mixing[level if self.config.mixing == "conv_per_level" else 0]
 
     def embed(self, images: Tensor) -> tuple[Tensor, Grid]:
         """Tokens with learned positions. images: (B, C, height, width) -> (B, T, D) and the grid, T = rows * columns.

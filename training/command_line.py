@@ -51,7 +51,7 @@ def name_with_changes(experiment: Experiment, model: Any, train: Any) -> str:
     """The experiment's name and every field but the seed that model and train change, as v2_cifar10+epochs=5."""
     changed = changed_fields(experiment.model, model) | changed_fields(experiment.train, train)
     changed.pop("seed", None)
-    return "+".join([experiment.name, *(f"{key}={_in_a_name(value)}" for key, value in sorted(changed.items()))])
+    return "+".join([experiment.name, *(f"{key}={in_a_name(value)}" for key, value in sorted(changed.items()))])
 
 
 def flags_of(fields: dict[str, Any]) -> list[str]:
@@ -102,7 +102,7 @@ def exit_with(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-def _in_a_name(value: Any) -> Any:
+def in_a_name(value: Any) -> Any:
     """A value as part of a folder name."""
     if isinstance(value, tuple):
         return ",".join(map(str, value))

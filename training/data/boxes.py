@@ -20,12 +20,12 @@ from typing_extensions import TypedDict  # pydantic needs this one before Python
 
 from training import processes, seeds
 from models.vision_bdh import ImageSize, height_and_width
-from training.augment import normalise
+from training.augment import draw_flips, normalise
 from training.config import DetectionConfig, UserError
 from training.data.batches import ImageBatches, MemoryPart, fit_in_memory
-from training.data.finding import fingerprint
+from training.data.finding import fingerprint, size_of
 from training.data.image_files import UnreadableImage, open_image, read_images, unreadable, why_unreadable
-from training.data.segmentation import refuse
+from training.data.segmentation import limited, refuse
 from training.data.streaming import Images, Reader, StreamedPart
 
 PARTS = ("train", "val", "test")  # the last may be absent
@@ -135,7 +135,7 @@ class SceneFiles:
     @cached_property
     def description(self) -> dict[str, Any]:
         """Identifies the data: stored in config.json and compared at resume."""
-        files = [(f"{part}/{path.name}", _size(path)) for part, of in self.parts.items() for path in of.paths]
+        files = [(f"{part}/{path.name}", size_of(path)) for part, of in self.parts.items() for path in of.paths]
         boxes = hashlib.sha256(b"".join(each.tobytes() for of in self.parts.values() for each in of.boxes))
         return {
             "name": "coco",
@@ -144,14 +144,6 @@ class SceneFiles:
             "file_names_and_sizes": fingerprint(files),
             "boxes": boxes.hexdigest(),
         }
-
-
-def _size(path: Path) -> int:
-    """In bytes; -1 for a missing file."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
 
 
 def find_scenes(folder: Path) -> SceneFiles:
@@ -286,7 +278,7 @@ class FlipWithBoxes:
 
     def draw(self, n: int, height: int, width: int, generator: torch.Generator) -> list[Tensor]:
         """(n,) booleans."""
-        return [torch.rand(n, generator=generator) < 0.5]
+        return [draw_flips(n, generator)]
 
     def apply(self, images: Tensor, targets: Tensor, flipped: Tensor) -> tuple[Tensor, Tensor]:
         """images: (B, C, h, w), targets: (B, M, 6), flipped: (B,)."""
@@ -320,7 +312,8 @@ class BoxBatches(ImageBatches):
         self.config, self.eval_batch_size, self.device = config, eval_batch_size, device
         self.flip = FlipWithBoxes() if config.horizontal_flip else None
         train = files.parts["train"]
-        parts = {"test": Scenes([], [], [])} | files.parts | {"train": limited(train, config.train_limit, config.seed)}
+        chosen = limited(len(train), config.train_limit, config.seed)
+        parts = {"test": Scenes([], [], [])} | files.parts | {"train": train.chosen(chosen)}
         images = {name: SceneImages(of.paths, of.sizes, img_size) for name, of in parts.items()}
         targets = {name: of.targets(files.n_boxes) for name, of in parts.items()}
         if fit_in_memory(images.values(), device):
@@ -345,11 +338,3 @@ class BoxBatches(ImageBatches):
                 here = here.to(self.device)
                 images, targets = self.flip.apply(images, targets, *(draw[here] for draw in draws))
             yield images, targets
-
-
-def limited(scenes: Scenes, limit: int | None, seed: int) -> Scenes:
-    """At most limit of them, drawn by the seed, in their original order."""
-    if limit is None or limit >= len(scenes):
-        return scenes
-    generator = np.random.default_rng(seeds.derive("split", seed))
-    return scenes.chosen(np.sort(generator.permutation(len(scenes))[:limit]).tolist())

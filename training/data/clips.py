@@ -16,7 +16,7 @@ from PIL import Image, ImageSequence
 
 from training.config import UserError
 from training.data.batches import DataSet
-from training.data.finding import Finder, ImageFile, is_image, is_loop, printable
+from training.data.finding import Finder, ImageFile, is_image, is_loop, printable, size_of
 from training.data.folder import find_parts, read_folders
 from training.data.image_files import ImageFiles, UnreadableImage, open_image, unreadable
 
@@ -66,7 +66,7 @@ def find_clips(finder: Finder, folder: str) -> list[ImageFile]:
         if may_be_clip and pictures and not videos and not folders:  # its pictures are frames
             clips.append(ImageFile(place, sum(picture.size for picture in pictures)))
         else:
-            clips += [*pictures, *(ImageFile(entry.path, entry.stat().st_size) for entry in videos)]
+            clips += [*pictures, *(ImageFile(entry.path, size_of(entry)) for entry in videos)]
         waiting += [(entry.path, True) for entry in folders if not is_loop(entry)]
     return sorted(clips)
 

@@ -53,7 +53,7 @@ class Finder:
             _, dot, ending = entry.name.lower().rpartition(".")
             ending = dot + ending if dot else ""
             if ending in image_endings():
-                found.append(ImageFile(entry.path, _size(entry)))
+                found.append(ImageFile(entry.path, size_of(entry)))
             else:
                 self.endings[ending] += 1
         return found
@@ -130,9 +130,10 @@ def _bytes(name: str) -> bytes:
     return name.encode("utf-8", errors=sys.getfilesystemencodeerrors())
 
 
-def _size(entry: os.DirEntry) -> int:
+def size_of(file: os.DirEntry | Path) -> int:
+    """In bytes; -1 for a file that cannot be looked at, which is reported when it is read."""
     try:
-        return entry.stat().st_size
+        return file.stat().st_size
     except OSError:
         return -1
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from training.data.classes import CLASSES, Classes
-from training.data.finding import Finder, fingerprint
+from training.data.finding import Finder, fingerprint, size_of
 from training.data.image_files import open_image, open_upright, orientation, unreadable
 
 
@@ -50,7 +50,7 @@ class MaskFiles:
         """Identifies the data: stored in config.json and compared at resume."""
         images = {part: len(pairs) for part, pairs in self.pairs.items()}
         files = [
-            (f"{part}/{path.parent.name}/{path.name}", _size(path))
+            (f"{part}/{path.parent.name}/{path.name}", size_of(path))
             for part, pairs in self.pairs.items()
             for pair in pairs
             for path in (pair.image, pair.mask)
@@ -143,11 +143,3 @@ def _spans(numbers: np.ndarray) -> str:
 
 def bad_file(path: Path, kind: str, error: Exception) -> BadFile:
     return BadFile(unreadable(path, kind, error, "replace it with an intact copy of 8 bits a channel"))
-
-
-def _size(path: Path) -> int:
-    """In bytes; -1 for a missing file, which is reported when it is read."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1

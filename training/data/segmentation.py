@@ -255,10 +255,15 @@ def _fits(n_images: int, img_size: tuple[int, int]) -> bool:
 def training_pairs(files: MaskFiles, train_val: bool, limit: int | None, seed: int) -> list[Pair]:
     """Pairs that a run trains on: of both parts with train_val; at most limit, drawn by the seed, in original order."""
     pairs = files.pairs["train"] + files.pairs["val"] * train_val
-    if limit is None or limit >= len(pairs):
-        return pairs
+    return [pairs[index] for index in limited(len(pairs), limit, seed)]
+
+
+def limited(n: int, limit: int | None, seed: int) -> list[int]:
+    """Numbers of n samples, or of at most limit of them, drawn by the seed, in their original order."""
+    if limit is None or limit >= n:
+        return list(range(n))
     generator = np.random.default_rng(seeds.derive("split", seed))
-    return [pairs[index] for index in np.sort(generator.permutation(len(pairs))[:limit])]
+    return np.sort(generator.permutation(n)[:limit]).tolist()
 
 
 def _one_thread(worker: int) -> None:
