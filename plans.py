@@ -13,6 +13,7 @@ from analysis.reading import SMALL
 from benchmarks.measure import seconds_of
 from benchmarks.training_steps import made_up_batches, training_step
 from models.flops import flop_of
+from training.config import SegmentationConfig
 from training.experiment import Experiment
 
 
@@ -143,10 +144,10 @@ FULL_CPU = Plan(
     on_cpu=True,
 )
 
-# About two hours on two cores with bf16, two runs at once. The widths give ViT-Tiny and BDH 0.2 M weights each.
-SMALL_PROTOCOL = "--n-embd 64 --n-head 4 --train-limit 12500 --epochs 12 --learning-rate 1e-3 --precision bf16"
+# Two runs at once take about two hours on two cores with bf16. The widths give ViT-Tiny and BDH 0.2 M weights each.
+SMALL_PROTOCOL = "--n-embd 64 --n-head 4 --train-limit 12500 --epochs 12 --learning-rate 1e-3"
 SMALL_BDH = f"{SMALL_PROTOCOL} --mlp-internal-dim-multiplier 16"
-SMALL_UNET = "--img-size 96 --epochs 30 --precision bf16"
+SMALL_UNET = "--img-size 96 --epochs 30"
 AS_KEPT = "--init-projections normal"  # the runs under results/small_cpu have these, unlike the published code
 SMALL_CIFAR10 = (
     f"train_v2_cifar10.py {SMALL_BDH} {AS_KEPT}",
@@ -174,6 +175,7 @@ SMALL_CPU = Plan(
             ],
         ),
     ],
+    on_cpu=True,
 )
 
 # What each field of the recipe brings to both models: first the rates of each optimizer, equally many for both, then
@@ -235,12 +237,13 @@ RECIPE_SMALL_CPU = Plan(
             ),
         ),
     ],
+    on_cpu=True,
 )
 
 # v4 beside v2 and ViT-Tiny with the same recipe, at the size of SMALL_CPU: a ViT with as many parameters as v4 (0.2 M),
 # and one with as many training operations (1.6 M parameters). Rates first, as many for each, by validation accuracy.
 V4_PROTOCOL = (
-    "--train-limit 12500 --epochs 12 --precision bf16 --batch-size 64 --optimizer muon --dropout 0 "
+    "--train-limit 12500 --epochs 12 --batch-size 64 --optimizer muon --dropout 0 "
     "--weight-decay 0.05 --crop-scale-min 1 --crop-padding 4 --n-head 4"
 )
 V4_SIZE = "--n-layer 6 --n-embd 64 --mlp-internal-dim-multiplier 16"
@@ -286,6 +289,7 @@ V4_SMALL_CPU = Plan(
         ),
         Part("Does another rate suit them?", _entries([f"{unet} --learning-rate 5e-3" for unet in V4_UNETS], (0,))),
     ],
+    on_cpu=True,
 )
 PLANS = {"published": PUBLISHED, "full_cpu": FULL_CPU, SMALL: SMALL_CPU, "recipe_small_cpu": RECIPE_SMALL_CPU}
 PLANS |= {"v4_small_cpu": V4_SMALL_CPU}
@@ -317,9 +321,11 @@ def training_flop(experiment: Experiment) -> float:
 
 def measure_step(experiment: Experiment, seconds: float = 4.0) -> float:
     """Median seconds of a training step on random images, over steps that take about this long in all, at least one."""
-    device, model = torch.device("cpu"), experiment.model
-    batches = made_up_batches(experiment.train.batch_size, model.img_size, model.num_classes, device)
-    step = training_step(model.build(), batches, experiment.train.precision, device)
+    device, model, train = torch.device("cpu"), experiment.model, experiment.train
+    batches = made_up_batches(train.batch_size, model.img_size, model.num_classes, device)
+    if isinstance(train, SegmentationConfig):  # a label for each pixel instead of one for the image
+        batches = ((images, labels[:, None, None].expand(images[:, 0].shape)) for images, labels in batches)
+    step = training_step(model.build(), batches, train.precision, device)
     step()  # warm up
     times = [seconds_of(step)]
     while sum(times) < seconds:
@@ -328,7 +334,10 @@ def measure_step(experiment: Experiment, seconds: float = 4.0) -> float:
 
 
 def epoch_minutes(experiment: Experiment, step_seconds: float) -> float:
-    """Estimate for an epoch with validation, whose images take a third of the time of training images."""
-    images, share = training_images(experiment), experiment.train.val_fraction
+    """Estimate for an epoch with validation, whose images take a third of the time of training images.
+
+    Segmentation has a validation part of its own, in CamVid about a fifth of both.
+    """
+    images, share = training_images(experiment), getattr(experiment.train, "val_fraction", 0.2)
     images += images * share / (1 - share) / 3
     return math.ceil(images / experiment.train.batch_size) * step_seconds / 60

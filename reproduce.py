@@ -5,12 +5,12 @@ metrics.csv and summary.json of every complete run are copied to results/; pytho
 CLAIMS.md and the tables of README.md and docs/results.md. By default one run at a time uses all threads; --jobs 2 on
 two cores gives each of two runs one thread. On a GPU, compare the images_per_sec of parallel runs with one run alone.
 
-The plan full_cpu is the published protocol at full size on a CPU: in bf16 if the CPU has bf16 instructions, otherwise
-in float32 (--precision overrides; use it to continue runs of another machine). --list measures a few training steps of
-each model (about a minute) and estimates each run's minutes. With --budget-minutes the same estimates decide: runs that
-fit into what is left of the budget are made in the plan's order, skipping longer ones. The rest of the time goes to the
-longer ones: they are stopped when the budget ends and resume from their last epoch with the same command, so one is
-started only if the rest is enough for one epoch.
+The plans whose names end in _cpu train on a CPU: in bf16 if it has bf16 instructions, otherwise in float32 (--precision
+overrides; use it to continue runs of another machine). full_cpu is the published protocol at full size. --list measures
+a few training steps of each model (about a minute) and estimates each run's minutes. With --budget-minutes the same
+estimates decide: runs that fit into what is left of the budget are made in the plan's order, skipping longer ones. The
+rest of the time goes to the longer ones: they are stopped when the budget ends and resume from their last epoch with
+the same command, so one is started only if the rest is enough for one epoch.
 
     python reproduce.py --list
     python reproduce.py --precision bf16 --compile --budget-minutes 25     # on a CUDA GPU
@@ -68,7 +68,7 @@ class Options:
     compile: bool = False
     """use torch.compile"""
     device: str = "auto"
-    """auto (for full_cpu: cpu), cuda, cuda:1, mps or cpu"""
+    """auto (plans that end in _cpu: the CPU), cuda, cuda:1, mps or cpu"""
     data_dir: Path | None = None
     """folder that holds data_cifar10 and the like; default: $VISION_BDH_DATA, else beside the scripts"""
     runs_dir: Path = ROOT / "runs"

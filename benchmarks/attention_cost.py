@@ -60,6 +60,7 @@ from training.device import (
     product_dtype,
     set_precision,
     synchronize,
+    warn_of_precision,
 )
 
 PARTS = {"attention": "attention alone", "level": "one whole level"}
@@ -334,6 +335,7 @@ def file_stem(place: str, row: dict) -> str:
 
 def main(options: Options) -> None:
     device = prepare_device(options.device)
+    warn_of_precision(options.precision, device)
     rows = measure(options, device)
     if not rows:
         raise UserError("nothing fits into memory: give fewer --tokens or a smaller --batch-size")

@@ -23,7 +23,7 @@ from models.baselines import ViTConfig
 from models.bdh import BDHCore
 from models.flops import flop_of
 from training.command_line import experiment_of, run_script
-from training.device import prepare_device, set_precision
+from training.device import prepare_device, set_precision, warn_of_precision
 from training.session import count_parameters
 
 SCRIPT, BASE = "train_v2_imagenet.py", "--n-embd 768 --n-head 8"
@@ -82,6 +82,7 @@ def kept_mb(config: Any, options: Options, device: torch.device, recompute: bool
 
 def main(options: Options) -> None:
     device = prepare_device(options.device)
+    warn_of_precision(options.precision, device)
     rows = []
     for name, config in configs().items():
         memory = {f"kept_mb{ending}": kept_mb(config, options, device, bool(ending)) for ending in ("", "_recompute")}

@@ -30,7 +30,7 @@ from benchmarks.training_steps import made_up_batches, protocol, training_step
 from models.baselines import ViTConfig
 from models.vision_bdh import v2_config
 from training.command_line import run_script
-from training.device import prepare_device
+from training.device import prepare_device, warn_of_precision
 
 BASE = "published protocol"
 FIELDS = {
@@ -91,6 +91,7 @@ def measure(options: Options, device: torch.device) -> pd.DataFrame:
 
 def main(options: Options) -> None:
     device = prepare_device(options.device)
+    warn_of_precision(options.precision, device)
     table = measure(options, device)
     name, words = machine_of(device)
     path = options.output_dir / f"recipe_cost_{name}_{options.precision}{changed(options, 'batch_size')}.csv"

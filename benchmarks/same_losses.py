@@ -30,7 +30,7 @@ from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
 from training.command_line import run_script
 from training.config import ClassificationConfig
 from training.data import load_dataset, split_train
-from training.device import prepare_device
+from training.device import prepare_device, warn_of_precision
 
 SHOWN = 50  # steps averaged in the table
 SIZES = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier")
@@ -133,6 +133,7 @@ def draw(losses: dict[str, np.ndarray], title: str) -> Figure:
 
 def main(options: Options) -> None:
     device = prepare_device(options.device)
+    warn_of_precision("bf16", device)
     losses = {side: train(options, side, device) for side in SIDES}
     print(summarise(losses).to_string(index=False, float_format="{:.2e}".format))
     place, machine = machine_of(device)

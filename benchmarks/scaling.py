@@ -44,7 +44,7 @@ from benchmarks.training_steps import IMPLEMENTATIONS, made_up_batches, training
 from models.vision_bdh import VisionBDHConfig, v2_config
 from training.command_line import run_script
 from training.config import UserError
-from training.device import is_out_of_memory, prepare_device
+from training.device import is_out_of_memory, prepare_device, warn_of_precision
 
 VARIED = {"batch_size": "images a batch", "tokens": "tokens T", "neurons": "neurons of all heads", "n_layer": "levels"}
 
@@ -190,6 +190,7 @@ def _draw_side(ax: Axes, place: int, side: str, rows: list[dict], of: str, scale
 
 def main(options: Options) -> None:
     device = prepare_device(options.device)
+    warn_of_precision(options.precision, device)
     rows = measure(options, device)
     if not rows:
         raise UserError("out of memory at every size: make --base and the lists smaller")

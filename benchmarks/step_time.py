@@ -27,7 +27,7 @@ from benchmarks.measure import BenchmarkOptions, Precision, changed, in_full, ma
 from benchmarks.training_steps import IMPLEMENTATIONS, Batch, StackedReference, training_step
 from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
 from training.command_line import run_script
-from training.device import pick_device, product_dtype, set_precision, synchronize, tune_cpu_allocator
+from training.device import has_fast_bf16, pick_device, product_dtype, set_precision, synchronize, tune_cpu_allocator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class Options(BenchmarkOptions):
 
     batch_size: int = 32
     """images a step"""
-    precisions: tuple[Precision, ...] = ("float32", "bf16")
-    """matmul precisions"""
+    precisions: tuple[Precision, ...] | None = None
+    """matmul precisions; default: float32, and bf16 where that is faster"""
     compile: bool = False
     """also measure the reference and the fast step with torch.compile"""
     profile: bool = False
@@ -97,7 +97,7 @@ def measure(options: Options, allocation: str) -> list[dict]:
         return []
     compiled = {"reference, compiled": StackedReference, "fast, compiled": VisionBDH} if options.compile else {}
     rows = []
-    for precision in options.precisions:
+    for precision in options.precisions or ("float32", *["bf16"] * has_fast_bf16(device)):
         steps = {}
         for side, build in (IMPLEMENTATIONS | compiled).items():
             torch.manual_seed(0)

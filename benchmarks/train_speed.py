@@ -38,7 +38,7 @@ from models.baselines import ResNet20Config, ViTConfig
 from models.flops import flop_per_image
 from models.vision_bdh import v2_config
 from training.command_line import run_script
-from training.device import prepare_device, product_dtype
+from training.device import has_fast_bf16, prepare_device, product_dtype
 
 EPOCH = 40_000  # training images of the CIFAR protocol
 Name = Literal["v2", "vit_tiny", "resnet20"]
@@ -51,7 +51,7 @@ class Options(BenchmarkOptions):
     models: tuple[Name, ...] = ("v2", "vit_tiny", "resnet20")
     """models, at the sizes of their CIFAR-10 scripts"""
     precisions: tuple[Precision, ...] | None = None
-    """matmul precisions; default: tf32 and bf16 on CUDA, float32 and bf16 elsewhere"""
+    """matmul precisions; default: tf32 and bf16 on CUDA, elsewhere float32, and bf16 where that is faster"""
     batch_size: int = 32
     """images a step"""
     compile: bool | None = None
@@ -95,7 +95,7 @@ def dense_tflops(precision: Precision, device: torch.device) -> float:
 def measure(options: Options, device: torch.device) -> list[dict]:
     """A row for each side and precision."""
     on_cuda = device.type == "cuda"
-    precisions = options.precisions or (("tf32", "bf16") if on_cuda else ("float32", "bf16"))
+    precisions = options.precisions or ("tf32" if on_cuda else "float32", *["bf16"] * has_fast_bf16(device))
     sides = sides_of(options.models, on_cuda if options.compile is None else options.compile)
     flop = {name: flop_per_image(sides_of((name,), compiled=False)[0].build(), img_size=32) for name in options.models}
     n_steps = options.steps or (50 if on_cuda else 1)

@@ -72,11 +72,16 @@ def test_the_full_protocol_on_a_cpu(has_bf16, precision, tmp_path, monkeypatch):
     expected = [(name, 0) for name in (vit, v1, *rivals, v1_m4)]
     expected += [(name, seed) for name in (vit, *rivals, v1_m4, v1) for seed in (1, 2)]
     expected += [("v2_cifar10", 0), ("vit_tiny_cifar10", 0)]
-    planned = planned_runs(FULL_CPU, options_in(tmp_path, device="auto"))
+    options = options_in(tmp_path, device="auto")
+    planned = planned_runs(FULL_CPU, options)
     runs = [each.job.experiment for each in planned]
     assert [(each.name.replace(f"+precision={precision}", ""), each.train.seed) for each in runs] == expected
     assert {each.options.device for each in runs} == {"cpu"}
     assert planned[0].kept == tmp_path / "results" / f"{vit}+precision={precision}" / "seed0"
+    small = [each for name in PLANS if name.endswith("_cpu") for each in planned_runs(PLANS[name], options)]
+    assert {(each.job.experiment.options.device, each.job.experiment.train.precision) for each in small} == {
+        ("cpu", precision)
+    }
     assert "precision=tf32" not in planned_runs(FULL_CPU, options_in(tmp_path, precision="tf32"))[0].job.experiment.name
 
 
@@ -150,16 +155,22 @@ def test_the_work_of_a_training():
     [
         ("model name: X\nflags\t\t: fpu avx512f avx512_bf16", True),
         ("flags: amx_bf16 amx_tile", True),
+        ("processor: 0\nFeatures\t: fp asimd bf16 i8mm", True),  # ARM
         ("flags: avx512f", False),
         (None, False),
     ],
 )
 def test_bf16_is_read_from_the_flags_of_the_cpu(flags, expected, tmp_path, monkeypatch):
+    """A CPU that is known to have none is named to the user."""
     monkeypatch.setattr(device, "Path", lambda name: tmp_path / name.strip("/").replace("/", "_"))
     device._cpu_info.cache_clear()
     if flags is not None:
         (tmp_path / "proc_cpuinfo").write_text(flags)
     assert device.has_fast_bf16(torch.device("cpu")) == expected
+    said = []
+    for precision in ("float32", "tf32", "bf16", "fp16"):
+        device.warn_of_precision(precision, torch.device("cpu"), said.append)
+    assert len(said) == 1 + (flags is not None and not expected)  # fp16 is slow on every CPU
     device._cpu_info.cache_clear()
 
 
@@ -167,8 +178,10 @@ def test_an_epoch_is_its_steps_and_the_validation():
     """40,000 training images, and 10,000 of validation that take a third of the time each."""
     minutes = epoch_minutes(experiment_of("train_v2_cifar10.py", ""), step_seconds=0.6)
     assert minutes == pytest.approx((40_000 + 10_000 / 3) / 32 * 0.6 / 60, rel=1e-3)
-    tiny = experiment_of("train_v2_cifar10.py", f"{TINY} --precision float32")
-    assert plans.measure_step(tiny, seconds=0.0) > 0
+    unet = experiment_of("train_bdh_unet.py", "--img-size 32 --patch-size 8 --n-layer 1 --n-embd 8 --n-head 2")
+    assert epoch_minutes(unet, step_seconds=0.6) == pytest.approx((367 + 92 / 3) / 4 * 0.6 / 60, rel=1e-2)
+    for tiny in (experiment_of("train_v2_cifar10.py", f"{TINY} --precision float32"), unet):
+        assert plans.measure_step(tiny, seconds=0.0) > 0
 
 
 def test_runs_that_fit_come_first_and_longer_ones_if_an_epoch_fits(tmp_path):

@@ -88,6 +88,7 @@ def tune_cpu_allocator() -> bool:
     return all(mallopt(option, value) for option, value in settings)
 
 
+BF16_INSTRUCTIONS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, ARM
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -127,9 +128,18 @@ def effective_precision(precision: str, device: torch.device) -> str:
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether matmuls in bf16 are faster than in float32: on CUDA, and on CPUs with bf16 instructions."""
     if device.type == "cpu":
-        flags = _cpu_flags()
-        return "avx512_bf16" in flags or "amx_bf16" in flags
+        return bool(_cpu_flags() & BF16_INSTRUCTIONS)
     return device.type == "cuda"
+
+
+def warn_of_precision(precision: str, device: torch.device, say: Callable[[str], None] = print) -> None:
+    """Tells `say` if this CPU can only imitate the precision: a product takes 100 times that of float32."""
+    if device.type != "cpu":
+        return
+    if precision == "fp16":
+        say("--precision fp16 is for GPUs: on a CPU it is many times slower than float32")
+    elif precision == "bf16" and _cpu_flags() and not has_fast_bf16(device):
+        say("this CPU has no bf16 instructions: --precision float32 is many times faster here")
 
 
 def synchronize(device: torch.device) -> None:
@@ -193,7 +203,8 @@ def _cpu_name() -> str:
 
 def _cpu_flags() -> set[str]:
     """Instruction sets of the CPU; empty where the system does not list them."""
-    return set(_cpu_info().get("flags", "").split())
+    about = _cpu_info()  # "flags" on x86, "Features" on ARM
+    return {flag for key in ("flags", "Features") for flag in about.get(key, "").split()}
 
 
 @cache

@@ -16,7 +16,7 @@ from training import batchnorm, processes, seeds
 from models.bdh import BDHCore
 from models.kernels import set_random_state
 from training.config import UserError
-from training.device import effective_precision, make_scaler, set_precision
+from training.device import effective_precision, make_scaler, set_precision, warn_of_precision
 from training.experiment import Experiment
 from training.optimiser import WeightAverage, make_schedule, set_step
 from training.progress import Progress
@@ -145,8 +145,7 @@ def announce(session: Session) -> None:
         f"test; {several}{session.device}, {effective_precision(train.precision, session.device)}\n"
         f"{session.experiment.folder}"
     )
-    if train.precision == "fp16" and session.device.type == "cpu":
-        print("--precision fp16 is for GPUs: on a CPU it is many times slower than float32")
+    warn_of_precision(train.precision, session.device)
 
 
 def count_parameters(model: nn.Module) -> int:
