@@ -24,6 +24,7 @@ from analysis.differences import HOLDS, OPEN, OPPOSITE, measure_differences
 from analysis.published import (
     ABOVE,
     BELOW,
+    FREE,
     MIN_SEEDS,
     NOT_COMPARABLE,
     REPRODUCED,
@@ -83,16 +84,17 @@ COMMON = """\
 Every published number is from one seed. Those on CIFAR are from 40,000 training images, as here. The published runs
 augmented the validation images, which makes their choice of the best epoch noisier. Rows with two lines are those whose
 published code differs from the documents. Numbers in the columns *verdict* and *notes* refer to the notes below."""
+_FREE = ", ".join(f"`{name}`" for name in sorted(FREE - {"seed"}))  # of a run that counts
 WHICH_COUNT = f"""\
-A run counts for a row if it is finished and equals the row's script and flags in every field but the seed, `precision`
-and `compile`. Runs with different `precision` or `compile` are not averaged: each has its own line. Batch size and
-gradient accumulation must match, since BatchNorm and mIoU by batches depend on them. Data set, number of images and
-epochs must be the published ones. Names play no part, except that runs in a folder whose name ends in `{SMALL}` never
-count."""
+A run counts for a row if it is finished and equals the row's script and flags in every field but these: seed, {_FREE}.
+Runs that differ in more than the seed are not averaged: each setting has its own line. Batch size and gradient
+accumulation must match, since BatchNorm and mIoU by batches depend on them; runs whose BatchNorm saw shares of a batch
+(several processes without `sync_batchnorm`) do not count. Data set, number of images and epochs must be the published
+ones. Names play no part, except that runs in a folder whose name ends in `{SMALL}` never count."""
 DIFFERENCE = f"""\
-Differences in points of accuracy, paired by seed, with 95 % intervals (Student's t over seeds). From {MIN_SEEDS} seeds
-on, a statement *{HOLDS}* if the interval is above zero; if it is below zero, *{OPPOSITE}*; else it *{OPEN}*.
-Published values are differences of single runs."""
+Differences in points of accuracy between runs of one precision, paired by seed, with 95 % intervals (Student's t over
+seeds). From {MIN_SEEDS} seeds on, a statement *{HOLDS}* if the interval is above zero; if it is below zero,
+*{OPPOSITE}*; else it *{OPEN}*. Published values are differences of single runs."""
 HOW = f"""\
 Let m be the mean and s the standard deviation (n - 1) of n runs with different seeds. If runs are normally distributed,
 one more run falls into m ± t(n - 1, 0.975) s sqrt(1 + 1/n) with 95 % probability. Every published number is one run.
@@ -171,7 +173,8 @@ def _differences_table(claims: Sequence[Claim]) -> list[str]:
         mean, low, high = measured.interval if len(measured.values) else (math.nan,) * 3
         setting = f" ({measured.setting})" if measured.setting else ""
         cells = [measured.difference.says + setting, f"{measured.published:+.2f}"]
-        cells += [pages.NONE if math.isnan(mean) else number(mean, "+")]
+        precision = f" ({measured.precision})" if measured.precision else ""
+        cells += [pages.NONE if math.isnan(mean) else number(mean, "+") + precision]
         cells += [pages.NONE if math.isnan(low) else f"{number(low, '+')} to {number(high, '+')}"]
         lines.append([*cells, str(len(measured.values)), measured.verdict])
     titles = ["statement", "published", "measured", "95 % interval", "seeds", "verdict"]

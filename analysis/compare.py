@@ -7,6 +7,7 @@ fractions).
 
     python analysis/compare.py --default v2_cifar10
     python analysis/compare.py --runs-dir runs/sweep --default ablation --output results/ablation
+    python analysis/compare.py --runs-dir results/small_cpu results/v4_small_cpu --default v4_unet+...
 """
 
 import sys
@@ -21,11 +22,9 @@ import pandas as pd
 from scipy import stats
 
 from analysis.reading import Row, find_runs, make_rows, read_runs, result_title, row_called
-from analysis.tables import check_output, markdown_table, write_tables
+from analysis.tables import CONFIDENCE, check_output, markdown_table, write_tables
 from training.command_line import run_script
 from training.config import ROOT
-
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +33,8 @@ class Options:
 
     default: str
     """full name of the experiment that the others are compared with"""
-    runs_dir: Path = ROOT / "runs"
-    """folder with runs, at any depth"""
+    runs_dir: tuple[Path, ...] = (ROOT / "runs",)
+    """folders with runs, at any depth"""
     output: Path = ROOT / "analysis_results" / "comparison"
     """output files without suffix: .md and .csv are added"""
 
@@ -49,10 +48,23 @@ def compare(runs: Sequence[Path], default: str, output: Path) -> pd.DataFrame:
     check_output(output)
     rows = [row for row in make_rows(read_runs(runs)) if row.finished]
     chosen = row_called(default, rows, "--default", "finished run")
-    table = pd.DataFrame([_line(row, chosen) for row in rows if row.task == chosen.task])
+    alike = [row for row in rows if row.task == chosen.task and _is_measured_as(row, chosen)]
+    table = pd.DataFrame([_line(row, chosen) for row in alike])
     lines = _markdown(table, chosen)
     print(*lines, "", *write_tables(output, table, lines), sep="\n")
     return table
+
+
+def _is_measured_as(row: Row, default: Row) -> bool:
+    """Whether both have a test result or neither has; warns on stderr if only one has."""
+    tested, default_tested = (len(each.test) > 0 for each in (row, default))
+    if tested != default_tested:
+        parts = ["no test part", "a test part"]
+        print(
+            f"warning: {row.experiment} is left out: its data have {parts[tested]}, the default's {parts[not tested]}",
+            file=sys.stderr,
+        )
+    return tested == default_tested
 
 
 def difference_interval(values: Sequence[float], defaults: Sequence[float]) -> tuple[float, float, float]:
@@ -121,7 +133,7 @@ def _changes(experiment: str, default: str) -> str:
 
 
 def main(options: Options) -> None:
-    compare(find_runs(options.runs_dir), options.default, options.output)
+    compare([run for folder in options.runs_dir for run in find_runs(folder)], options.default, options.output)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """The published comparisons: what the documents say of two or more of their rows, and the same difference measured."""
 
+import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pandas as pd
 
 from analysis.compare import difference_interval
-from analysis.published import MIN_SEEDS, NOT_RUN, TOO_FEW, Claim
+from analysis.published import FREE, MIN_SEEDS, NOT_RUN, TOO_FEW, Claim
 
 HOLDS, OPPOSITE, OPEN = "holds", "the opposite", "cannot be told from none"
 
@@ -55,7 +57,7 @@ class Measured:
     setting: str
     """as documented, or as the code ran; empty if they are the same"""
     claims: tuple[Claim, ...]
-    """one for each term, with most seeds"""
+    """one for each term, all in one precision"""
 
     @property
     def published(self) -> float:
@@ -77,6 +79,11 @@ class Measured:
         return difference_interval(self.values, np.zeros(len(self.values)))
 
     @property
+    def precision(self) -> str:
+        """Of the runs; empty if there are none."""
+        return next((claim.row.runs[0].train["precision"] for claim in self.claims if claim.row), "")
+
+    @property
     def verdict(self) -> str:
         """By three seeds or more: whether the interval is above zero, below it, or around it."""
         if len(self.values) < MIN_SEEDS:
@@ -91,14 +98,21 @@ def measure_differences(claims: Sequence[Claim]) -> Iterator[Measured]:
         of_terms = [_claims_of(claims, difference.source, *place) for _, *place in difference.terms]
         settings = dict.fromkeys(setting for found in of_terms for setting in found if setting)
         for setting in settings or [""]:
-            yield Measured(difference, setting, tuple(found.get(setting) or found[""] for found in of_terms))
+            of_setting = [found.get(setting) or found[""] for found in of_terms]
+            alike = (Measured(difference, setting, each) for each in product(*of_setting) if _are_alike(each))
+            yield max(alike, key=lambda each: (len(each.values), sum(len(claim.values) for claim in each.claims)))
 
 
-def _claims_of(claims: Sequence[Claim], source: str, dataset: str, name: str) -> dict[str, Claim]:
-    """By setting, the claim with most seeds of a published row."""
-    of_row = [
-        claim
-        for claim in claims
-        if (claim.published.source, claim.published.dataset, claim.published.experiment) == (source, dataset, name)
-    ]
-    return {claim.setting: claim for claim in sorted(of_row, key=lambda claim: len(claim.values))}  # the last one stays
+def _are_alike(claims: Sequence[Claim]) -> bool:
+    """Whether their runs share precision and whatever else a run may choose freely but the seed."""
+    counted = [claim.row.runs[0].train for claim in claims if claim.row]
+    return len({tuple(train.get(name) for name in sorted(FREE - {"seed"})) for train in counted}) <= 1
+
+
+def _claims_of(claims: Sequence[Claim], source: str, dataset: str, name: str) -> dict[str, list[Claim]]:
+    """By setting, the claims of a published row, and one without runs."""
+    of_row: dict[str, list[Claim]] = {}
+    for claim in claims:
+        if (claim.published.source, claim.published.dataset, claim.published.experiment) == (source, dataset, name):
+            of_row.setdefault(claim.setting, [dataclasses.replace(claim, row=None)]).append(claim)
+    return of_row

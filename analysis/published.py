@@ -12,13 +12,13 @@ import pandas as pd
 from scipy import stats
 
 from analysis.reading import SMALL, Row, RunFiles, find_runs, make_rows, read_runs
+from analysis.tables import CONFIDENCE
 from training.command_line import experiment_of
 from training.config import ROOT, UserError
 from training.experiment import Configuration, Experiment
 from training.metrics import METRICS, Metric
 
 PUBLISHED = ROOT / "analysis" / "published_results.csv"
-CONFIDENCE = 0.95
 MIN_SEEDS = 3
 # fields in which a run may differ from the published configuration
 FREE = {"seed", "precision", "compile", "sync_batchnorm"}

@@ -64,6 +64,7 @@ class RunFiles:
         fields |= {
             "data": data["name"],
             "text_sha256": data.get("sha256"),
+            "images": data.get("images"),  # of each part
             "batchnorm_of_shares": self.normalised_shares,
         }
         if self.train.get("dataset") in OWN_FILES:
@@ -188,9 +189,14 @@ class Row:
         return [*self.experiment.split("+"), *self.differs]
 
     def record(self) -> dict:
-        """One line of results.csv; metrics as stored (percentages as fractions)."""
+        """One line of results.csv; metrics as stored (percentages as fractions).
+
+        NaN: the validation metric of runs that trained on their validation images, and times on different hardware.
+        """
         runs, metric = self.counted, self.metric.key
         best = [run.epochs.loc[run.best_epoch, f"val_{metric}"] for run in runs]
+        hardware = sorted({run.hardware for run in runs})
+        one = 1.0 if len(hardware) == 1 else math.nan  # times on different hardware are not averaged
         return {
             "experiment": self.experiment,
             "differs_in": ", ".join(self.differs),
@@ -200,14 +206,14 @@ class Row:
             "seeds_not_finished": len(self.unfinished),
             f"test_{metric}_mean": self.test.mean(),
             f"test_{metric}_std": self.test.std(),
-            f"best_val_{metric}_mean": np.mean(best),
+            f"best_val_{metric}_mean": math.nan if runs[0].train.get("train_val") else np.mean(best),
             "best_epoch_median": np.median([run.best_epoch for run in runs]),
             "epochs": runs[0].train["epochs"],
             "epochs_done": min(len(run.epochs) for run in runs),
-            "epoch_time_sec_median": pd.concat([run.epochs["epoch_time_sec"] for run in runs]).median(),
-            "training_time_sec_median": pd.Series([run.seconds for run in self.finished], dtype=float).median(),
-            "images_per_sec_median": np.median([run.speed for run in runs]),
-            "hardware": "; ".join(sorted({run.hardware for run in runs})),
+            "epoch_time_sec_median": one * pd.concat([run.epochs["epoch_time_sec"] for run in runs]).median(),
+            "training_time_sec_median": one * pd.Series([run.seconds for run in self.finished], dtype=float).median(),
+            "images_per_sec_median": one * np.median([run.speed for run in runs]),
+            "hardware": "; ".join(hardware),
         }
 
 

@@ -6,14 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
 from analysis.reading import Row
 from training.config import UserError
 from training.files import written_whole
 from training.metrics import Metric
 
-NOTE = "Mean over seeds ± standard deviation (n - 1); median best epoch and seconds. Test: weights of the best epoch."
+CONFIDENCE = 0.95  # of every interval
+NOTE = (
+    "Mean over seeds ± standard deviation (n - 1); median best epoch and seconds. Test: weights of the best epoch, or "
+    "of the last one if the run trained on its validation images. Seconds on different hardware are not averaged."
+)
 
 
 def check_output(output: Path) -> None:
@@ -59,7 +63,8 @@ def results_table(rows: Sequence[Row]) -> list[str]:
 
 
 def _cells(row: Row) -> list[str]:
-    line = row.record()
+    line, best = row.record(), f"best_val_{row.metric.key}_mean"
+    seconds = line["epoch_time_sec_median"]
     counts = [str(line["seeds"])] * bool(row.finished)
     counts += [f"{line['seeds_not_finished']} not finished"] * bool(row.unfinished)
     done = "" if line["epochs_done"] == line["epochs"] else f"{line['epochs_done']} of "
@@ -68,10 +73,10 @@ def _cells(row: Row) -> list[str]:
         f"{line['parameters']:,}",
         " and ".join(counts),
         _test_cell(row),
-        row.metric.number(line[f"best_val_{row.metric.key}_mean"]),
+        "trained on it" if row.runs[0].train.get("train_val") else row.metric.number(line[best]),
         f"{line['best_epoch_median']:g}",
         f"{done}{line['epochs']}",
-        f"{line['epoch_time_sec_median']:.3g}",
+        "\N{EN DASH}" if math.isnan(seconds) else f"{seconds:.3g}",
         line["hardware"],
     ]
 
@@ -85,13 +90,14 @@ def _test_cell(row: Row) -> str:
 
 def accuracy_interval(hits: int, n: int) -> tuple[float, float]:
     """95 % interval of an accuracy measured on n images (Wilson 1927); it covers the choice of test images only."""
-    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    interval = binomtest(hits, n).proportion_ci(CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over the first axis and the ends of its 95 % interval by the normal approximation. values: (n, ...)."""
-    mean, half = values.mean(0), 1.96 * values.std(0, ddof=1) / math.sqrt(len(values))
+    sd, z = values.std(0, ddof=1), norm.ppf((1 + CONFIDENCE) / 2)
+    mean, half = values.mean(0), z * sd / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
 

@@ -43,7 +43,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from analysis.plotting.style import COLORS, PAGE, save_figure, style_axes, titled_figure
-from analysis.tables import accuracy_interval, write_csv
+from analysis.tables import accuracy_interval, mean_interval, write_csv
 from interpretability.common.depth import run_with_levels, why_not_deeper
 from interpretability.common.features import images_per_pass, stream_features
 from interpretability.common.recorder import record
@@ -189,9 +189,7 @@ def paired_gain(before: np.ndarray | None, after: np.ndarray) -> dict[str, float
     names = ("gain", "gain_low", "gain_high")
     if before is None:
         return dict.fromkeys(names, math.nan)
-    gains = after.astype(float) - before
-    mean, half = gains.mean(), 1.96 * gains.std(ddof=1) / math.sqrt(len(gains))
-    return dict(zip(names, (mean, mean - half, mean + half), strict=True))
+    return dict(zip(names, mean_interval(after.astype(float) - before), strict=True))
 
 
 def chance(labels: np.ndarray) -> float:

@@ -326,6 +326,23 @@ def test_without_a_test_part_the_best_validation_is_the_result(make_run):
     )
 
 
+def test_times_on_different_hardware_are_not_averaged(make_run, tmp_path):
+    make_run("one"), make_run("two", 0), make_run("two", 1, hardware={"device": "cuda", "name": "another GPU"})
+    _, table = tables_of(sorted((tmp_path / "runs").glob("*/*")), tmp_path)
+    by_name = {line["experiment"]: line for line in read_table(table)}
+    times = ("epoch_time_sec_median", "training_time_sec_median", "images_per_sec_median")
+    assert all(by_name["one"][name] and not by_name["two"][name] for name in times)
+
+
+def test_runs_that_trained_on_their_validation_images_have_no_validation_result(make_run, tmp_path):
+    make_run("honest", metric="miou"), make_run("all", metric="miou", train_val=True)
+    report, table = tables_of(sorted((tmp_path / "runs").glob("*/*")), tmp_path)
+    by_name = {line["experiment"]: line["best_val_miou_mean"] for line in read_table(table)}
+    assert by_name["honest"] and not by_name["all"]
+    (cells,) = [cells for cells in markdown_rows(report) if cells[0].startswith("all")]
+    assert cells[4] == "trained on it"
+
+
 def test_runs_on_other_data_or_other_batches_are_not_averaged(make_run):
     def with_config(folder, change):
         config = json.loads((folder / "config.json").read_text())
@@ -338,6 +355,7 @@ def test_runs_on_other_data_or_other_batches_are_not_averaged(make_run):
     everything = [*seeds, *own, *resnet]
     assert sorted(len(row.runs) for row in make_rows(read_runs(everything))) == [2, 3, 5]
     with_config(seeds[1], lambda config: config["data"].update(sha256="other text"))
+    with_config(seeds[2], lambda config: config["data"].update(images={"train": 600, "test": 100}))
     with_config(own[1], lambda config: config["data"].update(file_names_and_sizes="other files"))
     with_config(own[2], lambda config: config["data"].update(boxes="other boxes"))  # of detection
     architecture = {"num_classes": 10, "img_size": 32}
@@ -348,7 +366,16 @@ def test_runs_on_other_data_or_other_batches_are_not_averaged(make_run):
         with_config(resnet[seed], lambda config, n=processes: config["hardware"].update(processes=n))
     rows = make_rows(read_runs(everything))
     assert sorted((row.experiment, len(row.runs)) for row in rows) == [
-        *[("own", 1), ("own", 1), ("own", 1), ("resnet", 1), ("resnet", 1), ("v2_cifar10", 1), ("v2_cifar10", 4)]
+        *[
+            ("own", 1),
+            ("own", 1),
+            ("own", 1),
+            ("resnet", 1),
+            ("resnet", 1),
+            ("v2_cifar10", 1),
+            ("v2_cifar10", 1),
+            ("v2_cifar10", 3),
+        ]
     ]
     assert {row.differs for row in rows if row.experiment == "resnet"} == {
         *[("batchnorm_of_shares=False",), ("batchnorm_of_shares=True",)]

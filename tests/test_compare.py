@@ -63,6 +63,13 @@ def test_data_without_a_test_part_are_compared_by_validation(make_run, tmp_path,
     assert "| seeds | best validation accuracy (%) |" in capsys.readouterr().out
 
 
+def test_a_test_result_is_not_compared_with_a_validation_result(make_run, tmp_path, capsys):
+    make_run("ablation"), make_run("tested"), make_run("untested", test=None)
+    compare(sorted((tmp_path / "runs").glob("*/*")), "ablation", tmp_path / "table")
+    assert lines_of(tmp_path / "table.csv").keys() == {"ablation", "tested"}
+    assert "untested is left out: its data have no test part, the default's a test part" in capsys.readouterr().err
+
+
 def test_only_finished_runs_on_the_same_data_count(make_run, tmp_path):
     make_run("ablation"), make_run("ablation", 1, done=2), make_run("c100", dataset="cifar100"), make_run("b", done=1)
     compare(sorted((tmp_path / "runs").glob("*/*")), "ablation", tmp_path / "table")
@@ -91,8 +98,8 @@ def test_a_default_that_is_not_one_is_refused(default, words, make_run, tmp_path
 
 
 def test_the_script(make_run, tmp_path, call_script, capsys):
-    make_run("ablation"), make_run("ablation+n_layer=12", n_layer=12, test=0.8)
-    where = ["--runs-dir", tmp_path / "runs", "--output", tmp_path / "out" / "t"]
+    make_run("ablation"), make_run("ablation+n_layer=12", folder=tmp_path / "more" / "seed0", n_layer=12, test=0.8)
+    where = ["--runs-dir", tmp_path / "runs", tmp_path / "more", "--output", tmp_path / "out" / "t"]
     assert call_script("analysis/compare.py", "--default", "ablation", *where) == 0
     assert "| +5.00 |" in capsys.readouterr().out
     assert (tmp_path / "out" / "t.md").exists() and (tmp_path / "out" / "t.csv").exists()

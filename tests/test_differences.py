@@ -49,6 +49,19 @@ def test_seeds_are_paired_and_the_interval_decides(tmp_path, v2, verdict):
     assert as_run.values.tolist() == pytest.approx(0.9 - np.array(vit[:3])) and as_run.verdict == HOLDS
 
 
+def test_runs_of_different_precision_are_not_paired(tmp_path):
+    """Each row has most seeds in another precision; only bf16 has three seeds of both."""
+    write_seeds(tmp_path, [0.90, 0.91, 0.92], "train_v2_cifar10.py", "--precision bf16")
+    write_seeds(tmp_path, [0.60, 0.61, 0.62, 0.63, 0.64], "train_v2_cifar10.py", "--precision float32")
+    write_seeds(tmp_path, [0.80] * 4, "train_v1_cifar10.py", "--precision bf16")
+    write_seeds(tmp_path, [0.50] * 2, "train_v1_cifar10.py", "--precision float32")
+    found = measured(tmp_path, "v2 is better than v1")
+    assert found.values.tolist() == pytest.approx([0.10, 0.11, 0.12]) and found.precision == "bf16"
+    assert "| +11.00 (bf16) |" in claims_markdown(read_results(tmp_path), tmp_path)[1]
+    write_seeds(tmp_path, [0.7], "train_vit_tiny_cifar10.py", "--precision tf32")
+    assert measured(tmp_path, "v2 is better than ViT-Tiny").verdict == NOT_RUN  # no precision has both
+
+
 def test_four_rows_and_the_table(tmp_path):
     tests = {"v2_cifar10": [0.82, 0.83, 0.82], "vit_tiny_cifar10": [0.76, 0.76, 0.75]}
     tests |= {"v2_cifar100": [0.51, 0.52, 0.51], "vit_tiny_cifar100": [0.48, 0.47, 0.48]}
@@ -61,4 +74,4 @@ def test_four_rows_and_the_table(tmp_path):
     (line,) = [line for line in text.splitlines() if line.startswith(f"| {says} (as documented)")]
     half = 100 * T_975[3] * expected.std(ddof=1) / np.sqrt(3)
     low, high = -3 - half, -3 + half
-    assert line.endswith(f"| -0.77 | -3.00 | {low:+.2f} to {high:+.2f} | 3 | {OPPOSITE} |")
+    assert line.endswith(f"| -0.77 | -3.00 (tf32) | {low:+.2f} to {high:+.2f} | 3 | {OPPOSITE} |")

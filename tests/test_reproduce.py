@@ -4,6 +4,7 @@ import json
 import shutil
 from itertools import product
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -103,6 +104,10 @@ def test_what_v1_and_v2_differ_in_is_planned_in_every_combination(tmp_path):
     for residual, init, steps in product(("post", "pre"), ("normal", "xavier"), (500, 1000)):
         flags = f"--residual {residual} --init {init} --init-projections {init} --warmup-steps {steps}"
         assert sorted(seen[decisive(experiment_of("train_v1_cifar10.py", flags))]) == [0, 1, 2], flags
+
+
+def test_every_plan_can_be_chosen():
+    assert set(get_args(get_type_hints(Options)["plan"])) == PLANS.keys()
 
 
 @pytest.mark.parametrize("name", PLANS)
