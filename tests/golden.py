@@ -5,7 +5,7 @@ Three tiny runs in detail; the losses of the first 20 optimizer steps of every s
 small model (where it has flags for that) and so few samples that an epoch is one step; and every script's configuration
 as it is without flags, in a file of its own.
 
-The digits are exact on one CPU; another CPU rounds differently, so the test allows 1e-4 of each number.
+The digits are exact on one CPU; another CPU rounds differently, so the test allows 1e-4 of most numbers.
 """
 
 import csv
