@@ -211,7 +211,7 @@ RECIPE_CHANGES = (
 )
 
 
-def _at_rate(model: str, optimizer: str, rate: str) -> str:
+def at_rate(model: str, optimizer: str, rate: str) -> str:
     line = RECIPE_MODELS[model].replace("--learning-rate 1e-3", f"--learning-rate {rate}")
     return line + OPTIMIZERS[optimizer]
 
@@ -222,15 +222,15 @@ RECIPE_SMALL_CPU = Plan(
         Part(
             "Which learning rate suits each optimizer, by validation accuracy?",
             _entries(
-                [_at_rate(m, o, rate) for o, rates in RATES.items() for rate in rates for m in RECIPE_MODELS], (0,)
+                [at_rate(m, o, rate) for o, rates in RATES.items() for rate in rates for m in RECIPE_MODELS], (0,)
             ),
         ),
         Part(
             "What does one change of the recipe bring to v2 and to ViT-Tiny?",
             _seed_by_seed(
-                [_at_rate(m, o, rate) for m, rates in BEST_RATES.items() for o, rate in rates.items()]
+                [at_rate(m, o, rate) for m, rates in BEST_RATES.items() for o, rate in rates.items()]
                 + [
-                    f"{_at_rate(m, 'adamw', BEST_RATES[m]['adamw'])} {change}"
+                    f"{at_rate(m, 'adamw', BEST_RATES[m]['adamw'])} {change}"
                     for change in RECIPE_CHANGES
                     for m in RECIPE_MODELS
                 ]

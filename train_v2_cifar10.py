@@ -1,7 +1,7 @@
 """Vision-BDH v2 on CIFAR-10: the headline experiment.
 
 v2 normalises the residual stream before every step and uses Xavier initialisation. Documented result: 81.73 % test
-accuracy after 50 epochs (one seed, 40,000 images). v1, which does the same work, took about 50 s per epoch on an RTX
+accuracy after 50 epochs (one seed, 40,000 images), and for v1, which does the same work, about 50 s an epoch on an RTX
 4060.
 
     python train_v2_cifar10.py --seed 1 --precision bf16

@@ -1,7 +1,7 @@
 """ViT-Tiny on CIFAR-100: the baseline of the same width, under the same protocol.
 
 The model of train_vit_tiny_cifar10.py with 100 outputs. Documented result: 46.53 % test accuracy after 50 epochs (one
-seed, 40,000 images). An epoch costs the same as on CIFAR-10: about 45 s on an RTX 4060.
+seed, 40,000 images). An epoch costs the same as on CIFAR-10, documented as 45 s on an RTX 4060.
 
     python train_vit_tiny_cifar100.py --seed 1 --precision bf16
     python train_vit_tiny_cifar100.py --epochs 5 --dropout 0.1

@@ -1,10 +1,10 @@
 """How time and memory of a Vision-BDH training step grow with batch size, tokens, neurons and depth.
 
-Varies one at a time, from v2's size on 32 x 32 images, and fits a power law to each curve (least squares of the
-logarithms): exponents stand above the panels, their standard errors in the table. Theory: linear in batch size, neurons
-and depth; in the tokens linear plus the quadratic scores, up to T* = 2 N D / (N + D), where the attention product is
-computed in the other order. Memory that does not depend on the size (weights, buffers) lowers the exponents. Run
-nothing else on the machine meanwhile.
+Varies one at a time, from a smaller v2 on 32 x 32 images (--base), and fits a power law to each curve (least squares of
+the logarithms): exponents stand above the panels, their standard errors in the table. Theory: linear in batch size,
+neurons and depth; in the tokens linear plus the quadratic scores, up to T* = 2 N D / (N + D), where the attention
+product is computed in the other order. Memory that does not depend on the size (weights, buffers) lowers the exponents.
+Run nothing else on the machine meanwhile.
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --n-embd 96 --n-head 4 --repeats 3 --precision float32

@@ -1,14 +1,18 @@
 """Differences to a default, paired by seed."""
 
+import re
+
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from training import UserError
 from analysis.analyze import by_task, write_results
 from analysis.compare import compare, difference_interval
-from analysis.reading import make_rows, read_runs
+from analysis.reading import find_runs, make_rows, read_runs
 from tests.trials import read_table
+from training.config import ROOT
 
 
 def lines_of(path):
@@ -95,6 +99,24 @@ def test_a_default_that_is_not_one_is_refused(default, words, make_run, tmp_path
     with pytest.raises(UserError, match=f"{default} has .*{words}"):
         compare([*(tmp_path / "runs").rglob("seed*"), tmp_path / "runs" / "elsewhere"], default, tmp_path / "t")
     assert not list(tmp_path.glob("t*"))
+
+
+@pytest.mark.parametrize(
+    ("table", "folders"),
+    [
+        ("small_cpu/cifar10_against_v2", ["small_cpu"]),
+        ("small_cpu/camvid_against_bdh_unet", ["small_cpu"]),
+        ("v4_small_cpu/camvid_against_resnet34", ["small_cpu", "v4_small_cpu"]),
+        ("ablation_small_cpu/table", ["ablation_small_cpu"]),
+    ],
+)
+def test_the_tables_in_results_are_those_of_their_runs(table, folders, tmp_path, capsys):
+    kept = (ROOT / "results" / f"{table}.md").read_text(encoding="utf-8")
+    default = re.search(r"^Default: `(.*)`, on", kept, re.MULTILINE)[1]
+    compare([run for name in folders for run in find_runs(ROOT / "results" / name)], default, tmp_path / "table")
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == kept
+    files = (ROOT / "results" / f"{table}.csv", tmp_path / "table.csv")
+    pd.testing.assert_frame_equal(*map(pd.read_csv, files), rtol=1e-9)
 
 
 def test_the_script(make_run, tmp_path, call_script, capsys):

@@ -16,7 +16,7 @@ from scipy import stats
 from analysis.pages import NONE
 from analysis.published import read_published
 from analysis.tables import accuracy_interval
-from plans import training_flop
+from plans import BEST_RATES, RATES, at_rate, training_flop
 from training.command_line import experiment_of
 from training.config import ROOT
 
@@ -169,6 +169,33 @@ def attention() -> list[str]:
     ]
 
 
+def recipe_rates() -> list[str]:
+    """The table of learning rates: validation and test of both models, the best validation bold."""
+    values = {}
+    for of_model, of_optimizers in BEST_RATES.items():
+        for optimizer in of_optimizers:
+            for rate in RATES[optimizer]:
+                name = _run_at(of_model, optimizer, rate)
+                done = run(f"recipe_small_cpu/{name}")
+                values[of_model, optimizer, rate] = (100 * done.summary["best"]["val_accuracy"], done.value)
+    lines = []
+    for optimizer, title in {"adamw": "AdamW", "muon": "Muon", "sgd": "SGD"}.items():
+        for rate in RATES[optimizer]:
+            cells = [title, rate]
+            for of_model, best in BEST_RATES.items():
+                validation, test = values[of_model, optimizer, rate]
+                assert validation <= values[of_model, optimizer, best[optimizer]][0]
+                bold = "**" * (best[optimizer] == rate)
+                cells += [f"{bold}{validation:.2f}{bold}", f"{test:.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _run_at(model: str, optimizer: str, rate: str) -> str:
+    script, _, flags = at_rate(model, optimizer, rate).partition(" ")
+    return experiment_of(script, f"{flags} --precision bf16").name
+
+
 @pytest.mark.parametrize(
     ("page", "expected"),
     [
@@ -176,8 +203,9 @@ def attention() -> list[str]:
         ("docs/results.md", status),
         ("docs/results.md", speedrun),
         ("docs/interpretability.md", attention),
+        ("results/recipe_small_cpu/README.md", recipe_rates),
     ],
-    ids=["README", "status", "speedrun", "attention"],
+    ids=["README", "status", "speedrun", "attention", "recipe"],
 )
 def test_a_page_says_what_the_files_in_results_say(page, expected):
     text = " ".join((ROOT / page).read_text(encoding="utf-8").split())

@@ -162,6 +162,7 @@ def write_int8(source: Path, path: Path, batches: Iterable[Tensor]) -> None:
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=["MatMul", "Gemm"],
                 per_channel=True,
+                reduce_range=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 extra_options={"MatMulConstBOnly": True},
