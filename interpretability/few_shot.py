@@ -101,7 +101,8 @@ def new_classes(run: TrainedRun, dataset: str, data_dir: Path | None) -> DataSet
     if not known_task or not isinstance(getattr(sizes, "img_size", None), int):
         raise UserError(f"{run.checkpoint} does not classify images: give a run that does, or one of pretrain_bdh.py")
     if dataset in DATASETS and dataset not in OWN_FILES:
-        found = _loaded(dataset, data_dir, sizes.img_size, sizes.in_channels)
+        elsewhere = run.train["dataset"] in OWN_FILES  # then --data-dir is the folder of the run's own images
+        found = _loaded(dataset, None if elsewhere else data_dir, sizes.img_size, sizes.in_channels)
     elif Path(dataset).is_dir():
         found = _loaded("folder", Path(dataset), sizes.img_size, sizes.in_channels)
     else:

@@ -160,7 +160,8 @@ def main(options: Options) -> None:
         files = [path for path in files if path.resolve() not in of_data]
         draw_one = partial(draw_masks, run, masks)
     elif task_of(run.config) == "detection":
-        draw_one = partial(draw_detections, run, find_boxes(name, options.data_dir), options.threshold)
+        truth = find_boxes(name, options.data_dir, run.config["data"]["class_names"])
+        draw_one = partial(draw_detections, run, truth, options.threshold)
     else:
         raise UserError(f"{options.run} is not a segmentation or detection run: give one, as runs/bdh_unet/seed0")
     if not files:

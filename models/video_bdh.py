@@ -29,18 +29,18 @@ class VideoBDHConfig(VisionBDHConfig):
     axes: ClassVar[int] = 3
 
     n_frames: int = 8
-    """frames of a clip; in_channels must be n_frames times the channels of a frame"""
+    """frames of a clip; in_channels must be three times as many"""
     in_channels: int = 24
-    """channels of all frames of a clip together: 24 for 8 colour frames"""
+    """colours of all frames of a clip together: 24 for 8 frames"""
     tubelet: int = 1
     """frames in a row that make a token together, by which n_frames must be divisible"""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.n_frames < 1 or self.in_channels % self.n_frames:
+        if self.n_frames < 1 or self.in_channels != 3 * self.n_frames:
             raise ValueError(
-                f"in_channels = {self.in_channels} is not a multiple of n_frames = {self.n_frames}: set in_channels to "
-                f"{3 * self.n_frames} for colour frames"
+                f"in_channels = {self.in_channels} is not three times n_frames = {self.n_frames}: clips are read in "
+                f"colour, set in_channels to {3 * max(self.n_frames, 1)}"
             )
         if self.tubelet < 1 or self.n_frames % self.tubelet:
             raise ValueError(f"n_frames = {self.n_frames} is not a multiple of tubelet = {self.tubelet}: change one")

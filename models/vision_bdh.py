@@ -289,7 +289,7 @@ class VisionBDH(VisionEncoder):
 
     def with_class_token(self, x: Tensor) -> Tensor:
         """x: (B, T, D) -> the same with the class token first, if there is one."""
-        return x if self.cls_token is None else torch.cat((self.cls_token.expand(len(x), -1, -1), x), dim=1)
+        return x if self.cls_token is None else torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
 
     def tokens(self, images: Tensor) -> Tensor:
         """Last state. images: (B, C, height, width) -> (B, T, D)."""

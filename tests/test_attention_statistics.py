@@ -120,7 +120,7 @@ def test_table_has_intervals_over_images():
     table = tabulate({("a", TRAINED): values}).set_index(["statistic", "level", "head"])
     assert "to_class_token" not in table.index and len(table) == 9 * 2 * 4
     for head, of_images in (("all", values["entropy"][:, 1].mean(1)), (3, values["entropy"][:, 1, 2])):
-        row, half = table.loc["entropy", 2, head], 1.96 * of_images.std(ddof=1) / math.sqrt(30)
+        row, half = table.loc["entropy", 2, head], 1.959964 * of_images.std(ddof=1) / math.sqrt(30)
         expected = (of_images.mean(), of_images.mean() - half, of_images.mean() + half)
         assert (row["mean"], row["low"], row["high"]) == pytest.approx(expected) and row["images"] == 30
     pairs = table.loc["same_for_images", 1, 1]  # each image in one pair only, so that the pairs are independent

@@ -184,6 +184,12 @@ def test_boxes_of_camvid(call_script, tmp_path):
     out = tmp_path / "made"
     args = ["--source", "camvid", "--data-dir", tmp_path, "--output", out, "--min-area", 64]
     assert call_script("tools/make_detection_data.py", *args) == 0
+    damaged = tmp_path / "data_camvid" / "trainannot" / "train_003.png"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:60])
+    assert call_script("tools/make_detection_data.py", *args[:5], tmp_path / "half") == 1
+    assert not (tmp_path / "half").exists()  # nothing that looks complete
+    damaged.write_bytes(whole)
     files = find_scenes(out)
     assert files.class_names == ("sign", "car", "pedestrian", "bicyclist") and not files.problems
     for path, boxes in zip(files.parts["train"].paths, files.parts["train"].boxes, strict=True):

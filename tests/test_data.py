@@ -197,6 +197,7 @@ def test_missing_file_without_network_names_both_ways(name, archive, tmp_path, n
     assert archive in no_network.call_args.args[0].full_url
     for part in (str(tmp_path / f"data_{name}" / f"{name}.npz"), "network", f"{archive}.tar.gz", "--data-dir"):
         assert part in message
+    assert not list(tmp_path.iterdir())  # no empty folder, which would be a class without images elsewhere
 
 
 def test_wrong_archive_is_refused(tmp_path, no_network):

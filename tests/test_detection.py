@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 import signal
 from functools import partial
 
@@ -343,7 +344,7 @@ def test_boxes_in_the_picture_are_the_models(learned):
 
     place, run = learned
     model, config = load_model(run)
-    truth = find_boxes("coco", place)
+    truth = find_boxes("coco", place, CLASS_NAMES)
     for path in (place / "data_coco" / "val").iterdir():
         image, wanted = np.asarray(Image.open(path)), truth[path.resolve()]
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
@@ -357,6 +358,20 @@ def test_boxes_in_the_picture_are_the_models(learned):
         assert np.allclose(there, as_pixels(wanted, (48, 32)), atol=1e-4)
         assert np.allclose(drawn, [np.array(corners(row[2:])) * (48, 32, 48, 32) for row in found], atol=1e-4)
         assert figure.axes[0].texts[0].get_text() == f"{CLASS_NAMES[int(found[0, 0])]} {found[0, 1]:.0%}"
+
+
+def test_truth_of_other_classes_is_not_drawn(learned, call_script, tmp_path, capsys):
+    place, run = learned
+    shutil.copytree(place / "data_coco", tmp_path / "data_coco")
+    for file in (tmp_path / "data_coco" / "annotations").iterdir():
+        about = json.loads(file.read_text())
+        about["categories"][0]["name"] = "something else"
+        file.write_text(json.dumps(about))
+    images = tmp_path / "data_coco" / "val"
+    out = ["--data-dir", tmp_path, "--output-dir", tmp_path / "out"]
+    assert call_script("interpretability/predict.py", images, "--run", run, *out) == 0
+    said = capsys.readouterr()
+    assert "3 pictures, 0 with ground truth" in said.out and "has other classes than the run" in said.err
 
 
 def test_a_detection_run_is_named_as_one_by_exports_and_refused_by_scripts_for_other_tasks(

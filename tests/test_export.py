@@ -59,7 +59,7 @@ def test_the_export_form_of_the_language_model():
 
 BRIDGES = dict(skips=True, skip_levels=(2, 1), bridges="attention")
 PROGRAMS = {"v2": v2_config(**SIZES, patch_size=8), "BDH-UNet": bdh_unet_config(**SIZES, **BRIDGES, img_size=32)}
-PROGRAMS["hybrid"] = v2_config(**SIZES, patch_size=8, blocks_before=1, blocks_after=1)
+PROGRAMS["hybrid"] = v2_config(**SIZES, patch_size=8, blocks_before=1, blocks_after=1, pool="cls")
 
 
 @pytest.fixture(scope="module")

@@ -113,7 +113,7 @@ def test_table_pairs_by_episode():
     rows = table[table.method == "nearest_mean"].set_index(["features", "weights"])
 
     def check(row, name, expected):
-        half = 1.96 * expected.std(ddof=1) / np.sqrt(50)
+        half = 1.959964 * expected.std(ddof=1) / np.sqrt(50)
         found = row[[name, f"{name}_low", f"{name}_high"]].to_numpy(dtype=float)
         assert np.allclose(found, [expected.mean(), expected.mean() - half, expected.mean() + half])
 
@@ -127,7 +127,7 @@ def test_table_pairs_by_episode():
     assert rows.over_untrained.notna().sum() == 2
     text = "\n".join(markdown(table, "t"))
     difference = 100 * (b - values["a", TRAINED])
-    assert f"| {difference.mean():+.2f} ± {1.96 * difference.std(ddof=1) / np.sqrt(50):.2f} |" in text
+    assert f"| {difference.mean():+.2f} ± {1.959964 * difference.std(ddof=1) / np.sqrt(50):.2f} |" in text
 
 
 # ---------------------------------------------------------------------------- features
@@ -236,6 +236,15 @@ def test_bad_input(runs, photos, call_script, data_dir, tmp_path, capsys, flags,
     assert call_script(SCRIPT, *where, "--data-dir", data_dir, "--output-dir", "out", *what, *flags) == 1
     check_error(capsys, message)
     assert not (tmp_path / "out").exists()
+
+
+def test_new_data_are_not_looked_for_among_the_runs_own_images(experiment, data_dir, tmp_path, monkeypatch):
+    """--data-dir is the folder of its images, in which each folder is a class."""
+    own = write_photos(tmp_path / "own", 6)
+    trial = experiment("own", model=dict(num_classes=3), dataset="folder", options=dict(data_dir=own))
+    fit(trial)
+    monkeypatch.setenv("VISION_BDH_DATA", str(data_dir))
+    assert few_shot.new_classes(TrainedRun(trial.folder, own), "cifar100", own).name == "cifar100"
 
 
 def test_runs_of_one_name(runs, photos, call_script, data_dir, capsys):

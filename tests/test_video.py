@@ -105,8 +105,10 @@ def test_mixing_convolves_frames_apart_then_over_time(pool):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(n_frames=0), "not a multiple"),
+        (dict(n_frames=0), "not three times"),
         (dict(n_frames=5), "set in_channels to 15"),
+        (dict(n_frames=1), "set in_channels to 3"),
+        (dict(in_channels=3), "set in_channels to 9"),
         (dict(tubelet=2), "not a multiple of tubelet = 2"),
         (dict(rotary="axial", n_embd=4, mlp_internal_dim_multiplier=2), "6 neurons"),
     ],
@@ -160,6 +162,24 @@ def test_frames_are_the_middle_ones_of_equal_parts(name, count, expected, tmp_pa
     assert all(frame.mode == "RGB" and frame.size == (24, 20) for frame in frames)
 
 
+def test_numbers_in_names_of_frames_count_by_value(tmp_path):
+    (tmp_path / "clip").mkdir()
+    for k, frame in enumerate(numbered(12)):
+        frame.save(tmp_path / "clip" / f"frame{k}.png")
+    frames = read_frames(tmp_path / "clip", 12)
+    assert [round((np.asarray(frame).mean() - 20) / 15) for frame in frames] == list(range(12))
+
+
+@pytest.mark.parametrize("name", ["clip", "clip.gif", "clip.webp", "clip.png"])
+def test_transparent_pixels_are_white_in_every_frame(name, tmp_path):
+    half = [Image.new("RGBA", (8, 8), (200, 0, 0, 0)) for _ in range(3)]
+    for k, frame in enumerate(half):
+        frame.paste((0, 0, 50 * k, 255), (0, 0, 8, 4))  # frames differ, or GIF keeps one only
+    KINDS[name](tmp_path / name, half)
+    for frame in map(np.asarray, read_frames(tmp_path / name, 3)):
+        assert (frame[5:] == 255).all() and (frame[:3, :, :2] < 20).all()
+
+
 def test_colours_of_a_video_are_red_green_blue(tmp_path):
     write_video(tmp_path / "red.avi", [Image.new("RGB", (32, 32), (250, 40, 10))] * 3)
     red, green, blue = np.asarray(read_frames(tmp_path / "red.avi", 1)[0]).mean((0, 1))
@@ -190,6 +210,15 @@ def test_clips_of_all_kinds_are_found_and_read(folder):
         assert (np.diff(frames.mean((1, 2, 3))) > 10).all(), data.train_images.paths[i]  # in order of time
     crop = data.train_images.random_crop(0, 0.3, seed=1)
     assert crop.shape == (12, SIZE, SIZE) and np.array_equal(crop, data.train_images.random_crop(0, 0.3, seed=1))
+
+
+def test_a_folder_of_animated_pictures_is_several_clips(tmp_path):
+    for name, kind in itertools.product("ab", ("gif", "webp")):
+        (tmp_path / name / f"person {kind}").mkdir(parents=True)
+        for i in range(3):
+            write_picture(tmp_path / name / f"person {kind}" / f"{i}.{kind}", numbered(4 + i))
+    data = load_dataset("clips", tmp_path, SIZE, 3 * FRAMES)
+    assert np.bincount(data.train_labels).tolist() == [6, 6]
 
 
 def test_a_crop_is_the_same_in_all_frames(tmp_path):

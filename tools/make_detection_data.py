@@ -8,6 +8,7 @@ training have training images only, those for validation test images. camvid: bo
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -160,9 +161,13 @@ def main(options: Options) -> None:
     if output.exists():
         raise UserError(f"{output} exists: remove it, or name another folder with --output")
     class_names, parts = (cifar_scenes if options.source == "cifar10" else camvid_scenes)(options)
-    for part, (n, scenes) in parts.items():
-        boxes = write_part(output, part, n, scenes, class_names)
-        print(f"{part}: {n:,} images, {boxes:,} boxes")
+    try:
+        for part, (n, scenes) in parts.items():
+            boxes = write_part(output, part, n, scenes, class_names)
+            print(f"{part}: {n:,} images, {boxes:,} boxes")
+    except BaseException:  # half of the scenes are of no use
+        shutil.rmtree(output, ignore_errors=True)
+        raise
     print(f"{output}: {len(class_names)} classes ({', '.join(class_names)})")
 
 

@@ -1,5 +1,6 @@
 """What a detection model finds in an image, drawn."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -35,11 +36,17 @@ def detect(model: nn.Module, image: np.ndarray, img_size: ImageSize, device: tor
     return found[np.argsort(-found[:, 1])]
 
 
-def find_boxes(name: str, data_dir: Path | None) -> dict[Path, Boxes]:
-    """The boxes of every image of the data set, by the image's resolved path; none if its files are not there."""
+def find_boxes(name: str, data_dir: Path | None, class_names: Sequence[str]) -> dict[Path, Boxes]:
+    """The boxes of every image of the data set, by the image's resolved path.
+
+    None if its files are not there, or have other classes, which is said on stderr.
+    """
     try:
-        files = find_scenes(data_folder(name, data_dir))
+        files = find_scenes(folder := data_folder(name, data_dir))
     except UserError:
+        return {}
+    if list(files.class_names) != list(class_names):
+        print(f"warning: no ground truth is drawn: {folder} has other classes than the run", file=sys.stderr)
         return {}
     return {
         path.resolve(): boxes

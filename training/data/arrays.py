@@ -73,10 +73,14 @@ def _cifar_problem(data: dict[str, np.ndarray]) -> str | None:
 def _download_cifar(name: str, path: Path) -> None:
     """Downloads the official archive (torchvision checks its hash) and writes the npz."""
     source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    was_there = path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         train, test = (source(path.parent, train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
+        if not was_there:
+            with contextlib.suppress(OSError):  # it holds part of the archive
+                path.parent.rmdir()
         raise UserError(
             f"{path} does not exist and {name} could not be downloaded ({error}). Connect to the network and start "
             f"again, or put {path.name} or the official {source.filename} into {path.parent} "

@@ -1,12 +1,13 @@
 """Short clips in one folder per class, in the layouts of `folder`, where a clip is one of
 
-DIR/train/CLASS/CLIP/FRAME   a folder of images, in the order of their names
+DIR/train/CLASS/CLIP/FRAME   a folder of images, in the order of their names (numbers by value: 9.png before 10.png)
 DIR/train/CLASS/CLIP.mp4     a video file, which OpenCV reads
 DIR/train/CLASS/CLIP.gif     an animated picture (GIF, WebP, PNG)
 
-Clips may also lie in folders below CLASS; there, a folder that holds nothing but pictures is one clip.
+Clips may also lie in folders below CLASS; there, a folder that holds nothing but single pictures is one clip.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from training.config import UserError
 from training.data.batches import DataSet
 from training.data.finding import Finder, ImageFile, is_image, is_loop, printable, size_of
 from training.data.folder import find_parts, read_folders
-from training.data.image_files import ImageFiles, UnreadableImage, open_image, unreadable
+from training.data.image_files import ImageFiles, UnreadableImage, as_seen, open_image, unreadable
 
 VIDEO_ENDINGS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv"}
 
@@ -63,7 +64,7 @@ def find_clips(finder: Finder, folder: str) -> list[ImageFile]:
         folders = [entry for entry in entries if entry.is_dir()]
         videos = [entry for entry in entries if not entry.is_dir() and Path(entry.name).suffix.lower() in VIDEO_ENDINGS]
         pictures = finder.list_images(entry for entry in entries if entry not in videos)
-        if may_be_clip and pictures and not videos and not folders:  # its pictures are frames
+        if may_be_clip and pictures and not videos and not folders and not _is_animated(pictures[0]):  # of frames
             clips.append(ImageFile(place, sum(picture.size for picture in pictures)))
         else:
             clips += [*pictures, *(ImageFile(entry.path, size_of(entry)) for entry in videos)]
@@ -71,10 +72,25 @@ def find_clips(finder: Finder, folder: str) -> list[ImageFile]:
     return sorted(clips)
 
 
+def _is_animated(picture: ImageFile) -> bool:
+    """Whether a picture has several frames; False if it cannot be read, which is said where it is read."""
+    try:
+        with Image.open(picture.path) as image:
+            return getattr(image, "n_frames", 1) > 1
+    except Exception:  # Pillow raises errors of many kinds for damaged files
+        return False
+
+
+def _by_number(path: Path) -> list[tuple[bool, int, str]]:
+    """Sorting key: digits of a name by value."""
+    parts = re.split(r"([0-9]+)", path.name)
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+
+
 def read_frames(path: Path, n_frames: int) -> list[Image.Image]:
     """n_frames colour frames, spread over the clip. Raises errors of many kinds if it cannot be read."""
     if path.is_dir():
-        frames = sorted(each for each in path.iterdir() if is_image(each))
+        frames = sorted((each for each in path.iterdir() if is_image(each)), key=_by_number)
         return [open_image(frames[place], "RGB") for place in _spread(n_frames, len(frames))]
     if path.suffix.lower() in VIDEO_ENDINGS:
         return _read_video(path, n_frames)
@@ -85,7 +101,7 @@ def read_frames(path: Path, n_frames: int) -> list[Image.Image]:
                 "it is a single picture: frames of a clip belong in a folder of their own, single images to a script "
                 "such as train_v2_cifar10.py --dataset folder"
             )
-        return _chosen((frame.convert("RGB") for frame in ImageSequence.Iterator(picture)), n_frames, count)
+        return _chosen((as_seen(frame, "RGB") for frame in ImageSequence.Iterator(picture)), n_frames, count)
 
 
 def _read_video(path: Path, n_frames: int) -> list[Image.Image]:

@@ -69,6 +69,11 @@ def open_image(path: str | Path | BinaryIO, mode: str, deep: bool = False) -> Im
     if deep:
         image = scale_16_bits(image)
     require_8_bits(image)
+    return as_seen(image, mode)
+
+
+def as_seen(image: Image.Image, mode: str) -> Image.Image:
+    """The image in mode L or RGB, transparent pixels on white."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
