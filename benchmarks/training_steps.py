@@ -101,10 +101,10 @@ def made_up_batches(
 ) -> Iterator[Batch]:
     """Endless batches of random images, kept as uint8 and augmented on the device as in training.
 
-    An epoch has up to 64 MiB of them, 682 batches at 32 images of 32 pixels, so that its start weighs little.
+    An epoch has up to 700 batches or 64 MiB of them, so that its start weighs little.
     """
     image_bytes = 3 * img_size**2
-    rng, n = np.random.default_rng(0), max(16, 2**26 // (batch_size * image_bytes)) * batch_size
+    rng, n = np.random.default_rng(0), max(16, min(700, 2**26 // (batch_size * image_bytes))) * batch_size
     images, names = rng.integers(256, size=(n + 1, 3, img_size, img_size), dtype=np.uint8), map(str, range(n_classes))
     labels = rng.integers(n_classes, size=n + 1)
     data = DataSet("made up", images, labels, images[:0], np.zeros(0, np.int64), tuple(names))

@@ -109,6 +109,7 @@ def tiny_models(monkeypatch):
 
 
 def test_train_speed_script(tiny_models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_speed, "has_fast_bf16", lambda device: True)
     options = dict(batch_size=4, repeats=2, output_dir=tmp_path, device="cpu")
     train_speed.main(train_speed.Options(models=("v2", "resnet20"), **options))
     (table,) = tmp_path.glob("train_speed_cpu_1threads_models=v2,resnet20_batch_size=4.csv")
@@ -141,6 +142,7 @@ def test_step_time_script(tmp_path, monkeypatch, capsys):
         step_time, "get_context", lambda method: type("Context", (), {"Pool": lambda self, n: Pool()})()
     )
     monkeypatch.setattr(step_time, "tune_cpu_allocator", lambda: True)
+    monkeypatch.setattr(step_time, "has_fast_bf16", lambda device: True)
     step_time.main(step_time.Options(batch_size=4, repeats=2, output_dir=tmp_path, device="cpu", profile=True))
     rows = read_table(tmp_path / "step_time_cpu_1threads_batch_size=4.csv")
     sides = ["reference", "fast", "fast, --recompute", "products alone"]
