@@ -92,8 +92,14 @@ def measure(row: Row, target: float) -> dict:
 
 
 def draw(rows: Sequence[Row], target: float) -> Figure:
-    """Validation accuracy of every run over minutes of training, and over its operations."""
+    """Validation accuracy of every run over minutes of training, and over its operations.
+
+    Lines are labelled with their hardware if there are several.
+    """
     labels, title = labels_of(rows)
+    hardware = ["; ".join(sorted({run.hardware for run in row.finished})) for row in rows]
+    if len(set(hardware)) > 1:
+        labels = [f"{label} ({on})" for label, on in zip(labels, hardware, strict=True)]
     labels = [textwrap.fill(label, style.LEGEND) for label in labels]
     figure, (block,) = style.new_blocks([title], [2.6 + style.legend_inches(labels)])
     axes = block.subplots(1, 2, sharey=True)

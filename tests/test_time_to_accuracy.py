@@ -47,6 +47,12 @@ def test_the_figure_has_minutes_on_the_left_and_operations_on_the_right(make_run
     assert right.lines[0].get_xdata() == pytest.approx(training_pflop(run))
 
 
+def test_lines_on_different_hardware_say_which(make_run):
+    runs = [make_run()[0], make_run("v1_cifar10", hardware={"device": "cuda", "name": "GPU Y"})[0]]
+    left, _ = draw(make_rows(read_runs(runs)), 0.5).axes
+    assert {line.get_label() for line in left.lines} >= {"v2_cifar10 (GPU X)", "v1_cifar10 (GPU Y)"}
+
+
 def test_long_names_stay_inside_the_figure(make_run):
     long = dict(
         learning_rate=3e-3, n_embd=96, n_head=4, mlp_internal_dim_multiplier=4, warmup_steps=100, weight_decay=0.3
