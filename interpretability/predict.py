@@ -26,11 +26,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from analysis.plotting.style import PAGE, save_png, titled_figure
-from interpretability.common.boxes import detect, draw_boxes, find_boxes
+from interpretability.common.boxes import as_input, detect, draw_boxes, find_boxes
 from interpretability.common.image_choice import ImagePaths, image_files, picture_names, raise_for_bad
 from interpretability.common.trained import Places, TrainedRun, progress
 from models.vision_bdh import ImageSize
-from training.augment import normalise
 from training.command_line import run_script
 from training.config import ROOT, UserError, require
 from training.data import data_folder
@@ -38,7 +37,7 @@ from training.data.classes import CLASSES, Classes
 from training.data.finding import printable
 from training.data.mask_files import BadFile, MaskFiles, Pair, read_image
 from training.data.masks import find_masks
-from training.data.segmentation import read_pair, scale_image
+from training.data.segmentation import read_pair
 from training.metrics import confusion_matrices, confusion_ratios
 from training.stored import task_of
 from training.views import Predict
@@ -70,9 +69,9 @@ def predict(answer: Predict, image: np.ndarray, img_size: ImageSize, device: tor
 
     answer: the model, or what asks it in several views (`TrainedRun.answer`).
     """
-    pixels = normalise(torch.from_numpy(scale_image(image, img_size)).to(device).permute(2, 0, 1)[None])
     with torch.inference_mode():
-        logits = F.interpolate(answer(pixels).float(), size=image.shape[:2], mode="bilinear", align_corners=False)
+        logits = answer(as_input(image, img_size, device)).float()
+        logits = F.interpolate(logits, size=image.shape[:2], mode="bilinear", align_corners=False)
     return logits[0].argmax(0).to(torch.uint8).cpu().numpy()
 
 

@@ -10,6 +10,8 @@ from analysis.published import read_published
 from training.command_line import experiment_of
 from training.metrics import METRICS
 
+# 97.5 % quantiles of Student's t by n, of a printed table with n - 1 degrees of freedom
+T_975 = {2: 12.7062047, 3: 4.30265273, 5: 2.77644511, 10: 2.26215716}
 GPU = {"device": "cuda", "name": "GPU X", "memory_gb": 8.0}
 IMAGES = {"camvid": (367, 101, 0), "voc": (1464, 1449, 0)}  # others: as CIFAR
 PARTS = ("train", "val", "test")

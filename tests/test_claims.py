@@ -25,11 +25,10 @@ from analysis.published import (
 )
 from analysis.reading import read_run
 from models.vision_bdh import v1_config, v2_as_run_config, v2_config, v2_softmax_config, v3_config
-from tests.claimed_runs import GPU, published, write_run, write_seeds
+from tests.claimed_runs import GPU, T_975, published, write_run, write_seeds
 from training.command_line import experiment_of
 from training.launch import launch
 
-T_975 = {2: 12.7062047, 3: 4.30265273, 5: 2.77644511, 10: 2.26215716}  # by n, of a printed table with n - 1 degrees
 NAMES = {  # experiments here by document and published name, as this repository's scripts call them
     ("spec_current", "v2_softmax"): ["v2_softmax_cifar10", "v2_softmax_cifar10+residual=post+warmup_steps=1000"],
     ("spec_current", "v1"): ["v1_cifar10"],

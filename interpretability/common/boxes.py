@@ -9,7 +9,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from torch import nn
+from torch import Tensor, nn
 
 from analysis.plotting.style import PAGE, plain_text, titled_figure
 from models.vision_bdh import ImageSize
@@ -24,14 +24,18 @@ PANEL_INCHES = PAGE / 2
 TALLEST_PANEL = 2  # height of a panel in widths; taller images are drawn narrower
 
 
+def as_input(image: np.ndarray, img_size: ImageSize, device: torch.device) -> Tensor:
+    """An image for a model that segments or detects. (h, w, 3) uint8 -> (1, 3, height, width) in [-1, 1]."""
+    return normalise(torch.from_numpy(scale_image(image, img_size)).to(device).permute(2, 0, 1)[None])
+
+
 def detect(model: nn.Module, image: np.ndarray, img_size: ImageSize, device: torch.device, least: float) -> np.ndarray:
     """Boxes with a probability of at least `least`, the most probable first. image: (h, w, 3) uint8 of any size.
 
     Returns (n, 6): class, probability, and the box as in `bdh_detector.Detections`.
     """
-    pixels = normalise(torch.from_numpy(scale_image(image, img_size)).to(device).permute(2, 0, 1)[None])
     with torch.inference_mode():
-        found = predictions(model(pixels))[0].cpu().numpy()
+        found = predictions(model(as_input(image, img_size, device)))[0].cpu().numpy()
     found = found[found[:, 1] >= least]
     return found[np.argsort(-found[:, 1])]
 
