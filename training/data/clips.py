@@ -81,10 +81,10 @@ def _is_animated(picture: ImageFile) -> bool:
         return False
 
 
-def _by_number(path: Path) -> list[tuple[bool, int, str]]:
+def _by_number(path: Path) -> list[tuple[int, str]]:
     """Sorting key: digits of a name by value."""
-    parts = re.split(r"([0-9]+)", path.name)
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+    parts = re.split(r"([0-9]+)", path.name)  # digits at odd places
+    return [(int(part) if place % 2 else 0, part) for place, part in enumerate(parts)]
 
 
 def read_frames(path: Path, n_frames: int) -> list[Image.Image]:
