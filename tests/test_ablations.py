@@ -46,7 +46,7 @@ OTHER_VALUES = {
 SIZES = dict(
     n_layer=2, n_embd=24, n_head=2, mlp_internal_dim_multiplier=6, dropout=0.4, drop_path=0.3, vocab_size=7, img_size=8
 )
-SIZES |= dict(patch_size=2, in_channels=8, num_classes=3, skip_levels=(1,), encoder=Path("best.pt"), mask_ratio=0.3)
+SIZES |= dict(patch_size=2, in_channels=12, num_classes=3, skip_levels=(1,), encoder=Path("best.pt"), mask_ratio=0.3)
 SIZES |= dict(n_frames=4, tubelet=2, blocks_before=2, blocks_after=1)
 SIZES |= dict(upernet_levels=(3, 1, 2, 3), upernet_channels=5)
 SIZES |= dict(n_queries=5, decoder_layers=2, decoder_heads=3, decoder_mlp_dim=8)
@@ -56,6 +56,8 @@ BASE["skip_levels"] = (2,)
 UPERNET = dict(decoder="upernet", img_size=36)
 NEEDS = {  # other fields without which a field is refused
     "bridges": dict(skips=True),
+    "n_frames": dict(in_channels=12),
+    "in_channels": dict(n_frames=4),
     **dict.fromkeys(("decoder", "upernet_levels", "upernet_channels"), UPERNET),
 }
 SQUARE = SMALL | dict(attention="softmax", n_embd=6, mlp_internal_dim_multiplier=3)
