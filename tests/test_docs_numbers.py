@@ -169,6 +169,17 @@ def attention() -> list[str]:
     ]
 
 
+def clips() -> list[str]:
+    of_all = [run("clips/video_bdh+precision=float32", seed) for seed in range(3)]
+    one = run("clips/video_bdh+in_channels=3+n_frames=1+precision=float32+tubelet=1")
+    values = [each.value for each in of_all]
+    spread = f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f} ({', '.join(each.accuracy for each in of_all)})"
+    return [
+        f"| 8 frames, tokens of 2 | {of_all[0].parameters} | {spread} | 3 |",
+        f"| the frame in the middle | {one.parameters} | {one.accuracy} | 1 |",
+    ]
+
+
 def recipe_rates() -> list[str]:
     """The table of learning rates: validation and test of both models, the best validation bold."""
     values = {}
@@ -204,8 +215,9 @@ def _run_at(model: str, optimizer: str, rate: str) -> str:
         ("docs/results.md", speedrun),
         ("docs/interpretability.md", attention),
         ("results/recipe_small_cpu/README.md", recipe_rates),
+        ("results/clips/README.md", clips),
     ],
-    ids=["README", "status", "speedrun", "attention", "recipe"],
+    ids=["README", "status", "speedrun", "attention", "recipe", "clips"],
 )
 def test_a_page_says_what_the_files_in_results_say(page, expected):
     text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
