@@ -38,7 +38,7 @@ from tools.exporting.pruned import prune, write_pruned
 from tools.exporting.weights import export_weights
 from training.command_line import run_script
 from training.config import ROOT, UserError
-from training.device import prepare_device
+from training.device import prepare_device, warn_of_precision
 from training.runs import load_model
 
 CALIBRATION_IMAGES = 256
@@ -220,6 +220,7 @@ def show(table: pd.DataFrame, words: str) -> Table:
 
 def main(options: Options) -> None:
     device = prepare_device("cpu")
+    warn_of_precision("bf16", device)
     torch.set_num_threads(max(options.threads))
     with tempfile.TemporaryDirectory() as folder:
         table = measure(options, Path(folder))
