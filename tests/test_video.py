@@ -221,6 +221,14 @@ def test_a_folder_of_animated_pictures_is_several_clips(tmp_path):
     assert np.bincount(data.train_labels).tolist() == [6, 6]
 
 
+def test_frames_that_a_camera_stores_with_a_second_picture_are_frames(tmp_path):
+    for name in "ab":
+        (tmp_path / name / "clip").mkdir(parents=True)
+        for i, frame in enumerate(numbered(4)):
+            frame.save(tmp_path / name / "clip" / f"{i}.jpg", format="MPO", save_all=True, append_images=[frame])
+    assert len(load_dataset("clips", tmp_path, SIZE, 3 * FRAMES).train_images) == 2
+
+
 def test_a_crop_is_the_same_in_all_frames(tmp_path):
     ramp = Image.fromarray(np.tile(np.arange(240, dtype=np.uint8)[None, :, None], (60, 1, 3)))
     for name in "ab":

@@ -22,6 +22,7 @@ from training.data.folder import find_parts, read_folders
 from training.data.image_files import ImageFiles, UnreadableImage, as_seen, open_image, unreadable
 
 VIDEO_ENDINGS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv"}
+ANIMATED_ENDINGS = {".apng", ".gif", ".png", ".webp"}  # several pictures in a .jpg are of one scene
 
 
 class ClipFiles(ImageFiles):
@@ -74,6 +75,8 @@ def find_clips(finder: Finder, folder: str) -> list[ImageFile]:
 
 def _is_animated(picture: ImageFile) -> bool:
     """Whether a picture has several frames; False if it cannot be read, which is said where it is read."""
+    if Path(picture.path).suffix.lower() not in ANIMATED_ENDINGS:
+        return False
     try:
         with Image.open(picture.path) as image:
             return getattr(image, "n_frames", 1) > 1
