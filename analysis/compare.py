@@ -7,7 +7,8 @@ fractions).
 
     python analysis/compare.py --default v2_cifar10
     python analysis/compare.py --runs-dir runs/sweep --default ablation --output results/ablation
-    python analysis/compare.py --runs-dir results/small_cpu results/v4_small_cpu --default v4_unet+...
+    python analysis/compare.py --runs-dir results/small_cpu results/v4_small_cpu \\
+        --default v4_unet+epochs=30+img_size=96+precision=bf16
 """
 
 import sys

@@ -9,7 +9,7 @@ import torch
 
 from analysis.published import NOT_RUN, VERDICTS, Claim, is_small
 from analysis.reading import Row, RunFiles, make_rows, result_title, shared_parts
-from analysis.tables import markdown_table, mean_and_spread
+from analysis.tables import NONE, markdown_table, mean_and_spread
 from training.config import UserError
 from training.device import effective_precision
 from training.metrics import Metric
@@ -28,7 +28,6 @@ HEADLINE = (  # experiments in README's table
 )
 PROTOCOL = ("epochs", "training images", "precision", "hardware")
 LEFT = ("published as", "experiment here", "experiment", "data", "metric", "verdict", "notes", "precision", "hardware")
-NONE = "–"  # noqa: RUF001 (empty cell)
 
 
 def page_with(path: Path, name: str, lines: Sequence[str]) -> str:
@@ -144,7 +143,7 @@ def protocol_cells(row: Row) -> list[str]:
         str(row.runs[0].train["epochs"]),
         "; ".join(sorted(f"{number:,}" if number else "not stored" for number in images)),
         "; ".join(sorted(precisions)),
-        "; ".join(sorted({run.hardware for run in runs})),
+        "; ".join(row.hardware),
     ]
 
 

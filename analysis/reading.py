@@ -184,6 +184,11 @@ class Row:
         return pd.Series({run.train["seed"]: run.summary["best"][key] for run in self.finished}, dtype=float)
 
     @property
+    def hardware(self) -> list[str]:
+        """All that the counted runs were trained on, sorted."""
+        return sorted({run.hardware for run in self.counted})
+
+    @property
     def parts(self) -> list[str]:
         """The experiment's name, its changed fields, and the fields in `differs`."""
         return [*self.experiment.split("+"), *self.differs]
@@ -195,8 +200,7 @@ class Row:
         """
         runs, metric = self.counted, self.metric.key
         best = [run.epochs.loc[run.best_epoch, f"val_{metric}"] for run in runs]
-        hardware = sorted({run.hardware for run in runs})
-        one = 1.0 if len(hardware) == 1 else math.nan  # times on different hardware are not averaged
+        one = 1.0 if len(self.hardware) == 1 else math.nan  # times on different hardware are not averaged
         return {
             "experiment": self.experiment,
             "differs_in": ", ".join(self.differs),
@@ -213,7 +217,7 @@ class Row:
             "epoch_time_sec_median": one * pd.concat([run.epochs["epoch_time_sec"] for run in runs]).median(),
             "training_time_sec_median": one * pd.Series([run.seconds for run in self.finished], dtype=float).median(),
             "images_per_sec_median": one * np.median([run.speed for run in runs]),
-            "hardware": "; ".join(hardware),
+            "hardware": "; ".join(self.hardware),
         }
 
 

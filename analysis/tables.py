@@ -14,6 +14,7 @@ from training.files import written_whole
 from training.metrics import Metric
 
 CONFIDENCE = 0.95  # of every interval
+NONE = "\N{EN DASH}"  # empty cell
 NOTE = (
     "Mean over seeds ± standard deviation (n - 1); median best epoch and seconds. Test: weights of the best epoch, or "
     "of the last one if the run trained on its validation images. Seconds on different hardware are not averaged."
@@ -63,8 +64,8 @@ def results_table(rows: Sequence[Row]) -> list[str]:
 
 
 def _cells(row: Row) -> list[str]:
-    line, best = row.record(), f"best_val_{row.metric.key}_mean"
-    seconds = line["epoch_time_sec_median"]
+    line = row.record()
+    best = line[f"best_val_{row.metric.key}_mean"]
     counts = [str(line["seeds"])] * bool(row.finished)
     counts += [f"{line['seeds_not_finished']} not finished"] * bool(row.unfinished)
     done = "" if line["epochs_done"] == line["epochs"] else f"{line['epochs_done']} of "
@@ -73,12 +74,17 @@ def _cells(row: Row) -> list[str]:
         f"{line['parameters']:,}",
         " and ".join(counts),
         _test_cell(row),
-        "trained on it" if row.runs[0].train.get("train_val") else row.metric.number(line[best]),
+        "trained on it" if math.isnan(best) else row.metric.number(best),
         f"{line['best_epoch_median']:g}",
         f"{done}{line['epochs']}",
-        "\N{EN DASH}" if math.isnan(seconds) else f"{seconds:.3g}",
+        number_cell(line["epoch_time_sec_median"], ".3g"),
         line["hardware"],
     ]
+
+
+def number_cell(value: float, form: str) -> str:
+    """The number in this format, or NONE for NaN."""
+    return NONE if math.isnan(value) else format(value, form)
 
 
 def _test_cell(row: Row) -> str:

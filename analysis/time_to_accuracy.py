@@ -24,7 +24,7 @@ from analysis.plotting import style
 from analysis.plotting.curves import labels_of
 from analysis.published import read_published
 from analysis.reading import Row, RunFiles, find_runs, make_rows, read_runs
-from analysis.tables import check_output, markdown_table, write_tables
+from analysis.tables import NONE, check_output, markdown_table, number_cell, write_tables
 from models import build_config
 from models.flops import flop_of
 from training.command_line import run_script
@@ -70,8 +70,7 @@ def measure(row: Row, target: float) -> dict:
     seconds, pflop = ([each(run) for run in row.finished] for each in (training_seconds, training_pflop))
     reached = [run.epochs.index[run.epochs["val_accuracy"] >= target] for run in row.finished]
     complete = all(len(epochs) for epochs in reached)
-    hardware = sorted({run.hardware for run in row.finished})
-    minute = 60 if len(hardware) == 1 else np.nan
+    minute = 60 if len(row.hardware) == 1 else np.nan
 
     def at(costs: Sequence[pd.Series]) -> float:
         return np.mean([cost[epochs[0]] for cost, epochs in zip(costs, reached, strict=True)]) if complete else np.nan
@@ -87,7 +86,7 @@ def measure(row: Row, target: float) -> dict:
         "test_accuracy_lowest": row.test.min(),
         "minutes_to_target": at(seconds) / minute,
         "pflop_to_target": at(pflop),
-        "hardware": "; ".join(hardware),
+        "hardware": "; ".join(row.hardware),
     }
 
 
@@ -97,7 +96,7 @@ def draw(rows: Sequence[Row], target: float) -> Figure:
     Lines are labelled with their hardware if there are several.
     """
     labels, title = labels_of(rows)
-    hardware = ["; ".join(sorted({run.hardware for run in row.finished})) for row in rows]
+    hardware = ["; ".join(row.hardware) for row in rows]
     if len(set(hardware)) > 1:
         labels = [f"{label} ({on})" for label, on in zip(labels, hardware, strict=True)]
     labels = [textwrap.fill(label, style.LEGEND) for label in labels]
@@ -146,11 +145,11 @@ def main(options: Options) -> None:
             f"{row.parameters:,}",
             f"{row.seeds}",
             f"{row.epochs}",
-            _number(row.minutes, ".1f"),
-            _number(row.pflop, ".2f"),
-            _number(100 * row.test_accuracy, ".2f"),
-            _number(row.minutes_to_target, ".1f"),
-            _number(row.pflop_to_target, ".2f"),
+            number_cell(row.minutes, ".1f"),
+            number_cell(row.pflop, ".2f"),
+            number_cell(100 * row.test_accuracy, ".2f"),
+            number_cell(row.minutes_to_target, ".1f"),
+            number_cell(row.pflop_to_target, ".2f"),
             row.hardware,
         ]
         for row in table.itertuples()
@@ -159,16 +158,12 @@ def main(options: Options) -> None:
     titles += [f"minutes to {percent}", f"PFLOP to {percent}", "hardware"]
     note = (
         "Minutes are of training alone; compare them on one hardware only. The target is validation accuracy. "
-        "\N{EN DASH}: not every seed reached it, or, for minutes, the seeds ran on different hardware."
+        f"{NONE}: not every seed reached it, or, for minutes, the seeds ran on different hardware."
     )
     text = [*markdown_table(titles, lines, left=("experiment", "hardware")), "", note]
     write_tables(output, table, text)
     png, _ = style.save_figure(draw(rows, options.target), output.with_name(f"{output.name}.png"))
     print(*text, "", png, sep="\n")
-
-
-def _number(value: float, form: str) -> str:
-    return "\N{EN DASH}" if np.isnan(value) else format(value, form)
 
 
 if __name__ == "__main__":

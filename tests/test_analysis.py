@@ -366,16 +366,10 @@ def test_runs_on_other_data_or_other_batches_are_not_averaged(make_run):
         with_config(resnet[seed], lambda config, n=processes: config["hardware"].update(processes=n))
     rows = make_rows(read_runs(everything))
     assert sorted((row.experiment, len(row.runs)) for row in rows) == [
-        *[
-            ("own", 1),
-            ("own", 1),
-            ("own", 1),
-            ("resnet", 1),
-            ("resnet", 1),
-            ("v2_cifar10", 1),
-            ("v2_cifar10", 1),
-            ("v2_cifar10", 3),
-        ]
+        *[("own", 1)] * 3,
+        *[("resnet", 1)] * 2,
+        *[("v2_cifar10", 1)] * 2,
+        ("v2_cifar10", 3),
     ]
     assert {row.differs for row in rows if row.experiment == "resnet"} == {
         *[("batchnorm_of_shares=False",), ("batchnorm_of_shares=True",)]

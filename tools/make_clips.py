@@ -10,7 +10,6 @@ pictures.
     python train_video_bdh.py --data-dir clips
 """
 
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from training.command_line import run_script
 from training.config import UserError, require
 from training.data.finding import Finder
 from training.data.image_files import open_image
+from training.files import whole_folder
 
 MOTIONS = {  # shift of the window to the right and down, and growth, per clip; the scene moves the other way
     "still": (0, 0, 0),
@@ -100,11 +100,8 @@ def main(options: Options) -> None:
     if options.output.exists():
         raise UserError(f"{options.output} exists: name a new folder with --output, or remove it")
     rng = np.random.default_rng(options.seed)
-    try:
+    with whole_folder(options.output):
         write(options, rng)
-    except BaseException:  # half of the clips are of no use
-        shutil.rmtree(options.output, ignore_errors=True)
-        raise
     print(f"-> {options.output}: {options.train} training and {options.test} test clips of {len(MOTIONS)} motions")
 
 

@@ -8,7 +8,6 @@ training have training images only, those for validation test images. camvid: bo
 """
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from training.data.classes import CAMVID
 from training.data.mask_files import BadFile
 from training.data.masks import find_masks
 from training.data.segmentation import read_pair, refuse
+from training.files import whole_folder
 
 SMALLEST, LARGEST = 24, 44  # sides of pasted images in pixels
 MOST_OBJECTS = 4
@@ -161,13 +161,10 @@ def main(options: Options) -> None:
     if output.exists():
         raise UserError(f"{output} exists: remove it, or name another folder with --output")
     class_names, parts = (cifar_scenes if options.source == "cifar10" else camvid_scenes)(options)
-    try:
+    with whole_folder(output):
         for part, (n, scenes) in parts.items():
             boxes = write_part(output, part, n, scenes, class_names)
             print(f"{part}: {n:,} images, {boxes:,} boxes")
-    except BaseException:  # half of the scenes are of no use
-        shutil.rmtree(output, ignore_errors=True)
-        raise
     print(f"{output}: {len(class_names)} classes ({', '.join(class_names)})")
 
 

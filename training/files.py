@@ -1,10 +1,21 @@
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from training.config import UserError
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[None]:
+    """Inside, the new folder is filled; it is removed again after an error or Ctrl-C."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager
