@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torchvision
 
+from training import fit
 from training.config import ROOT, UserError
 from training.data import data_folder, load_dataset, split_train
 
@@ -61,10 +62,24 @@ def test_a_limit_beyond_the_data_takes_all():
     assert same(split_train(LABELS, 0.2, 10_000, seed=0), split_train(LABELS, 0.2, None, seed=0))
 
 
-@pytest.mark.parametrize("val_fraction, limit", [(0.2, 2), (0.001, 100), (0.999, 100)])
-def test_impossible_splits_are_refused(val_fraction, limit):
-    with pytest.raises(UserError, match=f"(?s)val_fraction.*{limit} images"):
+@pytest.mark.parametrize(
+    "val_fraction, limit, remedy",
+    [
+        (0.2, 2, "raise --train-limit or"),
+        (0.001, 100, "raise --train-limit or"),
+        (0.999, 100, "raise --train-limit or"),
+        (0.001, None, "add images or"),
+    ],
+)
+def test_impossible_splits_are_refused(val_fraction, limit, remedy):
+    with pytest.raises(UserError, match=f"val_fraction.*{limit or 500} images.*: {remedy} change --val-fraction"):
         split_train(LABELS, val_fraction, limit, seed=0)
+
+
+@pytest.mark.parametrize(("limit", "said"), [(100, "in 20 classes of 100"), (None, "")])
+def test_classes_without_training_images_are_counted(limit, said, experiment, capsys):
+    fit(experiment(dataset="cifar100", train_limit=limit, epochs=1, model=dict(num_classes=100)))
+    assert ("no image to train on" in (output := capsys.readouterr().out)) == bool(said) and said in output
 
 
 # ---------------------------------------------------------------------------- where files are

@@ -12,6 +12,7 @@ from torchvision.datasets import ImageFolder
 
 from training import ClassificationConfig, UserError, fit
 from training.data import ImageBatches, Split, draw_split, finding, load_dataset
+from training.data.finding import Finder
 from training.data.mask_files import read_image
 from training.data.text import load_text
 from training.runs import Run
@@ -275,6 +276,18 @@ def test_files_are_found_in_the_order_of_torchvision(tmp_path):
     expected = ImageFolder(str(tmp_path))
     assert [*zip(dataset.train_images.paths, dataset.train_labels, strict=True)] == expected.samples
     assert [*dataset.class_names] == expected.classes
+
+
+@pytest.mark.parametrize("links", [{"hen/to": "cat", "cat/to": "hen"}, {"hen/a": "hen", "cat/b": "."}])
+def test_links_that_lead_in_a_circle_end(links, tmp_path):
+    """Each class once, and what a link adds: the other class, or nothing."""
+    for name in ("hen", "cat"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / f"{name}.png")
+    for link, target in links.items():
+        (tmp_path / link).symlink_to(tmp_path / target, target_is_directory=True)
+    found = Finder().all_images(tmp_path / "hen")
+    assert [Path(file.path).name for file in found] == ["hen.png", *["cat.png"] * ("hen/to" in links)]
 
 
 # ---------------------------------------------------------------------------- the fingerprint of the files

@@ -191,6 +191,29 @@ def test_fields_are_refused_where_they_make_no_sense(fields, word):
         make_train(**fields)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(max_grad_norm=math.inf),
+        dict(learning_rate=math.inf),
+        dict(model=dict(residual="true_pre", update_gain=math.inf)),
+    ],
+    ids=str,
+)
+def test_an_infinite_number_is_refused_before_a_run_that_could_not_be_read(fields, experiment):
+    trial = experiment(**fields)
+    with pytest.raises(UserError, match="= inf must be finite"):
+        fit(trial)
+    assert not trial.folder.exists()
+
+
+def test_shifts_beyond_an_image_are_refused(experiment):
+    trial = experiment(crop_padding=32)
+    with pytest.raises(UserError, match=r"--crop-padding 32 .*32 x 32 pixels.* less than 32, as 4"):
+        fit(trial)
+    assert not trial.folder.exists()
+
+
 @pytest.mark.parametrize("fields", [dict(repeat_augment=3), dict(randaugment_magnitude=15)])
 def test_settings_refused_today_are_still_read_in_stored_runs(fields, experiment):
     trial = experiment(epochs=1, **fields)

@@ -244,6 +244,18 @@ def test_killed_after_a_fallback_a_run_still_has_a_checkpoint(experiment, refere
     assert_same_run(trial.folder, reference)
 
 
+@pytest.mark.parametrize("content", [None, b"no checkpoint"])
+def test_lost_weights_of_the_best_epoch_are_noticed_before_training_goes_on(content, experiment):
+    trial = experiment(**(TRIAL | dict(learning_rate=1e-12)))  # so that the first epoch stays the best
+    interrupt(trial, 3)
+    assert load_checkpoint(trial.folder / "last.pt")["best"]["epoch"] == 1
+    (trial.folder / "best.pt").unlink() if content is None else (trial.folder / "best.pt").write_bytes(content)
+    before = snapshot(trial.folder)
+    with pytest.raises(UserError, match=r"best\.pt cannot be read .*: put it back, or start with --overwrite"):
+        fit(resumed(trial))
+    assert snapshot(trial.folder) == before
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoRates(ClassificationConfig):
     """A train config with an optimizer of its own: the head learns at a tenth of the rate."""

@@ -18,7 +18,7 @@ from training.schedule import Job, command_now, run_jobs
 TRAIN = dict(dataset="cifar10", epochs=50, batch_size=32, learning_rate=1e-4, weight_decay=0.05)
 
 STAND_IN = """
-import json, os, sys, time
+import json, os, shutil, sys, time
 from pathlib import Path
 folder, config, what = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 with (folder.parents[1] / "calls.txt").open("a") as file:
@@ -28,6 +28,9 @@ if what != "last":
     (folder / "last.pt").touch()
 if what == "fail":
     sys.exit("some output\\nerror: the reason")
+if what == "vanish":
+    shutil.rmtree(folder)
+    sys.exit(1)
 if what == "die":
     os.kill(os.getpid(), 9)
 if what == "meet":  # ends only if another runs at the same time
@@ -96,6 +99,13 @@ def test_a_run_that_fails_stops_no_other_and_is_listed_with_its_error(make_job, 
     assert "signal 9" in outcome.failures["c, seed 0"]
     shown = capsys.readouterr().out
     assert "[4/4]" in shown and shown.count("done") == 2 and shown.count("failed: ") == 2
+
+
+def test_a_run_whose_folder_was_removed_stops_no_other(make_job, tmp_path):
+    outcome = run_jobs([make_job("a", "vanish"), make_job("b")], at_once=1)
+    assert calls(tmp_path) == ["a seed0", "b seed0"]
+    assert outcome.failures.keys() == {"a, seed 0"}
+    assert "exit code 1" in (told := outcome.failures["a, seed 0"]) and "log.txt cannot be read" in told
 
 
 def test_what_is_complete_is_not_repeated(make_job, tmp_path, capsys):

@@ -14,9 +14,11 @@ import torch
 from training import ClassificationConfig, Experiment, UserError, schedule, sweep
 from models.vision_bdh import v2_config
 from tests.trials import wait_for
-from training.command_line import parse_experiment
+from training.command_line import experiment_of, parse_experiment
 from training.config import ROOT
+from training.experiment import name_of_file
 from training.runs import Run
+from training.schedule import Outcome
 from training.sweep import SweepOptions, command_of, make_plan
 
 SCRIPT = ROOT / "train_ablation.py"
@@ -139,10 +141,36 @@ def test_options_that_make_no_sense_are_refused(flags, capsys):
     assert end.value.code == 2
 
 
+def test_two_places_to_start_from_are_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        asked("--encoder", "a/best.pt", "--start-from", "b/best.pt")
+    assert end.value.code == 2
+    assert "encoder = a/best.pt and start_from = b/best.pt both say" in capsys.readouterr().err
+    flags = ["--encoder", "a/best.pt"]  # replaces what a script starts from
+    tuned = parse_experiment(experiment_of("finetune_bdh_unet.py"), flags)
+    assert tuned.train.start_from is None and tuned.name == "bdh_unet_finetune+encoder=" + name_of_file(
+        Path("a/best.pt")
+    )
+
+
 def test_a_setting_that_makes_no_sense_is_listed_with_its_reason(tmp_path):
     plan = plan_of(tmp_path, "n_head=5/4,rotary")
     assert set(plan.refused) == {"n_head=5"} and "not a multiple of n_head" in plan.refused["n_head=5"]
     assert len(plan.experiments) == 4  # default, n_head=4, axial, none
+
+
+def test_a_table_that_cannot_be_written_is_listed_and_its_name_is_cut(tmp_path, capsys):
+    written = []
+
+    def report(runs, default, output):
+        written.append(output.name)
+        raise OSError(28, "No space left on device", str(output))
+
+    plan = dataclasses.replace(plan_of(tmp_path, "n_layer=1"), fields=[f"field_{i}" for i in range(60)])
+    with pytest.raises(SystemExit) as end:
+        sweep._report_sweep(plan, Outcome(), report, tmp_path)
+    assert end.value.code == 1 and "the table: " in (said := capsys.readouterr().err) and "No space left" in said
+    assert written[0].startswith("sweep_field_0_") and len(written[0]) < 250
 
 
 # ---------------------------------------------------------------------------- the command of a run

@@ -13,7 +13,7 @@ from tests.trials import COLUMNS, read_metrics, same_weights, weights
 from training.data import load_dataset
 from training.optimiser import WeightAverage, make_schedule, rate_factor, set_step
 from training.runs import Run, load_model
-from training.stored import load_checkpoint
+from training.stored import load_checkpoint, load_weights
 
 # ---------------------------------------------------------------------------- schedule
 
@@ -382,6 +382,9 @@ def test_the_best_weights_are_the_average_of_those_after_each_step(experiment, m
     trial = experiment(ema=0.9, epochs=1)
     fit(trial)
     torch.testing.assert_close(weights(trial.folder, "best.pt")["encoder"], average[-1])
+    best = load_weights(trial.folder / "best.pt")  # of last.pt too, the average is what is opened
+    assert same_weights(load_weights(trial.folder / "last.pt"), best)
+    assert not same_weights(weights(trial.folder, "last.pt"), best)
 
 
 # ---------------------------------------------------------------------------- a loss that is not finite

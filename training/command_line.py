@@ -35,10 +35,13 @@ def parse_experiment(
         args=args,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    encoder, start_from = getattr(flags.model, "encoder", None), flags.train.start_from
+    if encoder and start_from not in (None, experiment.train.start_from):
+        exit_with(f"encoder = {encoder} and start_from = {start_from} both say what to start from: leave one out", 2)
     name = flags.run.name or name_with_changes(experiment, flags.model, flags.train)
-    # an encoder's checkpoint replaces the whole model's, which is then not read and not recorded
-    start_from = None if getattr(flags.model, "encoder", None) else flags.train.start_from
-    made = Experiment(name, flags.model, dataclasses.replace(flags.train, start_from=start_from), flags.run)
+    # an encoder's checkpoint replaces that of the script, which is then not read and not recorded
+    train = dataclasses.replace(flags.train, start_from=None) if encoder else flags.train
+    made = Experiment(name, flags.model, train, flags.run)
     try:
         if not made.options.resume:
             made.check_new()

@@ -158,7 +158,8 @@ class ClassificationConfig(HeldOutConfig):
     """train at several sizes: each batch is resized to one of these sides in pixels, drawn at random (models of any
     size); default: img_size"""
     train_limit: int | None = None
-    """use only this many training images (validation included), drawn by the seed"""
+    """use only this many training images, drawn by the seed; validation images are taken from them, unless the data
+    have a validation set"""
 
     @property
     def of_own_files(self) -> bool:

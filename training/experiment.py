@@ -5,6 +5,7 @@ This module does not import PyTorch, so that `--help` and plans are cheap.
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +116,10 @@ class Experiment:
     def check_new(self) -> None:
         """Raises ValueError if this may not be a new run; stored ones may have settings that are refused today."""
         for config in (self.model, self.train):
+            for each in dataclasses.fields(config):
+                value = getattr(config, each.name)
+                numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if isinstance(n, float)]
+                require(all(map(math.isfinite, numbers)), config, each.name, "must be finite: JSON has no infinity")
             if hasattr(config, "check_new"):
                 config.check_new()
 

@@ -106,12 +106,14 @@ def _resume(experiment: Experiment, run: Run, trackers: Trackers) -> Session:
     session = make_session(experiment, run, config.get("run_id", ""), device, task, data, model)
     state = processes.from_main(lambda: run.load_checkpoint(session.model))
     session.load_state(state)
-    if session.best is not None and processes.from_main(lambda: run.best_is_later_than(session.epoch)):
+    is_best = session.best is not None and session.progress is None and session.best["epoch"] == session.epoch
+    replaced = session.best is not None and not is_best  # by a later epoch's weights, or lost
+    if replaced and processes.from_main(lambda: run.load_best()["epoch"]) > session.epoch:
         session.best = None  # its weights were replaced in epochs that are lost with last.pt: chosen anew from here on
     trackers.connect(config.get("run_id"))
     run.restore_metrics(session.epoch, session.history)
     run.restore_split(data.split, session.run_id)
-    if session.progress is None and session.best is not None and session.best["epoch"] == session.epoch:
+    if is_best:
         run.save_best(session.weights() | session.best)  # the run may have been stopped before it was written
     run.note_hardware(config, _hardware(device))
     trackers.open_files(session.epoch + 1)

@@ -151,16 +151,9 @@ class Run(LockedFolder):
     def load_best(self) -> dict[str, Any]:
         """best.pt. Raises Damaged."""
         path = self.folder / "best.pt"
-        state = stored.load_checkpoint(path, remedy="start with --overwrite")
+        state = stored.load_checkpoint(path, remedy="put it back, or start with --overwrite")
         self._check_origin(state, path)
         return state
-
-    def best_is_later_than(self, epoch: int) -> bool:
-        """Whether best.pt is of a later epoch, as after a resume from previous.pt."""
-        try:
-            return self.load_best()["epoch"] > epoch
-        except Damaged:
-            return False
 
     def _check_origin(self, state: dict[str, Any], path: Path) -> None:
         """Raises Damaged for a checkpoint of another run."""

@@ -276,7 +276,10 @@ def _problem(code: int, log: Path, start: int) -> str | None:
     """The last message of a process that ended with this code; None if it succeeded. Its log begins at byte start."""
     if code == 0:
         return None
-    text = log.read_bytes()[start:].decode(errors="replace")
+    try:
+        text = log.read_bytes()[start:].decode(errors="replace")
+    except OSError as error:
+        return f"ended with exit code {code}, and {log} cannot be read ({error.strerror or error})"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = [line for line in lines if line.startswith("error: ")] or lines or ["no output"]
     how = f"killed by signal {-code}, last output: " if code < 0 else ""

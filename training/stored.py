@@ -307,6 +307,8 @@ def load_weights(
         if config is not None:
             check_origin(state, config, path, remedy)
         weights = state["model"]
+        if average := state.get("average"):  # of last.pt: what was validated
+            weights = {name: value for name, value in average.items() if name.startswith("module.")}
     return _unwrapped(weights)
 
 

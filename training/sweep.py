@@ -111,9 +111,11 @@ def _report_sweep(plan: Plan, outcome: Outcome, report: Report, runs_dir: Path) 
     failed = {*outcome.failures, *outcome.elsewhere}
     done = [each.folder for each in plan.experiments if Job(each, []).label not in failed]
     if done:
+        from training.data.finding import cut_name  # here, as it imports PyTorch
+
         try:
-            report(done, plan.default, runs_dir / plan.default / f"sweep_{'_'.join(plan.fields)}")
-        except UserError as error:
+            report(done, plan.default, runs_dir / plan.default / cut_name(f"sweep_{'_'.join(plan.fields)}"))
+        except (UserError, OSError) as error:
             failures["the table"] = str(error)
     if failures:
         exit_with("\n".join(["failed:", *(f"  {what}: {why}" for what, why in failures.items())]), 1)

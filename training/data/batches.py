@@ -13,6 +13,7 @@ from torch import Tensor
 from training import processes, seeds
 from training.augment import Augmentation, normalise
 from training.config import ClassificationConfig, UserError
+from training.data.finding import count
 from training.data.image_files import ImageFiles, read_images
 from training.data.streaming import Images, Reader, StreamedPart
 from training.device import fits_in_memory
@@ -105,7 +106,8 @@ def draw_split(dataset: DataSet, val_fraction: float, limit: int | None, seed: i
 def split_train(labels: np.ndarray, val_fraction: float, limit: int | None, seed: int) -> Split:
     """A stratified split of the training images, drawn from the seed alone.
 
-    labels: (N,). Each class gives the same share to validation. A limit draws that many images first, stratified too.
+    labels: (N,). Each class gives the same share to validation; of classes with equal remainders, the first ones give
+    an image more. A limit draws that many images first, stratified too.
     Raises UserError if a part would be empty.
     """
     generator = np.random.default_rng(seeds.derive("split", seed))
@@ -113,8 +115,8 @@ def split_train(labels: np.ndarray, val_fraction: float, limit: int | None, seed
     n_val = round(val_fraction * len(indices))
     if not 0 < n_val < len(indices):
         raise UserError(
-            f"val_fraction = {val_fraction} of {len(indices)} images leaves no image to train on or none to "
-            "validate with: raise --train-limit or change --val-fraction"
+            f"val_fraction = {val_fraction} of {count(len(indices), 'image')} leaves no image to train on or none to "
+            f"validate with: {'add images' if limit is None else 'raise --train-limit'} or change --val-fraction"
         )
     val = _draw_stratified(indices, labels, n_val, generator)
     return Split(train=np.setdiff1d(indices, val), val=val)
@@ -172,6 +174,7 @@ class ImageBatches:
         for note in dataset.notes:
             print(note)
         parts = {name: dataset.part(name, split) for name in ("train", "val", "test")}
+        _check_parts(parts, config, len(dataset.class_names))
         in_memory = isinstance(dataset.train_images, np.ndarray) or (
             not config.crop_original and fit_in_memory([images for images, _ in parts.values()], device)
         )
@@ -248,6 +251,19 @@ class ImageBatches:
         batches = torch.arange(self.size(part)).split(self.eval_batch_size)
         for images, labels in self._read(self.parts[part], [batch[processes.share(len(batch))] for batch in batches]):
             yield normalise(images), labels
+
+
+def _check_parts(parts: dict[str, Part], config: ClassificationConfig, n_classes: int) -> None:
+    """Says how many classes have no training image. Raises UserError if crop_padding shifts whole images away."""
+    images, labels = parts["train"]
+    height, width = images.shape[-2:]
+    if config.crop_padding >= min(height, width):
+        raise UserError(
+            f"--crop-padding {config.crop_padding} would shift images of {height} x {width} pixels out of sight: "
+            f"choose less than {min(height, width)}, as {min(height, width) // 8}"
+        )
+    if missing := n_classes - len(np.unique(labels)):
+        print(f"no image to train on in {count(missing, 'class', 'classes')} of {n_classes}: the data set is too small")
 
 
 def _share(n: int) -> tuple[list[slice], slice]:

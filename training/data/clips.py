@@ -17,7 +17,7 @@ from PIL import Image, ImageSequence
 
 from training.config import UserError
 from training.data.batches import DataSet
-from training.data.finding import Finder, ImageFile, is_image, is_loop, printable, size_of
+from training.data.finding import Finder, ImageFile, Place, is_image, printable, size_of
 from training.data.folder import find_parts, read_folders
 from training.data.image_files import ImageFiles, UnreadableImage, as_seen, open_image, unreadable
 
@@ -58,18 +58,19 @@ def load_clips(data_dir: Path | None, img_size: int, in_channels: int) -> DataSe
 
 def find_clips(finder: Finder, folder: str) -> list[ImageFile]:
     """The clips below a class folder at any depth, sorted by path: folders with images in them, and files."""
-    clips, waiting = [], [(folder, False)]
+    clips, waiting = [], [Place.of(folder)]
     while waiting:
-        place, may_be_clip = waiting.pop()
-        entries = finder.list_folder(place)
+        place = waiting.pop()
+        entries = finder.list_folder(place.path)
         folders = [entry for entry in entries if entry.is_dir()]
         videos = [entry for entry in entries if not entry.is_dir() and Path(entry.name).suffix.lower() in VIDEO_ENDINGS]
         pictures = finder.list_images(entry for entry in entries if entry not in videos)
-        if may_be_clip and pictures and not videos and not folders and not _is_animated(pictures[0]):  # of frames
-            clips.append(ImageFile(place, sum(picture.size for picture in pictures)))
+        has_frames_alone = pictures and not videos and not folders and not _is_animated(pictures[0])
+        if has_frames_alone and place.path != folder:
+            clips.append(ImageFile(place.path, sum(picture.size for picture in pictures)))
         else:
             clips += [*pictures, *(ImageFile(entry.path, size_of(entry)) for entry in videos)]
-        waiting += [(entry.path, True) for entry in folders if not is_loop(entry)]
+        waiting += place.below(entries)
     return sorted(clips)
 
 

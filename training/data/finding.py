@@ -25,6 +25,28 @@ class ImageFile(NamedTuple):
     """bytes; -1 if the file cannot be looked at, for example a broken link"""
 
 
+class Place(NamedTuple):
+    """A folder on a walk through folders and links to folders."""
+
+    path: str
+    way: frozenset[str]
+    """real paths of the folders that led here, and its own"""
+
+    @classmethod
+    def of(cls, root: str | Path) -> "Place":
+        return cls(os.fspath(root), frozenset([os.path.realpath(root)]))
+
+    def below(self, entries: Iterable[os.DirEntry]) -> list["Place"]:
+        """The folders among its entries, without links that lead back to where the walk came from or above it."""
+        found = []
+        for entry in entries:
+            if entry.is_dir():
+                real = os.path.realpath(entry.path)
+                if not any(Path(each).is_relative_to(real) for each in self.way):
+                    found.append(Place(entry.path, self.way | {real}))
+        return found
+
+
 class Finder:
     """Lists folders, and counts what it does not return: hidden files and folders, files that are no images."""
 
@@ -60,12 +82,12 @@ class Finder:
 
     def all_images(self, root: str | Path) -> list[ImageFile]:
         """The image files below root at any depth, sorted by folder, then by name: torchvision's ImageFolder order."""
-        by_folder, waiting = {}, [os.fspath(root)]
+        by_folder, waiting = {}, [Place.of(root)]
         while waiting:
-            folder = waiting.pop()
-            entries = self.list_folder(folder)
-            by_folder[folder] = self.list_images(entries)
-            waiting += [entry.path for entry in entries if entry.is_dir() and not is_loop(entry)]
+            place = waiting.pop()
+            entries = self.list_folder(place.path)
+            by_folder[place.path] = self.list_images(entries)
+            waiting += place.below(entries)
         return [file for folder in sorted(by_folder) for file in by_folder[folder]]
 
     def notes(self) -> list[str]:
@@ -120,9 +142,9 @@ def cut_name(name: str, longest: int = 240) -> str:
     return f"{encoded[: longest - 9].decode(errors='ignore')}-{zlib.crc32(encoded):08x}"
 
 
-def count(n: int, what: str) -> str:
-    """As "1 file" or "3 files"."""
-    return f"{n:,} {what}{'s' * (n != 1)}"
+def count(n: int, what: str, several: str | None = None) -> str:
+    """As "1 file" or "3 files"; several: a plural other than with s."""
+    return f"{n:,} {what if n == 1 else several or what + 's'}"
 
 
 def _bytes(name: str) -> bytes:
@@ -136,10 +158,3 @@ def size_of(file: os.DirEntry | Path) -> int:
         return file.stat().st_size
     except OSError:
         return -1
-
-
-def is_loop(entry: os.DirEntry) -> bool:
-    """Whether the entry is a link to a folder that it lies in."""
-    if not entry.is_symlink():
-        return False
-    return Path(entry.path).parent.resolve().is_relative_to(Path(entry.path).resolve())
