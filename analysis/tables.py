@@ -1,6 +1,7 @@
 """Markdown tables of runs, and the numbers in them."""
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -101,9 +102,13 @@ def accuracy_interval(hits: int, n: int) -> tuple[float, float]:
 
 
 def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over the first axis and the ends of its 95 % interval by the normal approximation. values: (n, ...)."""
-    sd, z = values.std(0, ddof=1), norm.ppf((1 + CONFIDENCE) / 2)
-    mean, half = values.mean(0), z * sd / math.sqrt(len(values))
+    """Mean over the first axis and the ends of its 95 % interval by the normal approximation. values: (n, ...).
+
+    NaN is left out; where fewer than two values are left, the ends are NaN.
+    """
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of NumPy, where nothing is left
+        mean, sd = np.nanmean(values, 0), np.nanstd(values, 0, ddof=1)
+    half = norm.ppf((1 + CONFIDENCE) / 2) * sd / np.sqrt((~np.isnan(values)).sum(0).clip(min=1))
     return mean, mean - half, mean + half
 
 

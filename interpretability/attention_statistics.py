@@ -28,6 +28,7 @@ attend to has no effect on the answer. Shares say what enters a sum, not what th
 
 import math
 import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
@@ -98,7 +99,12 @@ def without_self(p: Tensor) -> Tensor:
     T = p.shape[-1]
     others = p.flatten(-2)[..., 1:].unflatten(-1, (T - 1, T + 1))[..., :-1].flatten(-2).unflatten(-1, (T, T - 1))
     total = others.sum(-1, keepdim=True)
-    return torch.where(total > 0, others / total.clamp(min=torch.finfo(p.dtype).tiny), 1 / (T - 1))
+    return torch.where(total == 0, 1 / (T - 1), others / total.clamp(min=torch.finfo(p.dtype).tiny))
+
+
+def without_silent(p: Tensor) -> Tensor:
+    """The shares, NaN for a query that attends to nothing: all its scores are 0. p: (..., T)."""
+    return p.masked_fill(p.sum(-1, keepdim=True) == 0, torch.nan)
 
 
 def overlap(p: Tensor, q: Tensor) -> Tensor:
@@ -114,24 +120,24 @@ def distances(grid: Grid, device: torch.device | str = "cpu") -> Tensor:
 
 
 def statistics_of(p: Tensor, before: Tensor, grid: Grid) -> dict[str, Tensor]:
-    """(B, H) each, means over queries. p: (B, H, T, T) shares, query by key; before: the same of other images."""
+    """(B, H) each, means over the queries that attend to something, NaN if none does.
+
+    p: (B, H, T, T) shares, query by key; before: the same of other images.
+    """
+    p, before = without_silent(p), without_silent(before)
     heads = p.shape[1]
-    alike = torch.full(p.shape[:2], torch.nan, device=p.device)
-    if heads > 1:
-        alike = alike.zero_()
-        for one, other in combinations(range(heads), 2):
-            both = overlap(p[:, one], p[:, other]).mean(-1) / (heads - 1)
-            alike[:, one] += both
-            alike[:, other] += both
+    alike = torch.full((*p.shape[:2], heads), torch.nan, device=p.device)  # a head with itself: none
+    for one, other in combinations(range(heads), 2):
+        alike[:, one, other] = alike[:, other, one] = overlap(p[:, one], p[:, other]).nanmean(-1)
     by_query = {
         "entropy": relative_entropy(p),
         "entropy_others": relative_entropy(without_self(p)),
         "self_share": p.diagonal(dim1=-2, dim2=-1),
         "distance": (p * distances(grid, p.device)).sum(-1),
-        "same_for_queries": overlap(p, p.mean(-2, keepdim=True)),
+        "same_for_queries": overlap(p, p.nanmean(-2, keepdim=True)),
         "same_for_images": overlap(p, before),
     }
-    return {name: values.mean(-1) for name, values in by_query.items()} | {"same_for_heads": alike}
+    return {name: values.nanmean(-1) for name, values in by_query.items()} | {"same_for_heads": alike.nanmean(-1)}
 
 
 # ---------------------------------------------------------------------------- a model on images
@@ -159,13 +165,12 @@ def _level(trace: Trace, level: int, last: dict[int, Tensor], grid: Grid) -> dic
     values = statistics_of(p, torch.cat((first, p[:-1])), grid)
     last[level] = p[-1:].clone()
     nothing = torch.full(p.shape[:2], torch.nan, device=p.device)
-    size = scores.abs().sum(-1)
-    values["negative"] = (scores.clamp(max=0).abs().sum(-1) / size.clamp(min=torch.finfo(size.dtype).tiny)).mean(-1)
+    values["negative"] = (scores.clamp(max=0).abs().sum(-1) / scores.abs().sum(-1)).nanmean(-1)  # 0 / 0: silent
     values |= dict.fromkeys(("to_class_token", "class_entropy"), nothing)
     if tokens := trace.adapter.class_tokens:
-        whole = shares(trace.scores(level).float())  # (B, H, 1 + T, 1 + T)
-        values["to_class_token"] = whole[:, :, tokens:, :tokens].sum(-1).mean(-1)
-        values["class_entropy"] = relative_entropy(shares(whole[:, :, 0, tokens:]))
+        whole = without_silent(shares(trace.scores(level).float()))  # (B, H, 1 + T, 1 + T)
+        values["to_class_token"] = whole[:, :, tokens:, :tokens].sum(-1).nanmean(-1)
+        values["class_entropy"] = relative_entropy(without_silent(shares(whole[:, :, 0, tokens:])))
     return values
 
 
@@ -191,7 +196,8 @@ def tabulate(measured: dict[tuple[str, str], dict[str, np.ndarray]]) -> pd.DataF
                 there = there[::2]  # pairs of images that share none
             if len(there) < 2:
                 continue
-            every = np.concatenate((there.mean(2, keepdims=True), there), 2)
+            with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # all heads silent
+                every = np.concatenate((np.nanmean(there, 2, keepdims=True), there), 2)
             mean, low, high = mean_interval(every)  # (levels, 1 + heads)
             for level, head in np.ndindex(mean.shape):
                 row = dict(run=name, weights=weights, level=level + 1, head=head or ALL, statistic=statistic)

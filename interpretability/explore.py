@@ -141,7 +141,7 @@ def describe(run: TrainedRun) -> dict[str, Any]:
     raw = {"scores": "raw score", "shares": "share of the sum of |scores|"}
     return {
         "title": run.title,
-        "model": f"{type(run.model).__name__}, {sizes}",
+        "model": "; ".join([f"{type(run.model).__name__}, {sizes}", *run.views_note]),
         "part": run.part.capitalize(),
         "grid": [rows, columns],
         "input": [run.sizes.in_channels, *height_and_width(run.sizes.img_size)],

@@ -230,13 +230,13 @@ def _percent(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
 def describe(neuron: pd.Series) -> str:
     """A neuron's row of the table as a caption."""
     name = f"level {neuron['level']}, head {neuron['head']}, neuron {neuron['neuron']}"
-    active = f"active {100 * neuron['active']:.3g}\N{NO-BREAK SPACE}%"
+    active = f"{100 * neuron['active']:.3g}\N{NO-BREAK SPACE}%"
     if pd.isna(neuron["index"]):
-        return f"{name}: {active}"
+        return f"{name}: active {active}"
     right = round(neuron["precision"] * neuron["top_patches"])
     return (
         f"{name}, {neuron['best_class']}: index {neuron['index']:.2f} (p {neuron['index_p']:.1g}), AUROC "
-        f"{neuron['auroc']:.2f}, {right} of {neuron['top_patches']}, {active}"
+        f"{neuron['auroc']:.2f} (p {neuron['auroc_p']:.1g}), {right} of {neuron['top_patches']}, {active}"
     )
 
 

@@ -244,7 +244,8 @@ def main(options: Options) -> None:
     table = accuracies(train, test, options.neighbours, options.penalty)
     settings = options.changed(*SETTINGS)
     path = options.output_dir / run.stem / "_".join([run.file_name("probe"), *settings])
-    title = ", ".join([f"{run.title}: {len(indices):,} {run.part} images", *settings, "bands are 95 % intervals"])
+    of_what = f"{run.title}: {len(indices):,} {run.part} images"
+    title = ", ".join([of_what, *settings, *run.views_note, "bands are 95 % intervals"])
     pictures = save_figure(draw(table, run.adapter.n_levels, chance(test.labels), title), path)
     write_csv(path.with_name(f"{path.name}.csv"), table)
     print(table.pivot(index="level", columns="method", values="accuracy").to_string(float_format="{:.3f}".format))

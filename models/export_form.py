@@ -6,16 +6,11 @@ model's own code. It computes the plain step, so it is for inference.
 """
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.bdh import BDHCore, StepWeights
-from models.bdh_unet import BDHUNet
-from models.language import BDH
-from models.video_bdh import VideoBDH
-from models.vision_bdh import VisionBDH, VisionEncoder
 
 
 class Product(nn.Module):
@@ -68,44 +63,11 @@ class InProducts:
         return decoder(gated.transpose(1, 2).flatten(2))
 
 
-class ProductsVisionBDH(InProducts, VisionBDH):
-    pass
-
-
-class ProductsVideoBDH(InProducts, VideoBDH):
-    pass
-
-
-class ProductsVisionEncoder(InProducts, VisionEncoder):
-    pass
-
-
-class ProductsBDH(InProducts, BDH):
-    pass
-
-
-FORMS: dict[type, type] = {  # subclasses first
-    VideoBDH: ProductsVideoBDH,
-    VisionBDH: ProductsVisionBDH,
-    VisionEncoder: ProductsVisionEncoder,
-    BDH: ProductsBDH,
-}
-
-
 def export_form(model: nn.Module) -> nn.Module:
     """A copy of the model in plain products, in evaluation mode; of a model that is not a BDH, just a copy."""
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    if isinstance(model, BDHUNet):
-        model.encoder = _in_products(model.encoder)
-        return model
-    return _in_products(model)
-
-
-def _in_products(model: Any) -> nn.Module:
-    for base, form in FORMS.items():
-        if isinstance(model, base):
-            model.__class__ = form  # same attributes, other products
-            model._fast_path_serves = False
-            model.take_products()
-            return model
+    for core in [part for part in model.modules() if isinstance(part, BDHCore)]:  # itself, or an encoder in it
+        core.__class__ = type(f"Products{type(core).__name__}", (InProducts, type(core)), {})  # the same but for these
+        core._fast_path_serves = False
+        core.take_products()
     return model

@@ -3,7 +3,7 @@
     from models.pretrained import load_pretrained, pretrained_names
 
     print(pretrained_names())
-    model = load_pretrained("v2_cifar10")       # in evaluation mode, float32
+    model = load_pretrained("speedrun")       # in evaluation mode, float32
 
 A model is there if a folder below results/ holds its weights (best_bf16.safetensors) and its config.json; nothing else
 lists them. Its name is the folder's path below results/, without a final seed0. This adds one:

@@ -34,7 +34,7 @@ def neuron_counts(config: Any) -> list[int]:
     """Numbers N of neurons per head that a config of this width and heads can have, up to its own."""
     multiple = 4 if config.rotary == "axial" else 2
     every = (m * config.n_embd / config.n_head for m in range(1, config.mlp_internal_dim_multiplier + 1))
-    return [int(n) for n in every if n == int(n) and int(n) % multiple == 0]
+    return [int(n) for n in every if n == int(n) and int(n) % multiple == 0 and n >= 2 * config.rotary_parts]
 
 
 def kept_neurons(needed: Tensor, n_neurons: int, parts: int = 1) -> Tensor:

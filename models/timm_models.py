@@ -4,9 +4,9 @@
     import models.timm_models
 
     timm.create_model("vision_bdh_v2", num_classes=100, img_size=64, n_layer=4)   # untrained, any config field
-    timm.create_model("vision_bdh_v2_cifar10", pretrained=True)                   # one per model in results/
-    timm.create_model("vision_bdh_v2_cifar10", pretrained=True, num_classes=3)    # a new head
-    timm.create_model("vision_bdh_v2_cifar10", pretrained=True, features_only=True, out_indices=(1, 3, 5))
+    timm.create_model("vision_bdh_speedrun", pretrained=True)                     # one per model in results/
+    timm.create_model("vision_bdh_speedrun", pretrained=True, num_classes=3)      # a new head
+    timm.create_model("vision_bdh_speedrun", pretrained=True, features_only=True, out_indices=(1, 3))
 
 Untrained: vision_bdh_v1, _v2, _v2_softmax, _v3. Trained: vision_bdh_ and the name in `models.pretrained`, with _
 for all but letters and digits. timm's own train.py and validate.py take them once this module is imported:

@@ -51,11 +51,9 @@ def test_maps_are_rows_of_the_scores(model, pixels, show):
     """Of the patch's query, to the patches; heads one by one, or their mean, taken after the shares."""
     scores, first = all_scores(model, pixels)
     rows = (in_shares(scores) if show == "shares" else scores)[:, :, first + QUERY, first:]  # (levels, H, patches)
-    heads, output = attention_maps(model, pixels, PATCH, GRID, [2, 0], show, per_head=True)
-    means, _ = attention_maps(model, pixels, PATCH, GRID, [0, 2], show)
-    with torch.no_grad():
-        expected_output = model(pixels)
-    assert list(heads) == list(means) == [0, 2] and torch.equal(output, expected_output)
+    heads = attention_maps(model, pixels, PATCH, GRID, [2, 0], show, per_head=True)
+    means = attention_maps(model, pixels, PATCH, GRID, [0, 2], show)
+    assert list(heads) == list(means) == [0, 2]
     for level in (0, 2):
         expected = rows[level].reshape(2, 4, 4)
         close = dict(rtol=1e-4, atol=1e-5 * abs(expected).max())
@@ -68,7 +66,7 @@ def test_no_rollout_over_levels_alone_where_blocks_have_mixed_tokens_before(pixe
     model = v2_config(**BDH, blocks_before=1, blocks_after=1).build().eval()
     with pytest.raises(UserError, match="blocks_before"):
         attention_maps(model, pixels, PATCH, GRID, [0], "rollout")
-    assert attention_maps(model, pixels, PATCH, GRID, [0], "shares")[0][0].sum() == pytest.approx(1, abs=1e-5)
+    assert attention_maps(model, pixels, PATCH, GRID, [0], "shares")[0].sum() == pytest.approx(1, abs=1e-5)
 
 
 def test_shares_count_heads_alike():
@@ -89,7 +87,7 @@ def test_rollout(model, pixels, at_once, monkeypatch):
     for level in range(3):
         product = (0.5 * in_shares(scores[level]).mean(0) + 0.5 * np.eye(n_tokens)) @ product
         expected.append(product[first + QUERY])
-    maps, _ = attention_maps(model, pixels, PATCH, GRID, [2, 1], "rollout")
+    maps = attention_maps(model, pixels, PATCH, GRID, [2, 1], "rollout")
     assert list(maps) == [1, 2]
     for level, values in maps.items():
         assert values.shape == (1, 4, 4)
@@ -102,8 +100,8 @@ def test_a_head_without_scores_leaves_the_token_what_it_has(pixels):
     model = v2_config(**BDH).build().eval()
     with torch.no_grad():
         model.encoder[0] = 0
-    maps, _ = attention_maps(model, pixels, PATCH, GRID, [0], "rollout")
-    heads, _ = attention_maps(model, pixels, PATCH, GRID, [0], "shares", per_head=True)
+    maps = attention_maps(model, pixels, PATCH, GRID, [0], "rollout")
+    heads = attention_maps(model, pixels, PATCH, GRID, [0], "shares", per_head=True)
     assert not heads[0][0].any() and float(heads[0][1].sum()) == pytest.approx(1)
     expected = heads[0][1] / 4  # half of the mean over two heads
     expected[PATCH] += 0.75
@@ -135,6 +133,20 @@ def test_the_class_of_an_image(experiment, data_dir):
     assert seen.truth == data.class_names[data.test_labels[9]]
     assert seen.predicted == data.class_names[int(logits.argmax())]
     assert seen.certainty == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
+
+
+def test_the_class_of_an_image_is_what_the_runs_views_say(experiment, data_dir):
+    """As the test counted it, with the mirror image; the maps are those of the image."""
+    trial = experiment(epochs=1, eval_flip=True)
+    fit(trial)
+    run = TrainedRun(trial.folder, data_dir, "cpu")
+    pixels = run.pixels(run.samples([9]).images)
+    with torch.no_grad():
+        probabilities = ((run.model(pixels) + run.model(pixels.flip(-1))) / 2).softmax(-1)[0]
+    seen = look_at(run, 9, PATCH, [0], "scores", per_head=False)
+    assert seen.certainty == pytest.approx(float(probabilities.max()), abs=1e-6)
+    assert torch.equal(seen.maps[0], attention_maps(run.model, pixels, PATCH, run.grid, [0])[0])
+    assert run.views_note
 
 
 def test_the_class_of_a_patch(tmp_path):

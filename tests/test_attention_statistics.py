@@ -55,6 +55,24 @@ def test_planted_maps():
     assert np.isnan(of_maps(equal)["same_for_heads"]).all()  # one head
 
 
+def test_queries_that_attend_to_nothing_do_not_count():
+    """A head without scores has no statistics and is like no other; a query without scores is left out of the mean."""
+    rng = np.random.default_rng()
+    maps = rng.dirichlet(np.full(T, 0.3), (3, T))
+    silent, part = np.zeros((T, T)), maps[1].copy()
+    part[5] = 0
+    found, whole = of_maps(maps[0], silent, part), of_maps(maps[0], part)
+    for name, values in found.items():
+        assert np.isnan(values[1]), name
+        assert np.allclose(values[[0, 2]], whole[name]), name
+    rest = np.delete(np.arange(T), 5)
+    assert whole["entropy"][1] == pytest.approx(np.mean([entropy(maps[1][query], base=T) for query in rest]))
+    assert whole["self_share"][1] == pytest.approx(np.diag(maps[1])[rest].mean())
+    assert whole["same_for_queries"][1] == pytest.approx(
+        np.mean([1 - abs(maps[1][query] - maps[1][rest].mean(0)).sum() / 2 for query in rest])
+    )
+
+
 def test_statistics_against_scipy():
     rng = np.random.default_rng()
     maps, before = rng.dirichlet(np.full(T, 0.3), (2, 3, T))
@@ -124,6 +142,12 @@ def test_table_has_intervals_over_images():
         expected = (of_images.mean(), of_images.mean() - half, of_images.mean() + half)
         assert (row["mean"], row["low"], row["high"]) == pytest.approx(expected) and row["images"] == 30
     pairs = table.loc["same_for_images", 1, 1]  # each image in one pair only, so that the pairs are independent
+    values["entropy"][:10, 0, 1] = values["entropy"][:, 1] = np.nan  # a head silent in some images; a silent level
+    table = tabulate({("a", TRAINED): values}).set_index(["statistic", "level", "head"])
+    row, left = table.loc["entropy", 1, 2], values["entropy"][10:, 0, 1]
+    assert row["mean"] == pytest.approx(left.mean())
+    assert row["high"] == pytest.approx(left.mean() + 1.959964 * left.std(ddof=1) / math.sqrt(20))
+    assert np.isnan(table.loc["entropy", 2, "all"]["mean"])
     assert pairs["images"] == 15 and pairs["mean"] == pytest.approx(values["same_for_images"][1::2, 0, 0].mean())
 
 

@@ -120,6 +120,12 @@ BAD = {
         lambda folder: change(annotated(folder, "val"), lambda content: content["annotations"][0].update(image_id=70)),
         "annotation 0 is of image 70, which is not in",
     ),
+    "categories with one id": (
+        lambda folder: change(
+            annotated(folder), lambda content: content["categories"].append(content["categories"][0])
+        ),
+        "instances_train.json has categories with the same id",
+    ),
     "other categories": (
         lambda folder: change(annotated(folder, "val"), rename_categories),
         "instances_val.json has other categories",

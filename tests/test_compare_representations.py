@@ -13,6 +13,7 @@ from scipy.linalg import subspace_angles
 
 from training import fit
 from interpretability.common.features import images_per_pass, level_features
+from interpretability.common.recorder import record
 from interpretability.common.similarity import linear_cka, main_directions, svcca, unbiased_hsic
 from interpretability.common.trained import TrainedRun
 from interpretability.compare_representations import Similarity, draw, draw_images, draw_matrix, measure, number
@@ -154,13 +155,19 @@ def test_tokens_of_bdh(images):
     assert torch.allclose(model.head(layer_norm(plain)), model(images), atol=1e-5)
 
 
+@pytest.mark.parametrize("fields", [{}, dict(residual="scaled_pre"), dict(blocks_after=1)], ids=str)
 @torch.no_grad()
-def test_a_weighted_mean_is_read_with_its_weights(images):
-    model = with_large_weights(v2_config(pool="seq", **SIZES).build())
+def test_a_weighted_mean_is_read_with_its_weights(fields, images):
+    model = with_large_weights(v2_config(pool="seq", **SIZES, **fields).build())
     assert model.pool_query.abs().max() > 0
     read, mean = (level_features(model, images, tokens, False)[-1] for tokens in ("read", "mean"))
-    assert torch.allclose(model.head(layer_norm(read)), model(images), atol=1e-5)
-    assert not torch.allclose(model.head(layer_norm(mean)), model(images), atol=1e-2)
+    with record(model, "state") as trace:
+        last = model.tokens(images)
+    state = trace.state(trace.levels[-1])
+    assert torch.allclose(read, (model.pool_weights(last)[:, None] @ state)[:, 0], atol=1e-5)
+    assert not torch.allclose(read, mean, atol=1e-2)
+    if not fields:  # the head reads the stream itself
+        assert torch.allclose(model.head(layer_norm(read)), model(images), atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [v2_config(pool="cls", **SIZES), ViTConfig(mlp_dim=32, **VIT_SIZES)])

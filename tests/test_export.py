@@ -13,9 +13,11 @@ import torch
 from training import UserError
 from interpretability.common.trained import TrainedRun
 from models.baselines import ViTConfig
+from models.bdh_detector import BDHDetectorConfig
 from models.bdh_unet import bdh_unet_config
 from models.export_form import export_form
 from models.language import BDHConfig
+from models.masked_bdh import MaskedBDHConfig
 from models.video_bdh import v4_video_config
 from models.vision_bdh import v1_config, v2_config, v3_config
 from tests.inspecting import check_error, train_unet, with_large_weights
@@ -33,6 +35,8 @@ FORMS = {
     "everything else": v2_config(**SIZES, qk="separate", gate="sigmoid", activation="gelu", attention="softmax"),
     "BDH-UNet": bdh_unet_config(**SIZES, img_size=(32, 40), skips=True, skip_levels=(2, 1)),
     "video": v4_video_config(**SIZES, n_frames=3, in_channels=9, pos_embed=True, pool="cls"),
+    "masked patches": MaskedBDHConfig(**SIZES),
+    "detector": BDHDetectorConfig(**SIZES, img_size=32),
     "ViT": ViTConfig(n_layer=1, n_embd=16, n_head=2, mlp_dim=16),
 }
 
@@ -45,7 +49,7 @@ def test_the_export_form_computes_the_model(name):
     images = torch.rand(3, channels, 32, width, dtype=torch.float64) * 2 - 1
     torch.testing.assert_close(form(images), model(images), atol=1e-11, rtol=1e-9)
     if name != "ViT":  # every weight of a product is a matrix
-        inputs = {"pos_embed", "pos_frame", "cls_token", "encoder.pos_embed"}
+        inputs = {"pos_embed", "pos_frame", "cls_token", "mask_token", "query_tokens", "encoder.pos_embed"}
         stacked = {key for key, value in form.named_parameters() if value.dim() == 3 and "mixing" not in key}
         assert not stacked - inputs
         assert hasattr(model, "encoder")  # the model itself is unchanged

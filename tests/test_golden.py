@@ -19,6 +19,7 @@ def record():
 def test_the_configuration_of_every_script_is_the_recorded_one():
     """But for fields younger than the record, whose defaults change nothing."""
     recorded, now = json.loads(CONFIGURATIONS.read_text()), configurations()
+    assert recorded.keys() == now.keys(), "run `python tests/golden.py --add` for a new script"
     assert {script: {key: now[script].get(key) for key in recorded.get(script, ())} for script in now} == recorded
 
 

@@ -41,8 +41,9 @@ def test_a_saved_model_is_the_same_when_it_is_opened(hub_class, tmp_path):
     opened = hub_class.from_pretrained(tmp_path)
     assert type(opened) is hub_class and isinstance(opened, type(model)) and not opened.training
     assert opened.config == config and torch.equal(run(opened), run(model))
-    card = ModelCard.load(tmp_path / "README.md").data
-    assert card.license == "mit" and card.library_name == "vision-bdh"
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == "mit" and card.data.library_name == "vision-bdh"
+    assert f"{hub_class.__name__}.from_pretrained" in card.text and "arxiv.org/abs/2509.26507" in card.text
 
 
 def test_fields_of_a_later_version_are_passed_over_and_missing_ones_take_their_defaults(tmp_path):

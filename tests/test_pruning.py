@@ -91,6 +91,8 @@ def test_the_most_needed_pairs_are_kept():
 def test_models_and_numbers_that_cannot_be_pruned():
     assert neuron_counts(v2_config()) == list(range(32, 1025, 32))
     assert neuron_counts(v2_config(n_embd=9, n_head=3, mlp_internal_dim_multiplier=4)) == [6, 12]
+    clips = v4_video_config(n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, n_frames=2, in_channels=6)
+    assert neuron_counts(clips) == [8, 12, 16]  # 4 are too few for three axes
     for fields, word in ((dict(attention="softmax"), "attention = softmax"), (dict(qk_norm=True), "qk_norm")):
         with pytest.raises(ValueError, match=word):
             pruned(v2_config(**SIZES, **fields).build(), torch.arange(8).expand(2, -1))

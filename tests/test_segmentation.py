@@ -79,6 +79,13 @@ def test_confusion_matrices_count_each_image_by_truth_and_prediction():
     assert second == [[0, 1, 0], [0, 1, 0], [0, 0, 1]]
 
 
+def test_batches_without_a_labelled_pixel_do_not_count():
+    logits, masks = random_maps()
+    void = (logits, torch.full_like(masks, VOID))
+    assert ratios_of([(logits, masks), void])["miou_batch"] == ratios_of([(logits, masks)])["miou_batch"] > 0
+    assert ratios_of([void])["miou_batch"] == 0
+
+
 def test_batch_miou_is_the_mean_over_the_classes_that_the_masks_hold():
     confusion = torch.tensor([[2, 2, 0], [0, 3, 1], [0, 0, 0]])  # the third class is predicted once, and never there
     assert batch_miou(confusion).item() == pytest.approx((2 / 4 + 3 / 6) / 2)

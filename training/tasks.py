@@ -251,14 +251,16 @@ class Segmentation(OneForward):
     def counts(self, logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
         predicted = at_size_of(masks, logits).argmax(1)
         confusion = confusion_matrices(predicted, masks, len(self.classes.names)).sum(0)
-        of_batch = processes.once(batch_miou(processes.total(confusion)))
-        return {"confusion": confusion, "miou_batch": of_batch, "batches": processes.once(masks.new_ones(()))}
+        of_batch = processes.total(confusion)
+        counts = (of_batch.sum() > 0).long()  # not of a batch that is all void
+        own = {"miou_batch": batch_miou(of_batch), "batches": counts}
+        return {"confusion": confusion} | {name: processes.once(value) for name, value in own.items()}
 
     def ratios(self, sums: dict[str, Any]) -> dict[str, float | None]:
         """`confusion_ratios`, and the mean over batches of `batch_miou`, for comparison with published numbers."""
         ratios = confusion_ratios(sums["confusion"], self.classes.names)
         first = {key: ratios.pop(key) for key in ("miou", "pixel_accuracy")}
-        return {**first, "miou_batch": sums["miou_batch"] / sums["batches"], **ratios}
+        return {**first, "miou_batch": sums["miou_batch"] / max(1, sums["batches"]), **ratios}
 
 
 def at_size_of(masks: Tensor, logits: Tensor) -> Tensor:

@@ -37,10 +37,14 @@ class Look:
 def look_at(run: TrainedRun, index: int, patch: Patch, levels: Iterable[int], show: Show, per_head: bool) -> Look:
     """One test image of a run. levels: from 0. In segmentation, classes are those of most of the patch's pixels.
 
+    The prediction is that of the views that the run was evaluated in, the attention that of the image as it is.
     Raises UserError for an image that does not exist.
     """
     images, labels = run.samples([index])
-    maps, output = attention_maps(run.model, run.pixels(images), patch, run.grid, levels, show, per_head)
+    pixels = run.pixels(images)
+    maps = attention_maps(run.model, pixels, patch, run.grid, levels, show, per_head)
+    with torch.no_grad():
+        output = run.answer(run.model, pixels)
     if run.labels_pixels:
         side = run.sizes.patch_size
         place = tuple(slice(first * side, (first + 1) * side) for first in patch)
@@ -65,8 +69,8 @@ def attention_maps(
     levels: Iterable[int],
     show: Show = "scores",
     per_head: bool = False,
-) -> tuple[dict[int, Tensor], Tensor]:
-    """Attention from a patch to all patches of one image, by level, and the model's output.
+) -> dict[int, Tensor]:
+    """Attention from a patch to all patches of one image, by level.
 
     pixels: (1, C, height, width), the model's input. levels: from 0. Maps are (H, rows, columns), or (1, rows, columns)
     for the mean over heads. show: `scores` as they multiply x in the model (BDH: signed; ViT: softmax weights);
@@ -76,7 +80,7 @@ def attention_maps(
     """
     levels = sorted(set(levels))
     with record(model, "scores", levels=range(levels[-1] + 1) if show == "rollout" else levels) as trace:
-        output = model(pixels)
+        model(pixels)
     if show == "rollout" and len(getattr(trace.adapter.model, "blocks_before", ())):
         raise UserError("rollout would leave out what blocks_before mix before the first level: use --show shares")
     first = trace.adapter.class_tokens
@@ -89,7 +93,7 @@ def attention_maps(
             rows = {level: shares(row) for level, row in rows.items()}
         if not per_head:
             rows = {level: row.mean(0, keepdim=True) for level, row in rows.items()}
-    return {level: row[:, first:].unflatten(-1, grid) for level, row in rows.items()}, output
+    return {level: row[:, first:].unflatten(-1, grid) for level, row in rows.items()}
 
 
 def shares(scores: Tensor) -> Tensor:

@@ -30,14 +30,14 @@ TOKENS_PER_PASS = 8192  # keeps the neurons of one level at 200 MB for v2 at its
 def stream_features(trace: Trace, tokens: Tokens = "mean", normalise: bool = True) -> list[Tensor]:
     """(B, F) float32 for levels 0, 1, ..., from a trace with x and state of all levels.
 
-    tokens: mean over patches; read, the class token if the model has one, the mean weighted as by its pool=seq, else
-    the mean; all, patches concatenated (F = T D). normalise: scale each token to length sqrt(D) first. A transformer's
-    class token is the same for all images at level 0.
+    tokens: mean over patches; read, the class token if the model has one, the mean weighted as its head would weight
+    tokens after that level (pool=seq), else the mean; all, patches concatenated (F = T D). normalise: scale each token
+    to length sqrt(D) first. A transformer's class token is the same for all images at level 0.
     """
     first, features, model = trace.adapter.class_tokens, [], trace.adapter.model
     weighted = tokens == "read" and getattr(model, "pool_query", None) is not None
     for stream in (trace.x(0), *(trace.state(level) for level in trace.levels)):
-        weights = model.pool_weights(stream).float() if weighted else None
+        weights = model.pool_weights(model.finished(stream)).float() if weighted else None
         stream = layer_norm(stream.float()) if normalise else stream.float()
         if weighted:
             features.append((weights[:, None] @ stream)[:, 0])

@@ -9,6 +9,8 @@ import tyro
 from training.config import UserError
 from training.data.finding import Finder, cut_name
 
+SHOWN_PROBLEMS = 20
+
 _WORDS = tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="(required)")
 ImagePaths = Annotated[tuple[Path, ...], tyro.conf.Positional, _WORDS]  # on a command line
 
@@ -42,6 +44,6 @@ def picture_names(files: list[Path]) -> list[str]:
 def raise_for_bad(bad: list[str], n_good: int, done: str) -> None:
     """Raises UserError if images could not be read. bad: a message for each; done: what was done to the others."""
     if bad:
-        more = f"; {len(bad) - 1} more like this" if len(bad) > 1 else ""
-        others = f". The other {n_good} were {done}" if n_good else ""
-        raise UserError(f"{bad[0]}{more}{others}")
+        more = len(bad) - SHOWN_PROBLEMS
+        shown = bad[:SHOWN_PROBLEMS] + [f"and {more:,} more"] * (more > 0)
+        raise UserError("\n".join([*shown, *[f"{done} all the same: {n_good:,}"] * (n_good > 0)]))

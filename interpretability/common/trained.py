@@ -137,6 +137,12 @@ class TrainedRun:
         return (views.segment if self.labels_pixels else views.classify)(predict, images)
 
     @property
+    def views_note(self) -> list[str]:
+        """What a figure has to say that shows answers for each image as it is: nothing if the run is evaluated so."""
+        several = self.train.get("eval_flip") or tuple(self.train.get("eval_scales", (1.0,))) != (1.0,)
+        return ["each image as it is, not in the views that the run was evaluated in"] if several else []
+
+    @property
     def grid(self) -> Grid:
         """Rows and columns of patches."""
         height, width = height_and_width(self.sizes.img_size)

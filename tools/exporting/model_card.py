@@ -47,7 +47,7 @@ USES = {
     "segmentation": ("image-segmentation", "naming the class of every pixel of street or everyday scenes"),
     "detection": ("object-detection", "finding objects of the classes above in images"),
     "pretraining": ("image-feature-extraction", "starting another training from it"),
-    "text": ("text-generation", "continuing English text, byte by byte"),
+    "text": ("text-generation", "continuing text, byte by byte"),
 }
 OTHER_USE = ("other", "the task that it was trained for")
 RECIPE = ("epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "precision", "train_limit", "seed")
@@ -83,7 +83,7 @@ def model_card(folder: Path) -> str:
         f"| data | {f'[{name}]({url})' if url else name} |",
         f"| licence of the data | {licence} |",
         f"| {samples} | {_counts(summary, config)} |",
-        *_results(summary, task),
+        *_results(summary, task, samples),
         f"| weights of | epoch {summary['best']['epoch']} of {summary['epochs']}, {chosen} |",
         f"| training | {', '.join(f'{key} {train[key]}' for key in RECIPE if train.get(key) is not None)} |",
         f"| started from | {_origin(config)} |",
@@ -97,6 +97,8 @@ def model_card(folder: Path) -> str:
         "",
         f"`{EXPORTED}` holds the parameters in bf16 (the results above were measured with float32 weights, before",
         f"rounding, with --precision {train['precision']}), `config.json` every field of the model and its training.",
+        "",
+        "With Python in a checkout of Vision-BDH whose requirements.txt is installed:",
         "",
         "```python",
         "from pathlib import Path",
@@ -130,7 +132,7 @@ def _origin(config: dict[str, Any]) -> str:
     return origin.get("file", "random weights")
 
 
-def _results(summary: dict[str, Any], task: str) -> list[str]:
+def _results(summary: dict[str, Any], task: str, samples: str) -> list[str]:
     """Rows with the test result, or the best validation result where the data have no test part."""
     part, prefix = ("test", "") if summary["test"] else ("val", "val_")
     values = summary["test"] or summary["best"]
@@ -141,7 +143,7 @@ def _results(summary: dict[str, Any], task: str) -> list[str]:
     interval = ""
     if metric.key == "accuracy" and n and part == "test":  # the best of many epochs has no such interval
         low, high = accuracy_interval(round(value * n), n)
-        interval = f" (95 % interval over test images: {metric.number(low)} to {metric.number(high)})"
+        interval = f" (95 % interval over test {samples}: {metric.number(low)} to {metric.number(high)})"
     if views := views_text(summary, task):
         interval += f", {views}"
     where = "test" if part == "test" else "best validation"

@@ -159,6 +159,8 @@ def find_scenes(folder: Path) -> SceneFiles:
     if not first:
         raise UserError(f"{file} has no categories: name the classes there")
     for part, theirs in categories.items():
+        if len(theirs) < len(read[part]["categories"]):
+            raise UserError(f"{places[part][1]} has categories with the same id: give each its own")
         if theirs != first:
             raise UserError(f"{places[part][1]} has other categories than {file}: give both the same")
     labels = {category: label for label, category in enumerate(sorted(first))}

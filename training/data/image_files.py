@@ -97,6 +97,8 @@ def why_unreadable(error: Exception) -> str:
     """The reason on one line, without errno."""
     if isinstance(error, UnidentifiedImageError):  # its message only repeats the path
         return "not an image format"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million pixels"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
