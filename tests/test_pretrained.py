@@ -124,6 +124,7 @@ def test_a_pruned_model_does_not_replace_the_whole_one(experiment, call_script, 
 
 STORED = [  # what a run's files say, and what its card says then
     ({"config": {"eval_flip": True}, "summary": {"eval_flip": True}}, "mean logits of each image and its mirror image"),
+    ({"config": {}, "summary": {"eval_full_size": True}}, "), masks at their original size |"),
     ({"config": {"train_val": True}}, ", the last one |"),
     ({"config": {"precision": "bf16"}}, "before rounding, with --precision bf16)"),
     (

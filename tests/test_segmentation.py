@@ -20,6 +20,7 @@ from training.data.masks import find_masks
 from training.data.segmentation import MaskBatches
 from training.metrics import Sums, batch_miou, confusion_matrices, metric_of
 from training.tasks import at_size_of, dice_loss, median_frequencies, pixel_cross_entropy
+from training.views import views_used
 
 VOID = CAMVID.void
 TRAIN = dict(epochs=1, batch_size=4, learning_rate=1e-3, weight_decay=0.0)
@@ -77,6 +78,11 @@ def test_confusion_matrices_count_each_image_by_truth_and_prediction():
     first, second = confusion_matrices(predicted, truth, 3).tolist()
     assert first == [[1, 1, 0], [0, 1, 0], [1, 0, 1]]
     assert second == [[0, 1, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_the_summary_says_what_masks_were_counted():
+    assert views_used(make_config(eval_full_size=True, eval_flip=True)) == {"eval_flip": True, "eval_full_size": True}
+    assert views_used(make_config()) == {}
 
 
 def test_batches_without_a_labelled_pixel_do_not_count():

@@ -79,8 +79,11 @@ def views_of(model: Any, scales: Sequence[float], flip: bool) -> Views:
 
 
 def views_used(train: TrainConfig) -> dict[str, Any]:
-    """What summary.json says of the views: nothing if the results are those of the images as they are."""
-    used: dict[str, Any] = {"eval_flip": True} if getattr(train, "eval_flip", False) else {}
+    """What summary.json says of the views: nothing if the results are those of the images as they are.
+
+    Of masks also, whether they were counted at their original size.
+    """
+    used: dict[str, Any] = {name: True for name in ("eval_flip", "eval_full_size") if getattr(train, name, False)}
     scales = getattr(train, "eval_scales", (1.0,))
     return used | ({} if scales == (1.0,) else {"eval_scales": list(scales)})
 
@@ -88,11 +91,13 @@ def views_used(train: TrainConfig) -> dict[str, Any]:
 def views_text(summary: dict[str, Any], task: str) -> str:
     """The views that the results in summary.json are those of; empty for the images as they are."""
     flip, scales = summary.get("eval_flip"), summary.get("eval_scales")
+    of_masks = "masks at their original size" if summary.get("eval_full_size") else ""
     if not flip and not scales:
-        return ""
+        return of_masks
     answers = "class probabilities" if task == "segmentation" else "logits"
     at_scales = f" at scales {', '.join(f'{scale:g}' for scale in scales)}" if scales else ""
-    return f"mean {answers} of each image{' and its mirror image' if flip else ''}{at_scales}"
+    mean = f"mean {answers} of each image{' and its mirror image' if flip else ''}{at_scales}"
+    return ", ".join(filter(None, (mean, of_masks)))
 
 
 def check_train_sizes(model: Any, sizes: Sequence[int]) -> None:
