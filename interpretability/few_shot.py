@@ -110,8 +110,9 @@ def new_classes(run: TrainedRun, dataset: str, data_dir: Path | None) -> DataSet
     if found.train_images.shape[1:] != (sizes.in_channels, sizes.img_size, sizes.img_size):
         shapes = [" x ".join(map(str, shape)) for shape in (found.train_images.shape[1:], run_shape(run))]
         raise UserError(f"{dataset} has images of {shapes[0]}, and {run.checkpoint} reads {shapes[1]}: give other ones")
-    known = set() if isinstance(run.model, MaskedBDH) else set(run.config["data"].get("class_names", ()))
-    if shared := sorted(known.intersection(found.class_names)):
+    names = () if isinstance(run.model, MaskedBDH) else run.config["data"].get("class_names", ())
+    known = {name.casefold() for name in names}
+    if shared := sorted(name for name in found.class_names if name.casefold() in known):
         more = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
         raise UserError(
             f"{run.checkpoint} was trained on the class {shared[0]}{more} of {dataset}: few-shot learning is about new "

@@ -152,7 +152,7 @@ def _filter(weights: dict[str, Tensor], model: TimmVisionBDH) -> dict[str, Tenso
     """Weights in float32, in which timm adapts them, with learned positions for the model's size of images."""
     weights = {name: value.float() for name, value in weights.items()}
     positions = weights.get("pos_embed")
-    if positions is not None and positions.shape[1:] != model.pos_embed.shape[1:]:
+    if positions is not None and model.config.pos_embed and positions.shape[1:] != model.pos_embed.shape[1:]:
         _, *size = model.pretrained_cfg["input_size"]
         before = tuple(side // model.config.patch_size for side in size)
         weights = weights | {"pos_embed": interpolate_positions(positions, before, model.config.grid)}

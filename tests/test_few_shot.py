@@ -245,6 +245,9 @@ def test_new_data_are_not_looked_for_among_the_runs_own_images(experiment, data_
     fit(trial)
     monkeypatch.setenv("VISION_BDH_DATA", str(data_dir))
     assert few_shot.new_classes(TrainedRun(trial.folder, own), "cifar100", own).name == "cifar100"
+    same = write_photos(tmp_path / "same", 6, classes=("N02", "n04"))
+    with pytest.raises(UserError, match="trained on the class N02 of"):
+        few_shot.new_classes(TrainedRun(trial.folder, own), str(same), own)
 
 
 def test_runs_of_one_name(runs, photos, call_script, data_dir, capsys):

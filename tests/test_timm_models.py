@@ -31,6 +31,11 @@ def trained(experiment_in, tmp_path_factory):
     return name, load_model(target)[0]
 
 
+def test_a_model_without_positions_does_not_take_weights_that_have_some(trained):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*pos_embed"):
+        timm.create_model(trained[0], pretrained=True, pos_embed=False)
+
+
 def test_pretrained_weights_give_the_projects_logits(trained):
     name, ours = trained
     images = torch.randn(5, 3, 32, 32)
