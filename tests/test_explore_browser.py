@@ -234,6 +234,17 @@ def test_shares(visit, opened_runs):
     expect(page.locator("#about-scores")).to_contain_text("sum to 1")
 
 
+def test_what_is_chosen_is_shown_after_going_back(visit):
+    page = visit()
+    page.locator("#show label").nth(1).click()
+    expect(page.locator("#unit")).to_contain_text("share")
+    page.goto("data:text/html,elsewhere")
+    page.go_back()
+    expect(page.locator("#strongest li")).to_have_count(3)
+    chosen = page.locator("#show input:checked").get_attribute("value")
+    expect(page.locator("#unit")).to_contain_text({"shares": "share", "scores": "raw score"}[chosen])
+
+
 def test_class_token(visit, opened_runs):
     page, run = visit("vit"), opened_runs["vit"]
     scores = traced_scores(traced(run, IMAGES[0])[0])[2].mean(0)

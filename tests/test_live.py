@@ -141,8 +141,11 @@ def test_images_are_cropped_as_for_the_runs_own_validation(visit, runs, photos):
 def test_a_file_that_is_no_image_is_named_and_the_others_are_shown(visit, photos):
     page = visit("separate")
     page.set_input_files("#files", [photos / "text.png", photos / "own.png"])
-    expect(page.locator("#own-says")).to_have_text("text.png is not an image this browser reads")
+    expect(page.locator("#own-says")).to_have_text("1 added at the end; text.png is not an image this browser reads")
     expect(page.locator("#stage-title")).to_have_text("own.png")
+    before = page.evaluate("data.images.length")
+    page.set_input_files("#files", [photos / "own.png"])  # the same again
+    page.wait_for_function("(before) => data.images.length === before + 1", arg=before)
 
 
 def test_a_page_without_the_model_says_nothing_of_own_images(runs, tmp_path, browser):

@@ -1,6 +1,7 @@
 """Images read in every epoch: crops of the original, centre crops, ImageNet's folders, and the worker processes."""
 
 import functools
+import io
 import multiprocessing
 import os
 import signal
@@ -315,6 +316,35 @@ def damaged_tar(folder):
     (folder / "train-000001.tar").write_bytes(b"no tar file" * 100)
 
 
+def bad_header(folder):
+    """Of the third sample: tarfile takes it for the end of the archive."""
+    path = folder / "train-000001.tar"
+    with tarfile.open(path) as tar:
+        place = tar.getmembers()[4].offset
+    content = path.read_bytes()
+    path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+
+
+def cut_between_samples(folder):
+    path = folder / "train-000001.tar"
+    with tarfile.open(path) as tar:
+        place = tar.getmembers()[4].offset
+    path.write_bytes(path.read_bytes()[:place])
+
+
+def wild_class(folder):
+    with tarfile.open(folder / "train-000001.tar", "w") as tar:
+        tar.add(__file__, "n01/5.jpg")
+        entry = tarfile.TarInfo("n01/5.cls")
+        entry.size = 30
+        tar.addfile(entry, io.BytesIO(b"9" * 30))
+
+
+def named_like_validation(folder):
+    (folder / "train-000001.tar").unlink()
+    (folder / "train-000001.tar").symlink_to(folder / "val-000000.tar")
+
+
 def without_a_class(folder):
     with tarfile.open(folder / "train-000001.tar", "w") as tar:
         tar.add(__file__, "n01/5.jpg")
@@ -343,6 +373,10 @@ def another_class(folder):
     [
         (lambda folder: (folder / "train-000003.tar").unlink(), r"train-000003\.tar is missing: name"),
         (damaged_tar, r"train-000001\.tar cannot be read as an uncompressed tar file"),
+        (bad_header, r"train-000001\.tar cannot be read as .* \(damaged or cut off at byte \d"),
+        (cut_between_samples, r"train-000001\.tar cannot be read as .* \(damaged or cut off at byte \d"),
+        (wild_class, r"train-000001\.tar: n01/5 has class 9{20}\.\.\., far above any class"),
+        (named_like_validation, r"val-000000\.tar is named as training data, but val\*\.tar are the val part"),
         (without_a_class, r"train-000001\.tar: n01/5 has no class"),
         (two_images, r"train-000001\.tar: n01/5 has two images: "),
         (damaged_image, r"train-000001\.tar:n0\d/\d+\.jpg cannot be read as an image"),

@@ -20,6 +20,7 @@ from training.data.image_files import ImageFiles, check_channels, open_image
 
 PARTS = ("train", "val", "test")
 EXAMPLE = "--data-dir 'DIR/train-{000000..001023}.tar'"
+MOST_DIGITS = 6  # of a class: all classes up to the largest get a name
 SAMPLE = "each image NAME.jpg needs NAME.cls, the number of its class from 0, beside it in the tar file"
 
 Split = Callable[[str], tuple[str | None, str | None]]  # a name to its key and its endings, of the webdataset package
@@ -88,6 +89,13 @@ def find_tars(data_dir: Path, expand: Callable[[str], list[str]]) -> dict[str, l
     if missing := [path for path in tars["train"] if not path.is_file()]:
         others = f", and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{missing[0]} is missing{others}: name files that exist with {EXAMPLE}")
+    training = {path.resolve() for path in tars["train"]}
+    for part in PARTS[1:]:
+        if both := [path for path in tars[part] if path.resolve() in training]:
+            raise UserError(
+                f"{both[0]} is named as training data, but {part}*.tar are the {part} part: name it train*.tar, or "
+                "leave it out of --data-dir"
+            )
     return tars
 
 
@@ -130,9 +138,16 @@ def _samples(path: Path, split: Split) -> Iterator[tuple[tuple[int, int, str], i
                 label = tar.extractfile(member).read().strip()
         if key is not None:
             yield _complete(path, key, image, label)
+        end = tar.offset
+    with path.open("rb") as file:  # where tarfile found no further header, it may be damaged or cut off
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"damaged or cut off at byte {end:,}")
 
 
 def _complete(path: Path, key: str, image: tuple[int, int, str] | None, label: bytes | None) -> tuple:
     if image is None or label is None or not label.isdigit():
         raise UserError(f"{path}: {printable(key)} has {'no image' if image is None else 'no class'}: {SAMPLE}")
+    if len(label) > MOST_DIGITS:
+        raise UserError(f"{path}: {printable(key)} has class {label[:20].decode()}..., far above any class: {SAMPLE}")
     return image, int(label)

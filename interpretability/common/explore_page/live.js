@@ -141,11 +141,14 @@ async function addImage(file) {
   data.images.push({ name: file.name, png, label: null, levels: levelsOf(found), neurons: { scales } });
   const place = data.images.length - 1;
   loaded.set(place, Promise.resolve(numbersOf(found)));
-  addThumb(data.images[place], place).querySelector("input").checked = true;
+  const thumb = addThumb(data.images[place], place);
+  thumb.querySelector("input").checked = true;
+  thumb.scrollIntoView({ block: "nearest", inline: "nearest" });
   return showImage(place);
 }
 
 async function addImages(files) {
+  if (!files.length) return;
   find("own-says").textContent = "the model is running \u2026";
   const bad = [];
   for (const file of files) {
@@ -155,11 +158,15 @@ async function addImages(files) {
       bad.push(error.name === "InvalidStateError" ? `${file.name} is not an image this browser reads` : `${error}`);
     }
   }
-  find("own-says").textContent = bad.join("; ") || `${files.length} added at the end`;
+  const added = files.length - bad.length;
+  find("own-says").textContent = [...(added ? [`${added} added at the end`] : []), ...bad].join("; ");
 }
 
 find("own").hidden = false;
-find("files").addEventListener("change", (event) => addImages([...event.target.files]));
+find("files").addEventListener("change", (event) => {
+  addImages([...event.target.files]);
+  event.target.value = ""; // so that the same file may be chosen again
+});
 document.addEventListener("dragover", (event) => event.preventDefault());
 document.addEventListener("drop", (event) => {
   event.preventDefault();
