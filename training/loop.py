@@ -107,8 +107,8 @@ def _resume(experiment: Experiment, run: Run, trackers: Trackers) -> Session:
     state = processes.from_main(lambda: run.load_checkpoint(session.model))
     session.load_state(state)
     is_best = session.best is not None and session.progress is None and session.best["epoch"] == session.epoch
-    replaced = session.best is not None and not is_best  # by a later epoch's weights, or lost
-    if replaced and processes.from_main(lambda: run.load_best()["epoch"]) > session.epoch:
+    only_in_file = session.best is not None and not is_best  # not in the checkpoint
+    if only_in_file and processes.from_main(lambda: run.load_best()["epoch"]) > session.epoch:
         session.best = None  # its weights were replaced in epochs that are lost with last.pt: chosen anew from here on
     trackers.connect(config.get("run_id"))
     run.restore_metrics(session.epoch, session.history)

@@ -251,10 +251,12 @@ class Segmentation(OneForward):
     def counts(self, logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
         predicted = at_size_of(masks, logits).argmax(1)
         confusion = confusion_matrices(predicted, masks, len(self.classes.names)).sum(0)
-        of_batch = processes.total(confusion)
-        counts = (of_batch.sum() > 0).long()  # not of a batch that is all void
-        own = {"miou_batch": batch_miou(of_batch), "batches": counts}
-        return {"confusion": confusion} | {name: processes.once(value) for name, value in own.items()}
+        of_all = processes.total(confusion)
+        return {
+            "confusion": confusion,
+            "miou_batch": processes.once(batch_miou(of_all)),
+            "batches": processes.once((of_all.sum() > 0).long()),  # one that is all void does not count
+        }
 
     def ratios(self, sums: dict[str, Any]) -> dict[str, float | None]:
         """`confusion_ratios`, and the mean over batches of `batch_miou`, for comparison with published numbers."""

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from training.config import UserError
-from training.data.finding import Finder, cut_name
+from training.data.finding import Finder, cut_name, first_ones
 
 SHOWN_PROBLEMS = 20
 
@@ -44,6 +44,5 @@ def picture_names(files: list[Path]) -> list[str]:
 def raise_for_bad(bad: list[str], n_good: int, done: str) -> None:
     """Raises UserError if images could not be read. bad: a message for each; done: what was done to the others."""
     if bad:
-        more = len(bad) - SHOWN_PROBLEMS
-        shown = bad[:SHOWN_PROBLEMS] + [f"and {more:,} more"] * (more > 0)
-        raise UserError("\n".join([*shown, *[f"{done} all the same: {n_good:,}"] * (n_good > 0)]))
+        others = [f"{done} all the same: {n_good:,}"] if n_good else []
+        raise UserError("\n".join([*first_ones(bad, SHOWN_PROBLEMS), *others]))

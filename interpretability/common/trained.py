@@ -31,7 +31,7 @@ from training.device import prepare_device
 from training.experiment import changed_fields
 from training.runs import Run, load_model
 from training.stored import EXPORTED, configuration_of, task_of
-from training.views import Predict, views_of
+from training.views import Predict, Views, views_of
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 LONGEST_STEM = 150  # bytes; file systems allow names of 255, and scripts add their own words
@@ -132,15 +132,18 @@ class TrainedRun:
 
         at_scales: in those of other sizes, too.
         """
-        scales = self.train.get("eval_scales", (1.0,)) if at_scales else (1.0,)
-        views = views_of(self.sizes, scales, self.train.get("eval_flip", False))
+        views = self._views(at_scales)
         return (views.segment if self.labels_pixels else views.classify)(predict, images)
+
+    def _views(self, at_scales: bool = True) -> Views:
+        scales = self.train.get("eval_scales", (1.0,)) if at_scales else (1.0,)
+        return views_of(self.sizes, scales, self.train.get("eval_flip", False))
 
     @property
     def views_note(self) -> list[str]:
         """What a figure has to say that shows answers for each image as it is: nothing if the run is evaluated so."""
-        several = self.train.get("eval_flip") or tuple(self.train.get("eval_scales", (1.0,))) != (1.0,)
-        return ["each image as it is, not in the views that the run was evaluated in"] if several else []
+        plain = self._views() == Views()
+        return [] if plain else ["each image as it is, not in the views that the run was evaluated in"]
 
     @property
     def grid(self) -> Grid:

@@ -147,6 +147,12 @@ def count(n: int, what: str, several: str | None = None) -> str:
     return f"{n:,} {what if n == 1 else several or what + 's'}"
 
 
+def first_ones(messages: list[str], n: int) -> list[str]:
+    """The first n messages, and a last one that says how many more there are."""
+    more = len(messages) - n
+    return [*messages[:n], f"and {more:,} more"] if more > 0 else messages
+
+
 def _bytes(name: str) -> bytes:
     """The bytes of a file name, UTF-8 where they are; os.fsencode depends on the locale."""
     return name.encode("utf-8", errors=sys.getfilesystemencodeerrors())

@@ -18,6 +18,7 @@ from models.vision_bdh import ImageSize, height_and_width
 from training.augment import JointTransform, normalise
 from training.config import SegmentationConfig, UserError
 from training.data.classes import CLASSES
+from training.data.finding import first_ones
 from training.data.image_files import UnreadableImage
 from training.data.mask_files import BadFile, MaskFiles, Pair, mask_shape, read_image
 from training.data.streaming import Key, Reader
@@ -142,11 +143,10 @@ def read_pair(pair: Pair, files: MaskFiles) -> tuple[np.ndarray, np.ndarray]:
 def refuse(problems: list[str], name: str) -> None:
     """Raises UserError with the first problems, if there are any."""
     if problems:
-        more = len(problems) - SHOWN_PROBLEMS
-        shown = problems[:SHOWN_PROBLEMS] + [f"and {more} more"] * (more > 0)
         check = f"; python tools/verify_camvid.py{f' --dataset {name}' if name != 'camvid' else ''} lists all"
         check = check if name in CLASSES else ""
-        raise UserError(f"{len(problems)} of the files of {name} cannot be used{check}\n" + "\n".join(shown))
+        title = f"{len(problems)} of the files of {name} cannot be used{check}"
+        raise UserError("\n".join([title, *first_ones(problems, SHOWN_PROBLEMS)]))
 
 
 class _Samples(Dataset):

@@ -138,11 +138,9 @@ def _samples(path: Path, split: Split) -> Iterator[tuple[tuple[int, int, str], i
                 label = tar.extractfile(member).read().strip()
         if key is not None:
             yield _complete(path, key, image, label)
-        end = tar.offset
-    with path.open("rb") as file:  # where tarfile found no further header, it may be damaged or cut off
-        file.seek(end)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"damaged or cut off at byte {end:,}")
+        tar.fileobj.seek(tar.offset)  # where tarfile found no further header, it may be damaged or cut off
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset:,}")
 
 
 def _complete(path: Path, key: str, image: tuple[int, int, str] | None, label: bytes | None) -> tuple:
