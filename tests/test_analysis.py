@@ -1,8 +1,10 @@
 """Tables and figures of made-up runs."""
 
 import json
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
@@ -11,7 +13,7 @@ from training import UserError
 from analysis.analyze import analyze, by_task, draw_curves, draw_final, write_results
 from analysis.plotting.curves import labels_of
 from analysis.plotting.style import plain_text
-from analysis.reading import find_runs, make_rows, read_runs
+from analysis.reading import RunFiles, find_runs, make_rows, read_runs
 from tests.pictures import check_picture
 from tests.trials import markdown_rows, read_table
 
@@ -83,6 +85,18 @@ def test_the_best_epoch_is_the_one_that_was_tested(make_run, tmp_path):
     (line,) = read_table(tables_of([folder], tmp_path)[-1])
     assert float(line["best_epoch_median"]) == other
     assert float(line["best_val_accuracy_mean"]) == rows[other - 1]["val_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "losses", "best"),
+    [
+        ("accuracy", [0.5, 0.7, 0.7], [1.0, 0.9, 0.8], 3),  # of equals the one of lower loss
+        ("bits_per_byte", [3.0, 2.0, 2.5], [3.0, 2.0, 2.5], 2),  # lower is better
+    ],
+)
+def test_the_best_epoch_of_a_run_without_a_summary(metric, values, losses, best):
+    epochs = pd.DataFrame({"val_loss": losses, f"val_{metric}": values}, index=[1, 2, 3])
+    assert RunFiles(Path(), {"config": {"train": {}}}, epochs, None).best_epoch == best
 
 
 def test_different_configs_are_separate_rows(make_run, tmp_path):

@@ -279,6 +279,13 @@ def test_non_square_training_size():
         model(torch.randn(1, 3, 36, 32))
 
 
+def test_positions_on_a_smaller_grid_are_antialiased():
+    positions = torch.randn(1, 12, 8)
+    as_map = positions.mT.unflatten(-1, (3, 4))
+    expected = torch.nn.functional.interpolate(as_map, size=(5, 2), mode="bicubic", antialias=True)
+    assert torch.equal(interpolate_positions(positions, (3, 4), (5, 2)), expected.flatten(2).mT)
+
+
 def test_positions_are_interpolated_as_a_map():
     rows, columns = torch.meshgrid(torch.linspace(0, 1, 6), torch.linspace(0, 1, 8), indexing="ij")
     positions = torch.stack((rows, columns)).flatten(1).T[None]  # (1, 48, 2): each holds its own place

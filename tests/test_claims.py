@@ -258,6 +258,12 @@ def test_several_processes_count_if_batchnorm_sees_the_whole_batch(script, sync_
     assert reasons == ([] if counts else ["BatchNorm saw shares of the batch (several processes)"])
 
 
+def test_a_run_that_went_on_in_several_processes_is_one_of_several(results):
+    run = read_run(write_run(results / "several" / "seed0", "train_resnet20_cifar100.py"))
+    run.config["resumed_on"] = [run.config["hardware"] | {"processes": 4}]
+    assert run.normalised_shares
+
+
 def test_a_script_that_was_changed_makes_no_reproductions(results):
     """The run agrees with the script of today, and not with what was published."""
     run = read_run(write_run(results / "v2_cifar10" / "seed0", V2, "--epochs 5"))

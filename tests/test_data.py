@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torchvision
+from sklearn.datasets import load_digits
 
 from training import fit
 from training.config import ROOT, UserError
@@ -272,6 +273,8 @@ def test_digits():
     assert len(dataset.train_labels) + len(dataset.test_labels) == 1797
     assert dataset.train_images.dtype == dataset.test_images.dtype == np.uint8
     assert dataset.train_images.min() == 0 and dataset.train_images.max() == 255
+    pixels = np.concatenate((dataset.train_images, dataset.test_images))
+    assert pixels.mean() == pytest.approx(load_digits().images.mean() * 255 / 16, abs=0.1)  # grey values of 0 to 16
     assert dataset.train_labels.dtype == dataset.test_labels.dtype == np.int64
     assert dataset.class_names == tuple("0123456789")
     # about a fifth of each class is the test part

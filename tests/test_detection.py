@@ -191,6 +191,14 @@ def test_average_precision_is_as_defined(seed):
     assert ratios["map"] == pytest.approx(np.mean(every), abs=1e-9) and 0.1 < ratios["map"] < ratios["ap50"] < 0.95
 
 
+def test_what_is_said_is_the_last_layers_and_nothing_takes_its_share():
+    """Of each query the surest class, its probability with "no object" among the classes, and its box."""
+    outputs, _ = made_up()
+    found, sure = predictions(Detections(*outputs)), outputs[0][:, -1].softmax(-1)[..., :-1]
+    assert torch.equal(found[..., 0], sure.argmax(-1).float()) and torch.allclose(found[..., 1], sure.amax(-1))
+    assert torch.equal(found[..., 2:], outputs[1][:, -1])
+
+
 def test_perfect_empty_and_crowded():
     _, truth = made_up(n_images=8, n_classes=3)
     perfect = torch.cat((truth[..., :1].clamp(min=0), (truth[..., :1] >= 0).float(), truth[..., 1:5]), dim=-1)
@@ -218,6 +226,18 @@ def test_outputs_and_sizes():
         assert outputs.boxes.dtype == torch.float32 and ((outputs.boxes > 0) & (outputs.boxes < 1)).all()
     assert outputs.logits.softmax(-1)[..., -1].mean() > 0.7  # it starts with nothing found
     assert flop_of(model.config) > flop_of(dataclasses.replace(model.config, decoder_layers=1)) > 1e6
+
+
+def test_a_layer_of_the_decoder_normalises_before_each_part():
+    torch.manual_seed(0)
+    model = v4_detector_config(**SIZE | dict(decoder_layers=1), img_size=32, n_queries=3).build().eval()
+    layer, tokens = model.layers[0], torch.randn(2, 16, SIZE["n_embd"])
+    x = queries = model.query_tokens.expand(2, -1, -1)
+    one = layer.norm1(x)
+    x = x + layer.self_attn(one, one, one)[0]
+    x = x + layer.multihead_attn(layer.norm2(x), tokens, tokens)[0]
+    x = x + layer.linear2(layer.linear1(layer.norm3(x)).relu())
+    assert torch.allclose(layer(queries, tokens), x, atol=1e-5)
 
 
 def test_positions():

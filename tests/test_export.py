@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from training import UserError
+from analysis.tables import accuracy_interval
 from interpretability.common.trained import TrainedRun
 from models.baselines import ViTConfig
 from models.bdh_detector import BDHDetectorConfig
@@ -22,7 +23,7 @@ from models.video_bdh import v4_video_config
 from models.vision_bdh import v1_config, v2_config, v3_config
 from tests.inspecting import check_error, train_unet, with_large_weights
 from tools.exporting import programs
-from tools.exporting.evaluation import score
+from tools.exporting.evaluation import Score, score
 from tools.exporting.programs import difference, onnx_answer, onnx_session, write_int8, write_onnx, write_torch
 from training.loop import fit
 from training.runs import load_model
@@ -141,6 +142,10 @@ def test_a_file_that_computes_something_else_is_not_left(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------- the script
+
+
+def test_the_interval_of_a_score_is_that_of_its_number_of_images():
+    assert Score("accuracy", 0.75, 40, "test").interval == accuracy_interval(30, 40)
 
 
 def test_the_script_tests_what_it_writes(experiment, call_script, capsys):

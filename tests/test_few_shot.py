@@ -188,6 +188,24 @@ def test_untrained_model_has_the_runs_first_weights(runs):
     assert all(torch.equal(value, first[name]) for name, value in found.items())
 
 
+def test_untrained_weights_are_drawn_from_the_runs_seed(experiment):
+    trial = experiment("other seed", epochs=1, seed=1, options=dict(keep_every=1))
+    fit(trial)
+    first = load_model(trial.folder / "epoch_000.pt")[0].state_dict()
+    found = TrainedRun(trial.folder).untrained_model().state_dict()
+    assert all(torch.equal(value, first[name]) for name, value in found.items())
+
+
+def test_the_mean_that_is_subtracted_is_of_training_images(runs, photos, data_dir, monkeypatch):
+    bases, measure = [], few_shot.measure
+    monkeypatch.setattr(few_shot, "measure", lambda new, base, *rest: bases.append(base) or measure(new, base, *rest))
+    run = TrainedRun(runs[0], data_dir)
+    options = Options(dataset=str(photos), way=3, queries=2, shots=(1,), episodes=2, untrained=False)
+    few_shot.measure_all({"bdh": run}, options)
+    seen = [images.flatten(1) for images, _ in run.training_batches(run.choose_training_images(2000))]
+    assert torch.equal(bases[0], torch.cat(seen))
+
+
 def test_script(runs, photos, experiment, call_script, data_dir, tmp_path, capsys):
     """Three kinds of models in one table, on the same episodes: the photographs' colours are easy for raw pixels."""
     runs = [*runs, train_masked(experiment)]

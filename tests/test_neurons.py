@@ -52,6 +52,12 @@ def test_planted_neurons_in_the_tables(planted):
     assert level_table(planted, chance=0.001)["index_beats"].item() == 0  # no p of 199 shuffles is below 1 / 200
 
 
+def test_shuffled_labels_are_described_by_medians(planted):
+    (_, null), (row,) = planted.by_level[0], level_table(planted, chance=0.01).to_dict("records")
+    assert row["index_shuffled"] == np.nanmedian(null.index) and row["auroc_shuffled"] == np.nanmedian(null.auroc)
+    assert np.nanmedian(null.index) < np.nanmax(null.index)
+
+
 def test_few_patches_make_no_neuron_of_one_class():
     """Six are kept, and only the five images of class 0 excite those that are active for it alone."""
     responses = collect(planted_model(), batches(planted_images(LABELS), LABELS, size=20), "x_sparse", k=6)

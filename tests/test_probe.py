@@ -163,6 +163,26 @@ def test_intervals_are_wilsons_and_those_of_gains_are_paired():
     assert table.gain[:, 0].isna().all() and np.isnan(table.gain["readout", 1])
 
 
+def test_a_gain_is_over_the_level_below():
+    rng = np.random.default_rng()
+    test = planted(rng, 100, 1e-3)
+    test.readout = np.stack([*test.readout, test.labels])  # 0, 0.5 and 1 of the images are right
+    table = accuracies(planted(rng, 80, 1e-3), test).set_index(["method", "level"])
+    assert table.gain["readout", 3] == pytest.approx(0.5)
+
+
+def test_features_are_scaled_by_what_the_training_images_have():
+    """In new images the second feature is far smaller than in those that the probe learned from, and means nothing."""
+    rng = np.random.default_rng()
+    labels = np.arange(40) % 2
+    noise = np.where(labels == 1, 0.01, 1.0) * rng.choice([-1, 1], 40) * rng.uniform(0.5, 1.5, 40)
+    known, new = (
+        Pass([np.stack((2.0 * labels - 1, second), 1)], labels, np.empty((0, 40)), None)
+        for second in (noise, 1e-3 * rng.normal(size=40))
+    )
+    assert accuracies(known, new, neighbours=3).set_index("method").accuracy["knn"] == 1
+
+
 def test_a_probe_that_does_not_converge_is_named_and_warns_of_nothing(monkeypatch, capsys):
     rng = np.random.default_rng()
     monkeypatch.setattr(probe, "MAX_ITERATIONS", 2)

@@ -122,6 +122,19 @@ def test_the_sums_of_two_processes_go_on_in_one(monkeypatch):
     assert together.read()["rows"].shape == (0, 2) and together.read()["total"] == 0
 
 
+def copied_buffers():
+    module = nn.BatchNorm1d(2)
+    with processes.joined():
+        module.running_mean.fill_(1.0 + processes.rank())
+        processes.copy_buffers(module)
+    return module.running_mean.tolist()
+
+
+def test_buffers_are_those_of_the_main_process():
+    ended = run_together(2, copied_buffers)
+    assert [result for *_, result in ended] == [[1.0, 1.0]] * 2, ended
+
+
 SIZE = dict(n_layer=2, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
 MODELS = {
     "fast path": v2_config(patch_size=8, dropout=0.1, **SIZE),

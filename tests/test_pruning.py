@@ -16,7 +16,7 @@ from models.video_bdh import v4_video_config
 from models.vision_bdh import v1_config, v2_config, v3_config
 from tests.inspecting import with_large_weights
 from tests.trials import resumed, same_weights, weights
-from tools.exporting.pruned import fine_tuning_command, importance
+from tools.exporting.pruned import fine_tuning_command, importance, prune
 from training.command_line import experiment_of
 from training.experiment import RunOptions
 from training.loop import fit
@@ -80,6 +80,26 @@ def test_what_is_needed_is_measured_at_every_level():
     activity = importance(model, [IMAGES], "activity")
     torch.testing.assert_close(activity, sum(each.sum((0, 2)) for each in gated).detach())
     assert not model.level_input._forward_pre_hooks and not model.patch_embed._forward_hooks
+
+
+def test_activity_counts_without_its_sign():
+    fields = dict(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, patch_size=8, activation="gelu")
+    model = with_large_weights(v2_config(**fields).build()).double()
+    inputs = []
+    handle = model.level_input.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    model(IMAGES)
+    handle.remove()
+    gated = model.level_activity(inputs[0], 0).gated
+    assert (gated < 0).any()
+    torch.testing.assert_close(importance(model, [IMAGES], "activity"), gated.abs().sum((0, 2)).detach())
+
+
+def test_neurons_that_the_decoder_hardly_reads_go_first():
+    model = with_large_weights(MODELS["v1"].build()).double()
+    with torch.no_grad():
+        model.decoder.view(2, 16, 8)[:, :8] *= 1e-6  # however active they are
+    smaller = prune(model, [IMAGES], 0.5)
+    assert torch.equal(smaller.decoder.view(2, 8, 8), model.decoder.view(2, 16, 8)[:, 8:])
 
 
 def test_the_most_needed_pairs_are_kept():

@@ -238,6 +238,32 @@ def test_brightness_changes_the_image_alone_and_only_if_asked_for(probability):
         assert np.array_equal(changed, image) == (probability == 0) and np.array_equal(same_mask, mask)
 
 
+def test_shifts_angles_and_scales_reach_their_limits():
+    """Two marks 100 pixels apart say how an image was moved (6.25 %), turned (15 degrees) and scaled (10 %)."""
+    size = (200, 200)
+    transform = JointTransform(make_config(shift_scale_rotate=1.0), VOID, size)
+    image, mask = np.zeros((*size, 3), np.uint8), np.zeros(size, np.uint8)
+    mask[95:106, 45:56], mask[95:106, 145:156] = 1, 2
+    found = []
+    for seed in range(300):
+        _, moved = transform(image, mask, seed)
+        left, right = (np.argwhere(moved == label).mean(0) for label in (1, 2))
+        rise, run = right - left
+        turned, scaled = np.degrees(np.arctan2(rise, run)), np.hypot(rise, run) / 100 - 1
+        found.append([*((left + right) / 2 - 100) / 200, turned / 15, scaled])
+    for numbers, limit in zip(np.transpose(found), (0.0625, 0.0625, 1.0, 0.1), strict=True):
+        assert -1.15 * limit < numbers.min() < -0.85 * limit and 0.85 * limit < numbers.max() < 1.15 * limit
+
+
+def test_contrast_changes_by_a_fifth_at_most():
+    transform = JointTransform(make_config(brightness_contrast=1.0), VOID, (32, 48))
+    image, mask = np.full((32, 48, 3), 100, np.uint8), np.zeros((32, 48), np.uint8)
+    image[:, 24:] = 140
+    changed = [transform(image, mask, seed)[0].astype(float) for seed in range(200)]
+    contrast = [abs(each[0, 47, 0] - each[0, 0, 0]) / 40 for each in changed]
+    assert 0.75 < min(contrast) < 0.85 and 1.15 < max(contrast) < 1.25
+
+
 def test_draws_follow_from_the_seed_and_are_independent_of_each_other():
     """Flips and changes of brightness each come half of the time, together a quarter."""
     transform = JointTransform(make_config(horizontal_flip=0.5, brightness_contrast=0.5), VOID, (32, 48))

@@ -201,6 +201,17 @@ def test_series_is_in_order_of_epochs_and_without_the_damaged(run, data_dir, tmp
     assert warned.startswith("warning: epoch 7 is skipped") and warned.count("\n") == 1
 
 
+def test_neurons_of_levels_with_weights_of_their_own_are_not_counted_over_levels(
+    experiment, data_dir, call_script, tmp_path
+):
+    trial = experiment("own", epochs=1, model=dict(n_layer=2, shared=False), options=dict(keep_every=1))
+    fit(trial)
+    assert call_script(SCRIPT, "--run", trial.folder, "--data-dir", data_dir, "--output-dir", "out") == 0
+    for name in ("sparsity_dead", "sparsity_training"):
+        table = pd.read_csv(tmp_path / "out" / "own_seed0" / f"{name}.csv")
+        assert set(table.level) == {1, 2}
+
+
 def test_gelu_is_said_to_have_no_zeros(experiment, data_dir, call_script, tmp_path, capsys):
     trial = experiment("gelu", epochs=1, model=dict(activation="gelu"))
     fit(trial)

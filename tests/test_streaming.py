@@ -104,8 +104,8 @@ def test_crops_differ_by_epoch_seed_and_copy(photos):
     data = batches_of(photos)
     first = pixels_of(data)
     assert torch.equal(first, pixels_of(data))
-    assert not torch.equal(first, pixels_of(data, epoch=1))
-    assert not torch.equal(first, pixels_of(batches_of(photos, seed=1)))
+    for other in (pixels_of(data, epoch=1), pixels_of(batches_of(photos, seed=1))):  # in whatever order
+        assert len({image.numpy().tobytes() for image in torch.cat((first, other))}) > 1.8 * len(first)
     images, labels = next(batches_of(photos, repeat_augment=2, horizontal_flip=False).train_batches(0))
     assert torch.equal(labels[0::2], labels[1::2])
     same = [torch.equal(*pair) for pair in zip(images[0::2], images[1::2], strict=True)]

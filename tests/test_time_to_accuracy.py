@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.reading import make_rows, read_runs
 from analysis.time_to_accuracy import Options, draw, main, training_pflop, training_seconds
+from models.flops import flop_of
 from models.vision_bdh import v2_config
 from tests.trials import markdown_rows
 from training.config import UserError
@@ -45,6 +46,15 @@ def test_the_figure_has_minutes_on_the_left_and_operations_on_the_right(make_run
     assert (left.get_xlabel(), right.get_xlabel()) == ("minutes of training", "training operations (1e15)")
     assert left.lines[0].get_xdata() == pytest.approx(training_seconds(run) / 60)
     assert right.lines[0].get_xdata() == pytest.approx(training_pflop(run))
+
+
+def test_images_of_several_sizes_cost_their_mean(make_run):
+    run = read_runs([make_run(train_sizes=[24, 40])[0]])[0]
+    mean = flop_of(v2_config(), (24, 40))
+    assert training_pflop(run).iloc[-1] == pytest.approx(5 * 40_000 * mean / 1e15)
+    assert (
+        mean == pytest.approx((flop_of(v2_config(), (24,)) + flop_of(v2_config(), (40,))) / 2) != flop_of(v2_config())
+    )
 
 
 def test_lines_on_different_hardware_say_which(make_run):

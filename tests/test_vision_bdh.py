@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from models.locality import ConvStem
 from models.vision_bdh import (
     VisionBDHConfig,
     double_ln_config,
@@ -232,6 +233,23 @@ def test_biases_start_at_zero_and_weights_differ(variant):
     for name in ("encoder", "encoder_v", "decoder", "pos_embed"):
         assert not torch.equal(model.get_parameter(name), other.get_parameter(name)), name
     assert not torch.equal(model.encoder, model.encoder_v)
+
+
+def test_convolutions_of_the_stem_start_by_he():
+    stem = ConvStem(3, 64, 8)
+    for convolution in (stem.first, *stem.hidden):
+        fan_in = convolution.weight[0].numel()
+        assert convolution.weight.std().item() == pytest.approx(math.sqrt(2 / fan_in), rel=0.15)
+        assert not convolution.bias.any()
+
+
+def test_blocks_of_a_hybrid_start_as_a_vits():
+    blocks = v2_config(n_layer=1, n_embd=64, n_head=2, blocks_before=1).build().blocks_before
+    linears = [module for module in blocks.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(linears) == 4
+    for linear in linears:
+        assert_normal(linear.weight)
+        assert not linear.bias.any()
 
 
 def test_separate_keys_and_levels_start_like_the_others():

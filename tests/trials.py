@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from training import fit, loop
+from training import ClassificationConfig, fit, loop
 from training.stored import load_checkpoint
 
 MEASURED = {"epoch_time_sec", "images_per_sec", "peak_memory_mb"}  # columns that differ between equal runs
@@ -16,6 +16,11 @@ MEASURED = {"epoch_time_sec", "images_per_sec", "peak_memory_mb"}  # columns tha
 COLUMNS = (
     "epoch train_loss val_loss val_accuracy learning_rate epoch_time_sec images_per_sec peak_memory_mb train_accuracy"
 ).split()
+
+
+def make_train(**fields):
+    defaults = dict(dataset="cifar10", epochs=1, batch_size=8, learning_rate=0.02, weight_decay=0.1)
+    return ClassificationConfig(**(defaults | fields))
 
 
 def generator(seed=0):
