@@ -253,7 +253,7 @@ V4_RIVALS = (
     f"train_vit_tiny_cifar10.py {V4_PROTOCOL} --n-layer 6 --n-embd 64 --mlp-dim 128",
     f"train_vit_tiny_cifar10.py {V4_PROTOCOL} --n-layer 6 --n-embd 160 --mlp-dim 512",
 )
-V4_RATES = ("2e-3", "5e-3", "1e-2")
+V4_RATES = ("1e-3", "2e-3", "5e-3", "1e-2", "2e-2")
 V4_CHANGES = (  # from the script's own rate, 5e-3; more matrices have fewer neurons
     "",
     " --stem patch",

@@ -20,10 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from analysis.reading import Row, find_runs, make_rows, read_runs, result_title, row_called
-from analysis.tables import CONFIDENCE, check_output, markdown_table, write_tables
+from analysis.tables import check_output, markdown_table, mean_interval, write_tables
 from training.command_line import run_script
 from training.config import ROOT
 
@@ -73,12 +72,8 @@ def difference_interval(values: Sequence[float], defaults: Sequence[float]) -> t
 
     values, defaults: (seeds,) of the same seeds in the same order.
     """
-    differences = np.subtract(values, defaults)
-    mean, n = differences.mean(), len(differences)
-    if n < 2:
-        return mean, np.nan, np.nan
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * stats.sem(differences)  # sem divides by n - 1
-    return mean, mean - half, mean + half
+    mean, low, high = mean_interval(np.subtract(values, defaults))
+    return float(mean), float(low), float(high)
 
 
 def _line(row: Row, default: Row) -> dict:
@@ -109,7 +104,7 @@ def _markdown(table: pd.DataFrame, default: Row) -> list[str]:
     titles += ["95 % interval", "pairs"]
     lines = []
     for line in table.to_dict("records"):
-        is_default = line["experiment"] == default.experiment and not line["pairs"]
+        is_default = line["experiment"] == default.experiment
         setting = "default" if is_default else _changes(line["experiment"], default.experiment)
         interval = [number(line[end], "+") for end in ("difference_low", "difference_high")]
         cells = [setting + (f" ({line['differs_in']})" if line["differs_in"] else "")]

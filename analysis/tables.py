@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, t
 
 from analysis.reading import Row
 from training.config import UserError
@@ -102,13 +102,14 @@ def accuracy_interval(hits: int, n: int) -> tuple[float, float]:
 
 
 def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over the first axis and the ends of its 95 % interval by the normal approximation. values: (n, ...).
+    """Mean over the first axis and the ends of its 95 % interval by Student's t. values: (n, ...).
 
     NaN is left out; where fewer than two values are left, the ends are NaN.
     """
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of NumPy, where nothing is left
         mean, sd = np.nanmean(values, 0), np.nanstd(values, 0, ddof=1)
-    half = norm.ppf((1 + CONFIDENCE) / 2) * sd / np.sqrt((~np.isnan(values)).sum(0).clip(min=1))
+    n = (~np.isnan(values)).sum(0).clip(min=1)
+    half = t.ppf((1 + CONFIDENCE) / 2, n - 1) * sd / np.sqrt(n)
     return mean, mean - half, mean + half
 
 

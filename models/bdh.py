@@ -2,9 +2,10 @@
 
 Letters in shapes: B sequences or images, T tokens, D = n_embd, H = n_head, N neurons per head.
 
-A design choice is a field of `CoreConfig` and its line in one of the methods of `BDHCore`: `activity`, `plain_update`,
-`update`, `level_update`, `mixed` or `states`. The fast path is taken only for the fields and values in
-`kernels.FAST_PATH_SERVES`; with any other field away from its default, the model takes the plain path by itself.
+A design choice is a field of `CoreConfig` and its line in one of the methods of `BDHCore`: `queries_and_keys`,
+`scaled_query`, `activity`, `plain_update`, `update`, `level_update`, `mixed` or `states`, or in `RotaryAttention`. The
+fast path is taken only for the fields and values in `kernels.FAST_PATH_SERVES`; with any other field away from its
+default, the model takes the plain path by itself.
 """
 
 import math

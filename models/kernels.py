@@ -8,7 +8,8 @@ pass. Why it is faster:
 * Q = K, so dq = (dS + dS^T) q is one product. Raw scores are symmetric, so S serves both directions.
 * Only two (H, B T, N) tensors per level are saved for the backward pass: x_sparse, and y_sparse with dropped entries
   set to zero. The dropout mask, the rotated queries and the gated product are derived from them. `recompute` saves
-  neither, only x and the scores, and computes both again: two more products, a fraction of the memory.
+  neither, only x and the scores (or q^T x, where that is cheaper), and computes both again: two more products, a
+  fraction of the memory.
 * On a CPU the batch is processed in slices, so that element-wise passes find most of their operands in cache, and no
   factor of a product is copied for each head.
 * Weight gradients of all slices and levels are accumulated in the precision of the master weights.

@@ -23,11 +23,11 @@ def with_large_weights(model, std=0.3):
     return model.eval()
 
 
-def train_unet(folder, img_size=(32, 40), n_layer=1, n_val=2, name="unet"):
+def train_unet(folder, img_size=(32, 40), n_layer=1, n_val=2, name="unet", **fields):
     """Folder of a tiny BDH-UNet run below folder, where its made-up data_camvid (48 x 32 pixels) are too."""
     write_camvid(folder / "data_camvid", n_train=3, n_val=n_val, size=(48, 32))
     model = bdh_unet_config(img_size=img_size, n_layer=n_layer, n_embd=16, n_head=2, mlp_internal_dim_multiplier=4)
-    train = SegmentationConfig(epochs=1, batch_size=2, learning_rate=1e-2, weight_decay=0.0)
+    train = SegmentationConfig(epochs=1, batch_size=2, learning_rate=1e-2, weight_decay=0.0, **fields)
     options = RunOptions(data_dir=folder, runs_dir=folder / "runs", device="cpu", num_workers=0)
     trial = Experiment(name, model, train, options)
     fit(trial)

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.spatial.distance import cdist
-from scipy.stats import entropy
+from scipy.stats import entropy, t
 
 from training import fit
 from interpretability.attention_statistics import STATISTICS, TRAINED, UNTRAINED, measure, statistics_of, tabulate
@@ -138,7 +138,7 @@ def test_table_has_intervals_over_images():
     table = tabulate({("a", TRAINED): values}).set_index(["statistic", "level", "head"])
     assert "to_class_token" not in table.index and len(table) == 9 * 2 * 4
     for head, of_images in (("all", values["entropy"][:, 1].mean(1)), (3, values["entropy"][:, 1, 2])):
-        row, half = table.loc["entropy", 2, head], 1.959964 * of_images.std(ddof=1) / math.sqrt(30)
+        row, half = table.loc["entropy", 2, head], t.ppf(0.975, 29) * of_images.std(ddof=1) / math.sqrt(30)
         expected = (of_images.mean(), of_images.mean() - half, of_images.mean() + half)
         assert (row["mean"], row["low"], row["high"]) == pytest.approx(expected) and row["images"] == 30
     pairs = table.loc["same_for_images", 1, 1]  # each image in one pair only, so that the pairs are independent
@@ -146,7 +146,7 @@ def test_table_has_intervals_over_images():
     table = tabulate({("a", TRAINED): values}).set_index(["statistic", "level", "head"])
     row, left = table.loc["entropy", 1, 2], values["entropy"][10:, 0, 1]
     assert row["mean"] == pytest.approx(left.mean())
-    assert row["high"] == pytest.approx(left.mean() + 1.959964 * left.std(ddof=1) / math.sqrt(20))
+    assert row["high"] == pytest.approx(left.mean() + t.ppf(0.975, 19) * left.std(ddof=1) / math.sqrt(20))
     assert np.isnan(table.loc["entropy", 2, "all"]["mean"])
     assert pairs["images"] == 15 and pairs["mean"] == pytest.approx(values["same_for_images"][1::2, 0, 0].mean())
 

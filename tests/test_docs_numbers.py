@@ -16,7 +16,7 @@ from scipy import stats
 from analysis.pages import NONE
 from analysis.published import read_published
 from analysis.tables import accuracy_interval
-from plans import BEST_RATES, RATES, at_rate, training_flop
+from plans import BEST_RATES, RATES, V4_RIVALS, at_rate, training_flop
 from training.command_line import experiment_of
 from training.config import ROOT
 
@@ -201,8 +201,28 @@ def recipe_rates() -> list[str]:
 
 
 def _run_at(model: str, optimizer: str, rate: str) -> Measured:
-    script, _, flags = at_rate(model, optimizer, rate).partition(" ")
-    return run(f"recipe_small_cpu/{experiment_of(script, f'{flags} --precision bf16').name}")
+    return _run_of("recipe_small_cpu", f"{at_rate(model, optimizer, rate)} --precision bf16")
+
+
+def _run_of(folder: str, line: str) -> Measured:
+    """line: a script with flags."""
+    script, _, flags = line.partition(" ")
+    return run(f"{folder}/{experiment_of(script, flags).name}")
+
+
+def v4_rates() -> list[str]:
+    """The table of learning rates of v4 and its rivals: best validation of each, the best of a model bold."""
+    titles = ("v4, width 64", "v2, width 64", "ViT, width 64: as many parameters")
+    lines = []
+    for title, rival in zip((*titles, "ViT, width 160: as many training operations"), V4_RIVALS, strict=True):
+        done = [
+            _run_of("v4_small_cpu", f"{rival} --learning-rate {rate} --precision float32")
+            for rate in ("2e-3", "5e-3", "1e-2")
+        ]
+        best = max(each.validation for each in done)
+        cells = [f"**{best:.2f}**" if each.validation == best else f"{each.validation:.2f}" for each in done]
+        lines.append(f"| {' | '.join([title, done[0].parameters, *cells])} |")
+    return lines
 
 
 @pytest.mark.parametrize(
@@ -214,8 +234,9 @@ def _run_at(model: str, optimizer: str, rate: str) -> Measured:
         ("docs/interpretability.md", attention),
         ("results/recipe_small_cpu/README.md", recipe_rates),
         ("results/clips/README.md", clips),
+        ("results/v4_small_cpu/README.md", v4_rates),
     ],
-    ids=["README", "status", "speedrun", "attention", "recipe", "clips"],
+    ids=["README", "status", "speedrun", "attention", "recipe", "clips", "v4 rates"],
 )
 def test_a_page_says_what_the_files_in_results_say(page, expected):
     text = " ".join((ROOT / page).read_text(encoding="utf-8").split())

@@ -232,6 +232,16 @@ def test_a_run_validated_on_mirror_images_too_is_scored_so(trained_run, data_dir
     assert result.value == pytest.approx((labels == 0).float().mean().item())
 
 
+@pytest.mark.parametrize("full_size", [False, True])
+def test_masks_are_scored_at_the_size_that_they_were_validated_at(full_size, tmp_path):
+    folder = train_unet(tmp_path, n_val=5, eval_full_size=full_size)
+    run = TrainedRun(folder, tmp_path, "cpu")
+    found = score(run, run.model).value
+    assert found == pytest.approx(json.loads((folder / "summary.json").read_text())["best"]["val_miou"], abs=1e-9)
+    run.train["eval_full_size"] = not full_size
+    assert score(run, run.model).value != found
+
+
 def test_no_file_of_the_user_or_of_another_run_is_replaced(experiment, call_script, tmp_path, capsys):
     one, other = experiment(epochs=1), experiment(epochs=1, seed=1)
     for trial in (one, other):

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.spatial.distance import cdist
+from scipy.stats import t
 
 from training import UserError, fit
 from interpretability import few_shot
@@ -113,7 +114,7 @@ def test_table_pairs_by_episode():
     rows = table[table.method == "nearest_mean"].set_index(["features", "weights"])
 
     def check(row, name, expected):
-        half = 1.959964 * expected.std(ddof=1) / np.sqrt(50)
+        half = t.ppf(0.975, 49) * expected.std(ddof=1) / np.sqrt(50)
         found = row[[name, f"{name}_low", f"{name}_high"]].to_numpy(dtype=float)
         assert np.allclose(found, [expected.mean(), expected.mean() - half, expected.mean() + half])
 
@@ -127,7 +128,7 @@ def test_table_pairs_by_episode():
     assert rows.over_untrained.notna().sum() == 2
     text = "\n".join(markdown(table, "t"))
     difference = 100 * (b - values["a", TRAINED])
-    assert f"| {difference.mean():+.2f} ± {1.959964 * difference.std(ddof=1) / np.sqrt(50):.2f} |" in text
+    assert f"| {difference.mean():+.2f} ± {t.ppf(0.975, 49) * difference.std(ddof=1) / np.sqrt(50):.2f} |" in text
 
 
 # ---------------------------------------------------------------------------- features

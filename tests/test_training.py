@@ -355,18 +355,20 @@ def test_weights_kept_on_the_way(experiment):
 
 
 def test_the_average_is_that_of_its_formula():
-    """And buffers are copied."""
+    """Of weights and of BatchNorm's statistics; the number of its batches is copied."""
     model = torch.nn.BatchNorm1d(3)
-    average, expected = WeightAverage(model, 0.7), None
+    average, expected = WeightAverage(model, 0.7), {}
     for t in range(8):
-        model(torch.randn(8, 3))
+        model(torch.randn(8, 3) * (t + 1))
         with torch.no_grad():
             model.weight.normal_()
         average.update_parameters(model)
         decay = min(0.7, (1 + t) / (10 + t))
-        expected = model.weight.detach().clone() if t == 0 else decay * expected + (1 - decay) * model.weight.detach()
-        assert torch.allclose(average.module.weight, expected, atol=1e-6)
-        assert same_weights(dict(average.module.named_buffers()), dict(model.named_buffers()))
+        for name in ("weight", "running_mean", "running_var"):
+            value = getattr(model, name).detach().clone()
+            expected[name] = value if t == 0 else decay * expected[name] + (1 - decay) * value
+            assert torch.allclose(getattr(average.module, name), expected[name], atol=1e-5), name
+        assert average.module.num_batches_tracked == model.num_batches_tracked == t + 1
 
 
 def test_the_best_weights_are_the_average_of_those_after_each_step(experiment, monkeypatch):

@@ -1,6 +1,6 @@
 """The train config of each task: what decides a run's result besides the model.
 
-This module imports neither PyTorch nor anything else of the project, so that `--help` and plans are cheap.
+This module imports neither PyTorch nor anything else of the project: every other part may import it.
 """
 
 from dataclasses import dataclass

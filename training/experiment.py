@@ -1,6 +1,6 @@
 """An experiment, which is one run: model, train config, and run options; and when two are the same configuration.
 
-This module does not import PyTorch, so that `--help` and plans are cheap.
+This module does not import PyTorch.
 """
 
 import dataclasses

@@ -1,5 +1,6 @@
 """Optimizers, their parameter groups, the learning-rate schedule and weight averaging."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -64,9 +65,9 @@ def hidden_matrices(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Names of the parameters that Muon trains, each with its shape as a stack of matrices (..., rows, columns).
 
     Encoders and decoder of a BDH are one matrix per head (and level), convolutions are flattened to (out, in * k * k),
-    query, key and value projections that share a tensor are three. Embeddings, positions, tokens, norms, biases,
-    depthwise convolutions (a vector per channel), convolutions to one channel (a vector) and the output layer are not
-    among them.
+    transposed ones to (in, out * k * k), query, key and value projections that share a tensor are three. Embeddings,
+    positions, tokens, norms, biases, depthwise convolutions (a vector per channel), convolutions to one channel (a
+    vector) and the output layer are not among them.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for prefix, module in model.named_modules():
@@ -131,7 +132,7 @@ def rate_factor(step: int, total_steps: int, warmup_steps: int, shape: str = "co
 
 
 class WeightAverage(AveragedModel):
-    """An exponential moving average of a model's weights; buffers (BatchNorm's statistics) are copied.
+    """An exponential moving average of a model's weights and of BatchNorm's statistics; other buffers are copied.
 
     Update 0 copies the weights; update t makes d average + (1 - d) weights with d = min(decay, (1 + t) / (10 + t)), so
     that the average follows quickly at first. The number of updates lives on the CPU, where reading it waits for
@@ -144,11 +145,18 @@ class WeightAverage(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        t, averages, weights = int(self.n_averaged), list(self.module.parameters()), list(model.parameters())
+        t = int(self.n_averaged)
+        averages, values = (self._tensors(each) for each in (self.module, model))
         if t == 0:
-            torch._foreach_copy_(averages, weights)
+            torch._foreach_copy_(averages, values)
         else:
-            torch._foreach_lerp_(averages, weights, 1 - min(self.decay, (1 + t) / (10 + t)))
-        if buffers := list(self.module.buffers()):
-            torch._foreach_copy_(buffers, list(model.buffers()))
+            torch._foreach_lerp_(averages, values, 1 - min(self.decay, (1 + t) / (10 + t)))
+        if counts := self._tensors(self.module, counts=True):
+            torch._foreach_copy_(counts, self._tensors(model, counts=True))
         self.n_averaged += 1
+
+    @staticmethod
+    def _tensors(model: nn.Module, counts: bool = False) -> list[Tensor]:
+        """Parameters and buffers of real or complex numbers, or the buffers of whole numbers (counts)."""
+        every = itertools.chain(model.parameters(), model.buffers())
+        return [each for each in every if (each.is_floating_point() or each.is_complex()) != counts]

@@ -19,6 +19,7 @@ from training import processes
 from training.command_line import INTERRUPTED, exit_with, flags_of, name_with_changes, parse_experiment
 from training.config import UserError, require
 from training.console import prepare_streams
+from training.data.finding import cut_name
 from training.experiment import Experiment, RunOptions, changed_fields
 from training.launch import train, train_asked
 from training.schedule import Job, Outcome, run_jobs
@@ -111,8 +112,6 @@ def _report_sweep(plan: Plan, outcome: Outcome, report: Report, runs_dir: Path) 
     failed = {*outcome.failures, *outcome.elsewhere}
     done = [each.folder for each in plan.experiments if Job(each, []).label not in failed]
     if done:
-        from training.data.finding import cut_name  # here, as it imports PyTorch
-
         try:
             report(done, plan.default, runs_dir / plan.default / cut_name(f"sweep_{'_'.join(plan.fields)}"))
         except (UserError, OSError) as error:

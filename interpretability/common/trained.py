@@ -282,19 +282,25 @@ class TrainedRun:
             images, labels = self._data.part(part, dataclasses.replace(self._split, **{part: places}))
         return Samples(torch.from_numpy(read_images(images)), torch.from_numpy(labels))
 
-    def _read_pairs(self, pairs: Sequence[Any], numbers: Sequence[int]) -> Samples:
-        """Images with their masks. pairs: of image and mask files."""
-        read = [self._read_pair(pairs[number]) for number in numbers]
+    def _read_pairs(self, pairs: Sequence[Any], numbers: Sequence[int], full_size: bool = False) -> Samples:
+        """Images with their masks. pairs: of image and mask files; full_size: masks of one size, their own."""
+        read = [self._read_pair(pairs[number], full_size) for number in numbers]
         return Samples(*(torch.from_numpy(np.stack(each)) for each in zip(*read, strict=True)))
 
-    def _read_pair(self, pair: Any) -> tuple[np.ndarray, np.ndarray]:
-        """(C, height, width) uint8 and (height, width) int64, at the model's size."""
+    def _read_pair(self, pair: Any, full_size: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(C, height, width) uint8 and (height, width) int64, at the model's size; full_size: the mask at its own."""
         try:
             image, mask = read_pair(pair, self._data)
         except BadFile as error:
             raise UserError(str(error)) from None
         size = self.sizes.img_size
-        return scale_image(image, size).transpose(2, 0, 1), scale_mask(mask, size).astype(np.int64)
+        mask = mask if full_size else scale_mask(mask, size)
+        return scale_image(image, size).transpose(2, 0, 1), mask.astype(np.int64)
+
+    def full_size_batches(self, indices: Sequence[int], text: str | None = None) -> Batches:
+        """As batches, of one image each, with its mask at the size that it is stored at."""
+        pairs = self._data.pairs[self._part[0]]
+        return self._batches(partial(self._read_pairs, pairs, full_size=True), indices, 1, text)
 
     def pixels(self, images: Tensor) -> Tensor:
         """The model's input: images (B, C, height, width) uint8 as float32 in [-1, 1], on the device."""

@@ -7,6 +7,7 @@ import torch
 from analysis.tables import accuracy_interval
 from interpretability.common.trained import TrainedRun
 from training.metrics import METRICS, confusion_matrices, confusion_ratios
+from training.tasks import at_size_of
 from training.views import Predict
 
 BATCH, SEGMENTATION_BATCH = 128, 4  # images at once; those of segmentation are large, and their scores larger
@@ -40,19 +41,23 @@ class Score:
 def score(run: TrainedRun, predict: Predict, n_images: int | None = None) -> Score:
     """Scores predict on images of the run's test part. n_images: evenly spaced; None for all.
 
-    With eval_flip and eval_scales as the run was evaluated, except that classifiers are asked at their own size alone:
-    most of their exported forms take no other. Raises UserError if the data are not there.
+    With eval_flip, eval_scales and eval_full_size as the run was evaluated, except that classifiers are asked at
+    their own size alone: most of their exported forms take no other. Raises UserError if the data are not there.
     """
     indices = run.choose_images(n_images)
-    batch_size = SEGMENTATION_BATCH if run.labels_pixels else BATCH
+    if run.train.get("eval_full_size"):
+        batches = run.full_size_batches(indices, "testing")
+    else:
+        batches = run.batches(indices, SEGMENTATION_BATCH if run.labels_pixels else BATCH, "testing")
     total = None
     with torch.inference_mode():
-        for images, labels in run.batches(indices, batch_size, "testing"):
-            predicted = run.answer(predict, images, at_scales=run.labels_pixels).argmax(1)
+        for images, labels in batches:
+            answer = run.answer(predict, images, at_scales=run.labels_pixels)
             if run.labels_pixels:
+                predicted = at_size_of(labels, answer).argmax(1)
                 counts = confusion_matrices(predicted, labels, len(run.class_names)).sum(0)
             else:
-                counts = (predicted == labels).sum()
+                counts = (answer.argmax(1) == labels).sum()
             total = counts if total is None else total + counts
     if run.labels_pixels:
         miou = confusion_ratios(total.tolist(), run.class_names)["miou"]
