@@ -182,7 +182,7 @@ def accuracies(train: Pass, test: Pass, neighbours: int = 20, penalty: float = 1
 
 
 def paired_gain(before: np.ndarray | None, after: np.ndarray) -> dict[str, float]:
-    """Difference of two accuracies on the same images, with its 95 % interval by the normal approximation.
+    """Difference of two accuracies on the same images, with its 95 % interval by Student's t.
 
     before, after: (n,) whether each image was classified correctly; NaN for all without before.
     """
