@@ -56,7 +56,7 @@ class TrainConfig:
     schedule: Literal["cosine", "linear", "constant", "trapezoid"] = "cosine"
     """learning rate after the warm-up; trapezoid: constant, then linear to 0 over the last fifth"""
     ema: float | None = None
-    """validate and test an exponential moving average of the weights with this decay, such as 0.999"""
+    """validate and test an exponential moving average of weights and BatchNorm statistics with this decay, as 0.999"""
     warmup_steps: int = 500
     """optimizer steps of linear warm-up, at most a tenth of all steps"""
     max_grad_norm: float = 1.0
