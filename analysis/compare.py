@@ -72,7 +72,7 @@ def difference_interval(values: Sequence[float], defaults: Sequence[float]) -> t
 
     values, defaults: (seeds,) of the same seeds in the same order.
     """
-    mean, low, high = mean_interval(np.subtract(values, defaults))
+    mean, low, high = mean_interval(np.asarray(np.subtract(values, defaults)))
     return float(mean), float(low), float(high)
 
 

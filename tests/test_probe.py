@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import t
 from torch import nn
 
 from training import UserError, fit
@@ -158,7 +159,7 @@ def test_intervals_are_wilsons_and_those_of_gains_are_paired():
     centre, half = (0.5 + z**2 / (2 * n)) / (1 + z**2 / n), z / (1 + z**2 / n) * np.sqrt(0.25 / n + (z / (2 * n)) ** 2)
     assert (row.low, row.high) == pytest.approx((centre - half, centre + half), abs=1e-6)
     assert (row.images, row.train_images) == (100, 80)
-    half = z * np.sqrt(0.25 / 99)  # half of the images gain 1, the others nothing
+    half = t.ppf(0.975, 99) * np.sqrt(0.25 / 99)  # half of the images gain 1, the others nothing
     assert (row.gain, row.gain_low, row.gain_high) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
     assert table.gain[:, 0].isna().all() and np.isnan(table.gain["readout", 1])
 
