@@ -212,9 +212,14 @@ def _run_of(folder: str, line: str) -> Measured:
 
 def v4_rates() -> list[str]:
     """The table of learning rates of v4 and its rivals: best validation of each, the best of a model bold."""
-    titles = ("v4, width 64", "v2, width 64", "ViT, width 64: as many parameters")
+    titles = (
+        "v4, width 64",
+        "v2, width 64",
+        "ViT, width 64: as many parameters",
+        "ViT, width 160: as many training operations",
+    )
     lines = []
-    for title, rival in zip((*titles, "ViT, width 160: as many training operations"), V4_RIVALS, strict=True):
+    for title, rival in zip(titles, V4_RIVALS, strict=True):
         done = [
             _run_of("v4_small_cpu", f"{rival} --learning-rate {rate} --precision float32")
             for rate in ("2e-3", "5e-3", "1e-2")

@@ -66,14 +66,19 @@ def test_a_pruned_model_is_the_whole_one_with_neurons_silenced(name):
         assert (small(images) - expected).abs().max() > 1e-6
 
 
-def test_what_is_needed_is_measured_at_every_level():
-    """By hand: the sum over levels and tokens of gated activity, times the length of the decoder's row."""
-    model = with_large_weights(MODELS["v3, own weights for each level"].build()).double()
+def gated_activity(model):
+    """Of every level for IMAGES: (B, H, T, N) each."""
     level_inputs = []
     handle = model.level_input.register_forward_pre_hook(lambda module, args: level_inputs.append(args[0]))
     model(IMAGES)
     handle.remove()
-    gated = [model.level_activity(x, level).gated for level, x in enumerate(level_inputs)]
+    return [model.level_activity(x, level).gated for level, x in enumerate(level_inputs)]
+
+
+def test_what_is_needed_is_measured_at_every_level():
+    """By hand: the sum over levels and tokens of gated activity, times the length of the decoder's row."""
+    model = with_large_weights(MODELS["v3, own weights for each level"].build()).double()
+    gated = gated_activity(model)
     rows = model.decoder.unflatten(1, (2, 16)).norm(dim=-1)  # (levels, H, N)
     expected = sum(each.sum((0, 2)) * row for each, row in zip(gated, rows, strict=True))
     torch.testing.assert_close(importance(model, [IMAGES]), expected.detach())
@@ -85,11 +90,7 @@ def test_what_is_needed_is_measured_at_every_level():
 def test_activity_counts_without_its_sign():
     fields = dict(n_layer=1, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, patch_size=8, activation="gelu")
     model = with_large_weights(v2_config(**fields).build()).double()
-    inputs = []
-    handle = model.level_input.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    model(IMAGES)
-    handle.remove()
-    gated = model.level_activity(inputs[0], 0).gated
+    (gated,) = gated_activity(model)
     assert (gated < 0).any()
     torch.testing.assert_close(importance(model, [IMAGES], "activity"), gated.abs().sum((0, 2)).detach())
 

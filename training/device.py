@@ -75,8 +75,8 @@ def prepare_device(name: str, say: Callable[[str], None] = lambda line: None) ->
 def tune_cpu_allocator() -> bool:
     """Makes glibc keep freed memory for the next large tensor; returns whether that worked.
 
-    By default glibc returns every large tensor to the system and page-faults it in again, which costs
-    much of a training step on a CPU (benchmarks/step_time.py measures both).
+    By default glibc returns every large tensor to the system and page-faults it in again, which costs much of a
+    training step on a CPU (benchmarks/step_time.py measures both).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -145,18 +145,13 @@ class WeightAverage(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        t = int(self.n_averaged)
-        averages, values = (self._tensors(each) for each in (self.module, model))
-        if t == 0:
-            torch._foreach_copy_(averages, values)
-        else:
-            torch._foreach_lerp_(averages, values, 1 - min(self.decay, (1 + t) / (10 + t)))
-        if counts := self._tensors(self.module, counts=True):
-            torch._foreach_copy_(counts, self._tensors(model, counts=True))
+        t, averaged, copied = int(self.n_averaged), [], []
+        of_both = (itertools.chain(each.parameters(), each.buffers()) for each in (self.module, model))
+        for pair in zip(*of_both, strict=True):
+            is_number = pair[0].is_floating_point() or pair[0].is_complex()  # not a count
+            (averaged if t > 0 and is_number else copied).append(pair)
+        if averaged:
+            torch._foreach_lerp_(*zip(*averaged, strict=True), 1 - min(self.decay, (1 + t) / (10 + t)))
+        if copied:
+            torch._foreach_copy_(*zip(*copied, strict=True))
         self.n_averaged += 1
-
-    @staticmethod
-    def _tensors(model: nn.Module, counts: bool = False) -> list[Tensor]:
-        """Parameters and buffers of real or complex numbers, or the buffers of whole numbers (counts)."""
-        every = itertools.chain(model.parameters(), model.buffers())
-        return [each for each in every if (each.is_floating_point() or each.is_complex()) != counts]
