@@ -9,6 +9,7 @@ without validation. Run nothing else on the machine meanwhile.
     python benchmarks/train_speed.py --precisions bf16 --batch-size 256 --models v2
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,10 +69,11 @@ class Side:
     name: str
     build: Callable[[], nn.Module]
     compiled: bool = False
+    graph: bool = False
 
 
-def sides_of(models: tuple[Name, ...], compiled: bool) -> list[Side]:
-    """Each model's sides; the others are compared with its first."""
+def sides_of(models: tuple[Name, ...], compiled: bool, graphs: bool) -> list[Side]:
+    """Each model's sides; the others are compared with its first. graphs: also those of fit() as CUDA graphs."""
     everything = [
         *(Side("v2", name, lambda build=build: build(v2_config())) for name, build in IMPLEMENTATIONS.items()),
         Side("v2", "plain, compiled", lambda: v2_config().build(), compiled=True),
@@ -80,7 +82,13 @@ def sides_of(models: tuple[Name, ...], compiled: bool) -> list[Side]:
         Side("resnet20", "eager", lambda: ResNet20Config().build()),
         Side("resnet20", "compiled", lambda: ResNet20Config().build(), compiled=True),
     ]
-    return [side for side in everything if side.model in models and (compiled or not side.compiled)]
+    sides = [side for side in everything if side.model in models and (compiled or not side.compiled)]
+    alone = ("reference", "fast, --recompute")
+    for side in list(sides) if graphs else ():
+        if side.name not in alone:
+            graphed = dataclasses.replace(side, name=f"{side.name}, CUDA graph", graph=True)
+            sides.insert(sides.index(side) + 1, graphed)
+    return sides
 
 
 def dense_tflops(precision: Precision, device: torch.device) -> float:
@@ -96,8 +104,9 @@ def measure(options: Options, device: torch.device) -> list[dict]:
     """A row for each side and precision."""
     on_cuda = device.type == "cuda"
     precisions = options.precisions or ("tf32" if on_cuda else "float32", *["bf16"] * has_fast_bf16(device))
-    sides = sides_of(options.models, on_cuda if options.compile is None else options.compile)
-    flop = {name: flop_per_image(sides_of((name,), compiled=False)[0].build(), img_size=32) for name in options.models}
+    sides = sides_of(options.models, on_cuda if options.compile is None else options.compile, graphs=on_cuda)
+    first = {name: next(side for side in sides if side.model == name) for name in options.models}
+    flop = {name: flop_per_image(side.build(), img_size=32) for name, side in first.items()}
     n_steps = options.steps or (50 if on_cuda else 1)
     rows = []
     for precision in precisions:
@@ -105,7 +114,7 @@ def measure(options: Options, device: torch.device) -> list[dict]:
         for side in sides:
             torch.manual_seed(0)
             batches = made_up_batches(options.batch_size, img_size=32, n_classes=10, device=device)
-            steps[side] = training_step(side.build(), batches, precision, device, side.compiled)
+            steps[side] = training_step(side.build(), batches, precision, device, side.compiled, graph=side.graph)
         measured = measure_steps(steps, device, options.repeats, n_steps)
         dense = dense_tflops(precision, device)
         for side, numbers in measured.items():

@@ -15,6 +15,7 @@ from models.vision_bdh import VisionBDH, VisionBDHConfig
 from training.config import ClassificationConfig
 from training.data import DataSet, ImageBatches, Split
 from training.device import make_scaler, set_precision
+from training.graphs import Counts, StepGraphs
 from training.optimiser import WeightAverage
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, height, width) in [-1, 1] and labels (B,)
@@ -60,10 +61,12 @@ def training_step(
     device: torch.device,
     compiled: bool = False,
     train: ClassificationConfig | None = None,
+    graph: bool = False,
 ) -> Callable[[], Tensor]:
     """A step on the next batch: forward, loss, backward, clip, optimizer, averaging. Returns the detached loss.
 
-    train: default, `protocol()`. Moves the model to the device. The step does not synchronise with the device.
+    train: default, `protocol()`. graph: as a CUDA graph, as fit() runs it on a GPU. Moves the model to the device. The
+    step does not synchronise with the device.
     """
     train = train or protocol()
     autocast, scaler = set_precision(precision, device), make_scaler(precision, device)
@@ -71,20 +74,27 @@ def training_step(
     forward = torch.compile(model) if compiled else model
     optimizer = train.make_optimizer(model)
     average = WeightAverage(model, train.ema) if train.ema else None
+    graphs = StepGraphs(optimizer, device) if graph else None
 
-    def step() -> Tensor:
-        images, labels = next(batches)
+    def update(images: Tensor, labels: Tensor) -> tuple[Tensor, Counts]:
         with autocast:
             loss = F.cross_entropy(forward(images).float(), labels)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
         scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+        return loss.detach().isfinite(), {"loss": loss.detach()}
+
+    def step() -> Tensor:
+        if graphs is not None:
+            _, counts = graphs.run(update, *next(batches))
+        else:
+            _, counts = update(*next(batches))
+            scaler.update()
+            optimizer.zero_grad()
         if average is not None:
             average.update_parameters(model)
-        return loss.detach()
+        return counts["loss"]
 
     return step
 

@@ -123,14 +123,19 @@ class RotaryAttention(nn.Module):
         if torch.compiler.is_compiling():  # the tables become part of the compiled graph
             angles = self.angles(n_tokens, grid)
             return Tables(angles.cos(), angles.sin(), None)
+        if self.freqs.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph needs tables that last as it does
+            return self._make_tables(n_tokens, grid)
         key = (n_tokens, grid, self.freqs.device, self.freqs.dtype)
         if key not in self._tables:
             with torch.inference_mode(False):  # a cached inference tensor could not be used in training
-                angles = self.angles(n_tokens, grid)
-                cos, sin = angles.cos(), angles.sin()
-                phases = torch.complex(cos[..., 0::2], sin[..., 0::2])
-            self._tables = {key: Tables(cos, sin, phases if phases.dim() == 2 else phases[:, None])}
+                self._tables = {key: self._make_tables(n_tokens, grid)}
         return self._tables[key]
+
+    def _make_tables(self, n_tokens: int, grid: tuple[int, ...] | None) -> Tables:
+        angles = self.angles(n_tokens, grid)
+        cos, sin = angles.cos(), angles.sin()
+        phases = torch.complex(cos[..., 0::2], sin[..., 0::2])
+        return Tables(cos, sin, phases if phases.dim() == 2 else phases[:, None])
 
     def weights(self, q: Tensor, k: Tensor, first: int = 0) -> Tensor:
         """Attention weights (B, H, Q, T): masked scores, after the softmax if there is one.

@@ -7,12 +7,13 @@ Without the flag, all that a CPU can do of it runs there, so that the tests them
 
 import json
 import math
+import re
 
 import pytest
 import torch
 from test_cuda_rehearsal import RECIPES, V2, tiny  # noqa: F401 (a fixture)
 
-from training import fit, loop
+from training import ClassificationConfig, fit, loop
 from benchmarks.measure import kept_memory_mb, step_memory_mb
 from models import kernels
 from models.bdh_unet import bdh_unet_config
@@ -21,7 +22,10 @@ from models.vision_bdh import v1_config, v2_config, v3_config
 from tests.reference import randomised, relative_error, results_in
 from tests.rehearsal import make_session
 from tests.trials import interrupt, read_metrics, resumed, weights
+from training.command_line import experiment_of
+from training.config import UserError
 from training.device import describe_hardware, fits_in_memory, pick_device, set_precision, synchronize
+from training.graphs import WARM_UP, StepGraphs
 from training.runs import load_model
 
 FIELDS = dict(n_layer=1, n_embd=32, n_head=2, mlp_internal_dim_multiplier=4, patch_size=2, dropout=0.0)  # N = 64
@@ -168,6 +172,32 @@ def test_an_epoch_waits_for_nothing_but_the_progress(script, flags, device, tiny
     assert math.isfinite(trained["loss"]) and math.isfinite(validated["loss"])
 
 
+GRAPHED = [(V2, ""), *RECIPES]
+MANY = "--train-limit 120 --batch-size 8"  # 12 steps an epoch
+
+
+@pytest.mark.parametrize(("script", "flags"), GRAPHED)
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_graph_trains_as_kernels_one_by_one(script, flags, precision, gpu, tiny, float32_again):  # noqa: F811
+    results = []
+    flags = re.sub("--grad-accum .|--recompute", "", f"{flags} --precision {precision}")
+    flags += f" {MANY}" * isinstance(experiment_of(script).train, ClassificationConfig)
+    for graph in ("--cuda-graph", "--no-cuda-graph"):
+        session = make_session(tiny(script, f"{flags} {graph}"), gpu)
+        losses = []
+        for _ in range(3):
+            losses.append(loop.train_epoch(session)[0]["loss"])
+            session.epoch += 1
+        weights = torch.cat([each.detach().flatten() for each in session.model.parameters()])
+        results.append((session, torch.tensor(losses), weights))
+    (graphed, losses, weights), (plain, expected_losses, expected) = results
+    assert plain.graphs is None and graphed.step == plain.step
+    assert sum(graphed.graphs.seen.values()) == graphed.step
+    assert graphed.graphs.replays or "unet" in script
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-2, atol=1e-3)
+    assert relative_error(weights, expected) < 0.02
+
+
 @pytest.mark.parametrize(
     "precision, optimizer", [("float32", "adamw"), ("bf16", "adamw"), ("fp16", "adamw"), ("float32", "muon")]
 )
@@ -222,3 +252,27 @@ def test_a_step_at_full_size(gpu):
     loss.backward()
     synchronize(gpu)
     assert all(torch.isfinite(each.grad).all() for each in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"), [("reads a value", "captur"), ("draws on the CPU", "draws random numbers on the CPU")]
+)
+def test_a_step_that_no_graph_can_hold_is_refused(what, reason, gpu):
+    layer = torch.nn.Linear(4, 1).to(gpu)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    graphs, values = StepGraphs(optimizer, gpu), []
+
+    def step(inputs, targets):
+        loss = (layer(inputs) - targets).square().mean()
+        loss.backward()
+        values.append(loss.item() if what == "reads a value" else torch.rand(1).item())
+        optimizer.step()
+        return loss.detach().isfinite(), {"loss": loss}
+
+    batch = torch.randn(8, 4, device=gpu), torch.randn(8, 1, device=gpu)
+    for _ in range(WARM_UP):
+        graphs.run(step, *batch)
+    with pytest.raises(UserError, match=f"cannot become a CUDA graph.*{reason}.*--no-cuda-graph"):
+        graphs.run(step, *batch)
+    assert len(values) >= WARM_UP and torch.isfinite(layer(batch[0])).all()
+    assert torch.rand(4, device=gpu).unique().numel() > 1  # the generator is not left in the capture

@@ -31,6 +31,7 @@ class Detection(OneForward):
     samples, unit = "images", "img"
     shows_metric = False
     whole_batch = True  # a mean over boxes, not over images
+    reads_values = True  # the matching is made on the host
 
     def __init__(self, train: DetectionConfig):
         self.train = train

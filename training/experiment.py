@@ -37,6 +37,8 @@ class RunOptions:
     batch_size"""
     recompute: bool = False
     """activation checkpointing (BDH only): less memory, more compute"""
+    cuda_graph: bool = True
+    """on a CUDA GPU, launch each training step at once, as a CUDA graph, where possible; otherwise kernel by kernel"""
     log_every: int = 50
     """steps between readings of the loss"""
     keep_every: int | None = None

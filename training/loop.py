@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -216,11 +217,7 @@ def train_epoch(session: Session) -> tuple[dict[str, float], float]:
     batches = session.data.train_batches(session.epoch, progress.steps * train.grad_accum)
     with bar:
         for first in range(progress.steps * group, n_samples, group):
-            finite = _accumulate(session, progress, batches, min(group, n_samples - first))
-            norm = _clip(session)
-            if not session.scaler.is_enabled():  # in fp16 a gradient may overflow: the step is skipped
-                finite &= norm.isfinite()
-            progress.rate = optimizer_step(session)
+            finite = _train_on(session, progress, batches, min(group, n_samples - first))
             progress.steps += 1
             progress.note(session.step - 1, finite)
             if session.step % session.experiment.options.log_every == 0:
@@ -231,22 +228,58 @@ def train_epoch(session: Session) -> tuple[dict[str, float], float]:
     return ratios_of(session.task, progress.sums, progress.seen), progress.rate
 
 
+def _train_on(session: Session, progress: Progress, batches: Iterator, in_step: int) -> Tensor:
+    """One optimizer step on `in_step` samples; returns whether loss and gradient were finite, on the device."""
+    if session.graphs is not None:
+        finite, counts = session.graphs.run(partial(_whole_step, session), *next(batches))
+        progress.sums.add(counts)
+        progress.seen += in_step
+        progress.rate = _count_step(session)
+        return finite
+    finite = _accumulate(session, progress, batches, in_step)
+    norm = _clip(session)
+    if not session.scaler.is_enabled():  # in fp16 a gradient may overflow: the step is skipped
+        finite &= norm.isfinite()
+    progress.rate = optimizer_step(session)
+    return finite
+
+
+def _whole_step(session: Session, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """What a CUDA graph holds: the weights' update on one batch. Returns whether all was finite, and its counts."""
+    finite, counts = _gradients(session, inputs, targets, len(targets), len(targets))
+    finite &= _clip(session).isfinite()
+    session.optimizer.step()
+    return finite, counts
+
+
 def _accumulate(session: Session, progress: Progress, batches: Iterator, in_step: int) -> Tensor:
     """The gradients of one optimizer step on `in_step` samples; returns whether all losses were finite."""
-    size, task = session.experiment.train.batch_size, session.task
+    size = session.experiment.train.batch_size
     finite = torch.ones((), dtype=torch.bool, device=session.device)
     for first in range(0, in_step, size):
         batch = min(size, in_step - first)
         inputs, targets = next(batches)
         with session.not_synced(last=first + batch == in_step):
-            with session.autocast:
-                outputs = session.trained(inputs)
-                loss = loss_of(task, outputs, targets)
-            session.scaler.scale(share_of_loss(task, loss, len(targets), batch, in_step)).backward()
-        finite &= loss.detach().isfinite()
-        progress.sums.add(counts_of(task, outputs, targets, loss))
+            is_finite, counts = _gradients(session, inputs, targets, batch, in_step)
+        finite &= is_finite
+        progress.sums.add(counts)
         progress.seen += batch
     return finite
+
+
+def _gradients(
+    session: Session, inputs: Tensor, targets: Tensor, batch: int, in_step: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Adds a batch's gradients, or this process's share; returns whether the loss is finite, and what is counted.
+
+    batch, in_step: samples of the whole batch, and of the optimizer step.
+    """
+    task = session.task
+    with session.autocast:
+        outputs = session.trained(inputs)
+        loss = loss_of(task, outputs, targets)
+    session.scaler.scale(share_of_loss(task, loss, len(targets), batch, in_step)).backward()
+    return loss.detach().isfinite(), counts_of(task, outputs, targets, loss)
 
 
 def _clip(session: Session) -> Tensor:
@@ -261,10 +294,15 @@ def optimizer_step(session: Session) -> float:
     A step that fp16 skips leaves weights and optimizer as they are. It counts as a step all the same, so the schedule
     does not depend on it. Skipping takes no waiting with AdamW; with other optimizers the scaler reads a value.
     """
-    rate = session.optimizer.param_groups[0]["lr"]
     session.scaler.step(session.optimizer)
     session.scaler.update()
     session.optimizer.zero_grad()
+    return _count_step(session)
+
+
+def _count_step(session: Session) -> float:
+    """After an optimizer step: the averaged weights and the next step's rates; returns the rate of the first group."""
+    rate = session.optimizer.param_groups[0]["lr"]
     if session.average is not None:
         session.average.update_parameters(session.model)
     session.step += 1

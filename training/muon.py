@@ -88,7 +88,11 @@ class MuonWithAdamW(Optimizer):
             rate = group["lr"] * RMS * math.sqrt(max(rows, columns))
             for (parameter, _), update in zip(members, updates, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.reshape(parameter.shape), alpha=-rate)
+                update = update.reshape(parameter.shape)
+                if isinstance(rate, Tensor):  # in a CUDA graph
+                    parameter.addcmul_(update, rate, value=-1)
+                else:
+                    parameter.add_(update, alpha=-rate)
 
     def _adamw_step(self, group: dict[str, Any]) -> None:
         parameters = [each for each in group["params"] if each.grad is not None]

@@ -27,10 +27,11 @@ def make_optimizer(model: nn.Module, train: "TrainConfig") -> Optimizer:
     """The optimizer that the train config describes; each group's `lr` is its peak rate."""
     if train.optimizer == "muon":
         return _make_muon(model, train)
-    groups = decay_groups(model.named_parameters(), train)
+    groups, kind = decay_groups(model.named_parameters(), train), next(model.parameters()).device.type
     if train.optimizer == "sgd":
-        return SGD(groups, lr=train.learning_rate, momentum=train.momentum, nesterov=train.momentum > 0)
-    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+        nesterov = train.momentum > 0
+        return SGD(groups, lr=train.learning_rate, momentum=train.momentum, nesterov=nesterov, fused=kind == "cuda")
+    fused = kind in ("cpu", "cuda")
     return AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=fused)
 
 

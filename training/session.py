@@ -18,6 +18,7 @@ from models.kernels import set_random_state
 from training.config import UserError
 from training.device import effective_precision, make_scaler, set_precision, warn_of_precision
 from training.experiment import Experiment
+from training.graphs import StepGraphs
 from training.optimiser import WeightAverage, make_schedule, set_step
 from training.progress import Progress
 from training.runs import Run
@@ -41,6 +42,7 @@ class Session:
     schedule: LambdaLR
     autocast: contextlib.AbstractContextManager
     scaler: GradScaler  # of the loss, in fp16
+    graphs: StepGraphs | None = None  # of the training step, on a GPU
     average: WeightAverage | None = None  # of the weights, if train.ema: what is validated and tested
     epoch: int = 0  # epochs done
     step: int = 0  # optimizer steps done
@@ -131,8 +133,17 @@ def make_session(
     schedule = make_schedule(optimizer, total_steps, train)
     autocast, scaler = set_precision(train.precision, device), make_scaler(train.precision, device)
     average = WeightAverage(model, train.ema) if train.ema else None
-    parts = (device, data, task, model, forward, trained, optimizer, schedule, autocast, scaler, average)
+    graphs = StepGraphs(optimizer, device) if device.type == "cuda" and _can_capture(experiment, task) else None
+    parts = (device, data, task, model, forward, trained, optimizer, schedule, autocast, scaler, graphs, average)
     return Session(experiment, run, run_id, *parts)
+
+
+def _can_capture(experiment: Experiment, task: Task) -> bool:
+    """Whether a training step may become a CUDA graph: one batch, one process, nothing that depends on a value."""
+    train, options = experiment.train, experiment.options
+    is_one = train.grad_accum == 1 and processes.count() == 1
+    reads_values = train.precision == "fp16" or task.reads_values
+    return options.cuda_graph and is_one and not reads_values and not options.recompute
 
 
 def announce(session: Session) -> None:

@@ -73,6 +73,9 @@ class Task(Protocol):
     """whether the loss is no mean over samples, so that with several processes `loss` adds up their shares itself
     (`processes.total`) and returns the same in all of them"""
 
+    reads_values: bool
+    """whether the loss reads values from the device, so that a training step cannot be a CUDA graph"""
+
     def open(self, experiment: Experiment) -> Source:
         """Finds the data. Raises UserError if they are missing."""
 
@@ -100,7 +103,7 @@ class OneForward:
     """What most tasks share: one forward pass in validation and test, ratios cheap enough for the progress bar."""
 
     selects_best = shows_metric = True
-    whole_batch = False
+    whole_batch = reads_values = False
     views: Views | None = None
     """forms of an image that are evaluated, once the model is known"""
 
