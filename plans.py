@@ -254,6 +254,7 @@ V4_RIVALS = (
     f"train_vit_tiny_cifar10.py {V4_PROTOCOL} --n-layer 6 --n-embd 160 --mlp-dim 512",
 )
 V4_RATES = ("1e-3", "2e-3", "5e-3", "1e-2", "2e-2")
+V4_BEST_RATES = ("1e-2", "1e-3", "5e-3", "2e-3")  # of V4_RIVALS, by validation accuracy
 V4_CHANGES = (  # from the script's own rate, 5e-3; more matrices have fewer neurons
     "",
     " --stem patch",
@@ -278,6 +279,12 @@ V4_SMALL_CPU = Plan(
         Part(
             "Which learning rate suits each model, by validation accuracy?",
             _entries([f"{rival} --learning-rate {rate}" for rate in V4_RATES for rival in V4_RIVALS], (0,)),
+        ),
+        Part(
+            "Is v4 better than v2 and than ViT-Tiny, each at its best rate?",
+            _seed_by_seed(
+                [f"{each} --learning-rate {rate}" for each, rate in zip(V4_RIVALS, V4_BEST_RATES, strict=True)]
+            ),
         ),
         Part(
             "What is each part of v4 worth, and what of BDH matters, at equal parameters?",
