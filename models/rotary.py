@@ -123,13 +123,16 @@ class RotaryAttention(nn.Module):
         if torch.compiler.is_compiling():  # the tables become part of the compiled graph
             angles = self.angles(n_tokens, grid)
             return Tables(angles.cos(), angles.sin(), None)
-        if self.freqs.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph needs tables that last as it does
+        if self._is_captured():  # a CUDA graph needs tables that last as long as it does
             return self._make_tables(n_tokens, grid)
         key = (n_tokens, grid, self.freqs.device, self.freqs.dtype)
         if key not in self._tables:
             with torch.inference_mode(False):  # a cached inference tensor could not be used in training
                 self._tables = {key: self._make_tables(n_tokens, grid)}
         return self._tables[key]
+
+    def _is_captured(self) -> bool:
+        return self.freqs.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def _make_tables(self, n_tokens: int, grid: tuple[int, ...] | None) -> Tables:
         angles = self.angles(n_tokens, grid)

@@ -46,7 +46,7 @@ def float32_again(device):
 # roundings lie between x and y (see test_kernels), and those that flip a ReLU change gradients more; there the plain
 # path in the same precision is the measure.
 @pytest.mark.parametrize(
-    ("precision", "tolerance"), [("float32", 1e-4), ("tf32", 0.01), ("fp16", 0.01), ("bf16", 0.03)]
+    ("precision", "tolerance"), [("float32", 1e-4), ("tf32", 0.01), ("fp16", 0.015), ("bf16", 0.03)]
 )
 @pytest.mark.parametrize("rows", [SCORES, STATE])
 @pytest.mark.parametrize(
