@@ -1,12 +1,17 @@
 """Several processes on one run, and output that cannot be written. A killed sweep: test_sweep.py."""
 
+import errno
+import fcntl
 import os
+import signal
+import socket
 import subprocess
 import sys
 
 import pytest
 
-from training import UserError, fit
+from training import UserError, fit, loop
+from tests.children import before, kill, launch_in_child
 from tests.trials import interrupt, read_metrics, resumed, snapshot, wait_for, with_options
 from training.command_line import experiment_of
 from training.config import ROOT
@@ -61,6 +66,30 @@ def test_of_two_processes_on_one_run_one_is_refused(data_dir, tmp_path):
             each.wait()
     assert not Run(folder).is_locked()
     assert [row["epoch"] for row in read_metrics(folder)] == list(range(1, len(read_metrics(folder)) + 1))
+
+
+def no_locks(*_):
+    """In place of fcntl.flock: as on a file system without it."""
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+
+def killed_without_locks():
+    fcntl.flock = no_locks
+    before(loop, "evaluate", kill)
+
+
+def test_without_locks_of_the_file_system_a_dead_process_holds_nothing(experiment, monkeypatch):
+    trial = experiment(epochs=1)
+    code, output = launch_in_child(trial, killed_without_locks)
+    assert code == -signal.SIGKILL and (trial.folder / "lock").exists(), output
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    run = Run(trial.folder)
+    with run.locked():
+        assert run.is_locked()
+        with pytest.raises(UserError, match=rf"another process \(process {os.getpid()} on {socket.gethostname()}\): "):
+            fit(resumed(trial))
+    assert not run.is_locked()
+    assert fit(resumed(trial))["test"]
 
 
 @pytest.mark.parametrize("buffered", [True, False])
