@@ -42,7 +42,7 @@ from training.experiment import RunOptions
 from training.files import written_whole
 from training.runs import Run
 from training.schedule import Job, run_jobs
-from training.stored import EXPORTED, SMALL_FILES
+from training.stored import EXPORTED, SMALL_FILES, read_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +100,13 @@ class Planned:
 
     def is_kept(self) -> bool:
         """Whether its files are under results/. Raises UserError if a damaged or different run is there, or a part."""
+        remedy = "restore it, or move the folder away"
         complete = Run(self.kept).is_complete(self.job.experiment)
         missing = [name for name in SMALL_FILES if not (self.kept / name).is_file()]
         if missing and (self.kept / EXPORTED).exists():
-            raise UserError(f"{self.kept} has weights but not {missing[0]}: restore it, or move the folder away")
+            raise UserError(f"{self.kept} has weights but not {missing[0]}: {remedy}")
+        if complete and not missing and len(read_metrics(self.kept, remedy)) != self.job.experiment.train.epochs:
+            raise UserError(f"{self.kept / 'metrics.csv'} has lost rows: {remedy}")
         return complete and not missing
 
     def run(self) -> RunFiles | None:
@@ -116,9 +119,13 @@ class Planned:
         """Copies the files from the run, unless they are there. Raises UserError if that fails."""
         if self.is_kept():
             return
+        run = Run(self.job.experiment.folder)
+        if not run.is_complete(self.job.experiment):
+            raise UserError(f"{run.folder / 'summary.json'} is missing: the same command tests the run again")
+        run.mend_metrics(self.job.experiment.train.epochs)
         for name in SMALL_FILES:
             with written_whole(self.kept / name) as partial:
-                shutil.copyfile(self.job.experiment.folder / name, partial)
+                shutil.copyfile(run.folder / name, partial)
 
 
 def planned_runs(plan: Plan, options: Options) -> list[Planned]:

@@ -1,6 +1,7 @@
 """The plans: what is in them, that each command makes its run, time estimates, and a small plan carried out."""
 
 import json
+import re
 import shutil
 from itertools import product
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 import plans
 import reproduce
-from training import device
+from training import UserError, device
 from analysis.published import read_published
 from plans import FULL_CPU, PLANS, PUBLISHED, SMALL_CPU, Entry, Part, Plan, epoch_minutes, training_flop
 from reproduce import Options, main, planned_runs
@@ -318,6 +319,29 @@ def test_an_exported_folder_without_metrics_does_not_stand_for_the_run(small_pla
     assert planned.is_kept()
     (planned.kept / "metrics.csv").unlink()
     assert not planned.is_kept() and reproduce.state_of(planned) == ("", "")
+
+
+@pytest.mark.parametrize("name", SMALL_FILES)
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_damaged_file_of_a_complete_run_is_named_and_not_kept(name, lost, small_plan, tmp_path):
+    """No checkpoint is there that metrics.csv could be restored from."""
+    planned = planned_runs(small_plan, options_in(tmp_path))[0]
+    folder = planned.job.experiment.folder
+    write_run(folder, "train_v2_cifar10.py", TINY)
+    content = (folder / name).read_text()
+    (folder / name).unlink() if lost else (folder / name).write_text(content[: len(content) // 2])
+    with pytest.raises(UserError, match=re.escape(f"{folder / name} ")):
+        planned.keep()
+    assert not planned.kept.exists()
+
+
+def test_kept_metrics_that_have_lost_rows_are_named(small_plan, tmp_path):
+    planned = planned_runs(small_plan, options_in(tmp_path))[0]
+    write_run(planned.kept, "train_v2_cifar10.py", TINY)
+    path = planned.kept / "metrics.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UserError, match=re.escape(f"{path} has lost rows: restore it, or move the folder away")):
+        planned.is_kept()
 
 
 def test_a_run_that_cannot_be_read_is_listed_as_not_started(small_plan, tmp_path, capsys):

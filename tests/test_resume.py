@@ -207,6 +207,23 @@ def test_ctrl_c_ends_with_130_and_names_resume(sabotage, experiment, reference):
     assert_same_run(trial.folder, reference)
 
 
+@pytest.mark.parametrize("damage", ["cut", "missing", "not text"])
+def test_metrics_of_a_complete_run_are_restored(damage, experiment, capsys):
+    trial = experiment()
+    summary = fit(trial)
+    path = trial.folder / "metrics.csv"
+    whole = path.read_bytes()
+    path.unlink() if damage == "missing" else path.write_bytes(whole[:-9] if damage == "cut" else b"\xff" + whole)
+    (trial.folder / "last.pt").rename(aside := trial.folder / "aside.pt")
+    with pytest.raises(UserError, match=r"metrics\.csv is damaged, and no checkpoint holds a copy: put it back, or"):
+        fit(resumed(trial))  # previous.pt has one row less
+    aside.rename(trial.folder / "last.pt")
+    assert fit(resumed(trial)) == summary and path.read_bytes() == whole
+    assert "metrics.csv was damaged: restored from last.pt" in capsys.readouterr().out
+    files = snapshot(trial.folder)
+    assert fit(resumed(trial)) == summary and snapshot(trial.folder) == files
+
+
 def ctrl_c_before_training(n):
     before(Run, "start", nth(n, lambda *_: ctrl_c()))
 

@@ -54,6 +54,7 @@ def _fit(experiment: Experiment, run: Run) -> dict[str, Any]:
         resuming = processes.from_main(lambda: run.prepare(experiment))
         if resuming and (summary := processes.from_main(run.read_summary)):
             processes.from_main(lambda: run.check_own_files(experiment))
+            processes.from_main(lambda: run.mend_metrics(summary["epochs"]))
             print(f"{run.folder} is complete: nothing to resume")
             return summary
         trackers = Trackers(experiment)

@@ -262,6 +262,22 @@ class Run(LockedFolder):
         kept = [line for line in lines if line.endswith("\n")] if epoch else []  # the header comes with epoch 1
         self._replace("metrics.csv", lambda path: path.write_text("".join(kept), encoding="utf-8"))
 
+    def mend_metrics(self, epochs: int) -> None:
+        """metrics.csv of the complete run, restored from a checkpoint if rows were lost. Raises Damaged without one."""
+        path = self.folder / "metrics.csv"
+        with contextlib.suppress(Damaged):
+            if len(stored.read_metrics(self.folder)) == epochs:
+                return
+        for name in ("last.pt", "previous.pt"):
+            with contextlib.suppress(Damaged):
+                state = stored.load_checkpoint(self.folder / name)
+                self._check_origin(state, self.folder / name)
+                if len(history := state.get("history") or []) == epochs:
+                    self.restore_metrics(epochs, history)
+                    print(f"{path} was damaged: restored from {name}")
+                    return
+        raise Damaged(f"{path} is damaged, and no checkpoint holds a copy: put it back, or start with --overwrite")
+
     def _replace(self, name: str, write: Callable[[Path], Any]) -> None:
         self._write_partial(name, write)
         self._finish_partial(name)
