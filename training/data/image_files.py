@@ -46,9 +46,21 @@ def open_upright(path: str | Path | BinaryIO) -> Image.Image:
     at damaged metadata of intact pictures.
     """
     with Image.open(path) as image:
-        image.load()
-        turn = TURNS.get(orientation(image))
-        return image if turn is None else image.transpose(turn)
+        return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An opened image, read and turned as its EXIF orientation says; `open_upright` says what is raised."""
+    if is_turned_tiff(image):
+        image.filename = ""  # else Pillow maps uncompressed pixels into memory as if stored upright
+    image.load()  # turns a TIFF
+    turn = TURNS.get(orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def is_turned_tiff(image: Image.Image) -> bool:
+    """Whether an opened, unread image is a TIFF stored on its side: Pillow gives its size as it is upright."""
+    return image.format == "TIFF" and orientation(image) >= 5
 
 
 def orientation(image: Image.Image) -> int:

@@ -3,8 +3,9 @@
 Void, the label of pixels that are not evaluated, is always the number after the last class.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from PIL import Image
 
 from training.data.classes import CLASSES, Classes
 from training.data.finding import Finder, fingerprint, size_of
-from training.data.image_files import open_image, open_upright, orientation, unreadable
+from training.data.image_files import is_turned_tiff, open_image, orientation, unreadable, upright
+
+LOSSY = {"JPEG", "MPO", "JPEG2000"}  # formats; the last can be lossless, but a file does not say so
 
 
 class BadFile(Exception):
@@ -46,14 +49,30 @@ class MaskFiles:
         return CLASSES[self.name]
 
     @cached_property
+    def sizes(self) -> dict[str, list[tuple[Path, int]]]:
+        """By part: the files of all pairs with their sizes in bytes, -1 for those that are missing."""
+        return {
+            part: [(path, size_of(path)) for pair in pairs for path in (pair.image, pair.mask)]
+            for part, pairs in self.pairs.items()
+        }
+
+    def without_missing(self) -> "MaskFiles":
+        """Without pairs of which a file is missing (or a broken link), but with a problem for each such file."""
+        missing = {path: _missing(path) for files in self.sizes.values() for path, size in files if size < 0}
+        if not missing:
+            return self
+        left = {
+            part: [pair for pair in of if not {pair.image, pair.mask} & missing.keys()]
+            for part, of in self.pairs.items()
+        }
+        return replace(self, pairs=left, problems=[*self.problems, *missing.values()])
+
+    @cached_property
     def description(self) -> dict[str, Any]:
         """Identifies the data: stored in config.json and compared at resume."""
         images = {part: len(pairs) for part, pairs in self.pairs.items()}
         files = [
-            (f"{part}/{path.parent.name}/{path.name}", size_of(path))
-            for part, pairs in self.pairs.items()
-            for pair in pairs
-            for path in (pair.image, pair.mask)
+            (f"{part}/{path.parent.name}/{path.name}", size) for part, here in self.sizes.items() for path, size in here
         ]
         return {
             "name": self.name,
@@ -63,32 +82,81 @@ class MaskFiles:
         }
 
 
+def _missing(path: Path) -> str:
+    try:
+        path.stat()
+    except OSError as error:
+        return unreadable(path, "a file", error, "restore it")
+    return f"{path} is missing: restore it"  # it has come back since
+
+
 def pair_files(images: Path, masks: Path, finder: Finder) -> tuple[list[Pair], list[str]]:
-    """Images with the masks of the same name (or NAME_L), sorted, and a message for each file without a partner."""
-    by_stem, problems = _by_stem(images, "", finder)
-    masks_by_stem, more = _by_stem(masks, "_L", finder)
+    """Images with the masks of the same name (or NAME_L), sorted, and a message for each unusable file or folder."""
+    image_paths, problems = _listed(images, finder)
+    mask_paths, more = _listed(masks, finder)
+    names = [_name(path) for path in image_paths]
+    mask_names = _image_names([_name(path) for path in mask_paths], set(names))
+    pairs, unpaired = pair_up(
+        zip(names, image_paths, strict=True), zip(mask_names, mask_paths, strict=True), images, masks
+    )
+    return pairs, problems + more + unpaired
+
+
+def pair_up(
+    images: Iterable[tuple[str, Path]], masks: Iterable[tuple[str, Path]], images_at: Path, masks_at: Path
+) -> tuple[list[Pair], list[str]]:
+    """Images and masks of the same name as pairs, in the images' order, and a message for each file without a partner.
+
+    Of files with the same name, the first counts; each other has a message, too. images_at, masks_at: their folders.
+    """
+    by_name, problems = _unique(images)
+    masks_by_name, more = _unique(masks)
     problems += more
     problems += [
-        f"{by_stem[stem]} has no mask in {masks}: add it, or remove the image"
-        for stem in sorted(by_stem.keys() - masks_by_stem)
+        f"{path} has no mask in {masks_at}: add it, or remove the image"
+        for name, path in by_name.items()
+        if name not in masks_by_name
     ]
     problems += [
-        f"{masks_by_stem[stem]} has no image in {images}: add it, or remove the mask"
-        for stem in sorted(masks_by_stem.keys() - by_stem)
+        f"{path} has no image in {images_at}: add it, or remove the mask"
+        for name, path in masks_by_name.items()
+        if name not in by_name
     ]
-    pairs = [Pair(by_stem[stem], masks_by_stem[stem]) for stem in sorted(by_stem.keys() & masks_by_stem)]
-    return pairs, problems
+    return [Pair(path, masks_by_name[name]) for name, path in by_name.items() if name in masks_by_name], problems
 
 
-def _by_stem(folder: Path, end: str, finder: Finder) -> tuple[dict[str, Path], list[str]]:
-    """Image files of a folder by name without suffix and `end`, and a message for each name used twice."""
-    by_stem: dict[str, Path] = {}
-    problems = []
+def _listed(folder: Path, finder: Finder) -> tuple[list[Path], list[str]]:
+    """The image files of a folder, sorted by name without suffix, and a message for each folder in it that has some."""
     entries = finder.list_folder(folder) if folder.is_dir() else []
-    for path in (Path(file.path) for file in finder.list_images(entries)):
-        if (before := by_stem.setdefault(path.stem.removesuffix(end), path)) != path:
+    problems = [
+        f"{entry.path} is a folder with images, which are not read: move them to {folder}, or the folder elsewhere"
+        for entry in entries
+        if entry.is_dir() and finder.all_images(entry.path)
+    ]
+    return sorted((Path(file.path) for file in finder.list_images(entries)), key=lambda path: path.stem), problems
+
+
+def _name(path: Path) -> str:
+    """Without suffix, and with composed letters: some systems store an \u00e9 as two characters."""
+    return unicodedata.normalize("NFC", path.stem)
+
+
+def _image_names(masks: list[str], images: Collection[str]) -> list[str]:
+    """The name of each mask's image: its own, or without _L at the end. An image's name may end in _L, too."""
+    short = [name.removesuffix("_L") for name in masks]
+    if all(name.endswith("_L") for name in masks) and len({*short} & {*images}) > len({*masks} & {*images}):
+        return short
+    return [name if name in images else cut for name, cut in zip(masks, short, strict=True)]
+
+
+def _unique(files: Iterable[tuple[str, Path]]) -> tuple[dict[str, Path], list[str]]:
+    """The files by name, and a message for each name used twice."""
+    by_name: dict[str, Path] = {}
+    problems = []
+    for name, path in files:
+        if (before := by_name.setdefault(name, path)) != path:
             problems.append(f"{before} and {path.name} have the same name: remove one of them")
-    return by_stem, problems
+    return by_name, problems
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -99,18 +167,45 @@ def read_image(path: Path) -> np.ndarray:
         raise bad_file(path, "an image", error) from None
 
 
+def open_mask(path: Path) -> Image.Image:
+    """A mask, upright, in its own mode, grey values of 2 or 4 bits as stored. Raises BadFile, also for JPEG."""
+    try:
+        with Image.open(path) as image:
+            kind = image.format
+            lossy = kind in LOSSY or (kind == "TIFF" and "jpeg" in image.info["compression"])
+            step = _grey_step(image)
+            image = upright(image)
+    except Exception as error:
+        raise bad_file(path, "a mask", error) from None
+    if lossy:
+        raise BadFile(
+            f"{path} is compressed as JPEG, which changes labels and colours: replace it with a PNG file made from the "
+            "original mask"
+        )
+    return image if step == 1 else image.point(lambda grey: grey // step)
+
+
+def _grey_step(image: Image.Image) -> int:
+    """What Pillow multiplies the grey values of an opened image by: it stretches those of 2 and 4 bits to 0 to 255."""
+    mode: Any = image.tile[0].args if image.tile else None
+    mode = mode[0] if isinstance(mode, tuple) and mode else mode
+    return {"L;2": 85, "L;4": 17}.get(str(mode)[:3], 1)
+
+
 def read_labels(path: Path, classes: Classes, renamed: dict[int, int]) -> np.ndarray:
     """The labels of a mask that stores them as pixel values. renamed: file label -> our label.
 
-    Raises BadFile for a file that is no such mask, or a label that is neither a class nor void.
+    With a palette, the values count if it shows them as grey, else its colours, which must be the classes' own. Raises
+    BadFile for a file that is no such mask, or a label that is neither a class nor void.
     """
-    try:
-        image = open_upright(path)
-        mode, pixels = image.mode, np.array(image)
-    except Exception as error:
-        raise bad_file(path, "a mask", error) from None
-    if mode not in ("L", "P"):
-        raise BadFile(f"{path} is not a label mask (image mode {mode}, not one byte per pixel): replace it with one")
+    image = open_mask(path)
+    if image.mode not in ("L", "P"):
+        raise BadFile(
+            f"{path} is not a label mask (image mode {image.mode}, not one byte per pixel): replace it with one"
+        )
+    pixels, palette = np.array(image), image.getpalette()
+    if palette is not None and not _is_grey(pixels, palette):
+        return _labels_of_colours(path, pixels, palette, classes)
     table = np.full(256, 255, dtype=np.uint8)
     table[: classes.void + 1] = np.arange(classes.void + 1)
     for theirs, ours in renamed.items():
@@ -125,12 +220,38 @@ def read_labels(path: Path, classes: Classes, renamed: dict[int, int]) -> np.nda
     return labels
 
 
+def _is_grey(pixels: np.ndarray, palette: list[int]) -> bool:
+    """Whether each value in pixels (h, w) is shown as the grey of that value. palette: red, green, blue of each."""
+    return all(palette[3 * value : 3 * value + 3] == [value] * 3 for value in np.unique(pixels).tolist())
+
+
+def _labels_of_colours(path: Path, pixels: np.ndarray, palette: list[int], classes: Classes) -> np.ndarray:
+    """(h, w) labels by the colours that the values are shown in, as their order is lost when a file is made smaller.
+
+    Raises BadFile for a colour that no class has.
+    """
+    known = {tuple(colour): label for label, colour in enumerate(classes.palette.tolist())}
+    table = np.zeros(256, dtype=np.uint8)
+    for value in np.unique(pixels).tolist():
+        colour = tuple(palette[3 * value : 3 * value + 3])
+        if colour not in known:
+            which = f"the colour {colour}" if colour else "no colour"
+            raise BadFile(
+                f"{path} has {which} for the value {value} in its palette, which is none of a class: replace it with "
+                "the original mask; if its values are the labels, store them without a palette (in Python, "
+                "Image.fromarray(np.array(Image.open(path))).save(path))"
+            )
+        table[value] = known[colour]
+    return table[pixels]
+
+
 def mask_shape(path: Path) -> tuple[int, int]:
     """Height and width of a mask, from its header alone. Raises BadFile."""
     try:
         with Image.open(path) as image:
             width, height = image.size
-            return (width, height) if orientation(image) >= 5 else (height, width)  # stored on its side
+            on_its_side = orientation(image) >= 5 and not is_turned_tiff(image)
+            return (width, height) if on_its_side else (height, width)
     except Exception as error:
         raise bad_file(path, "a mask", error) from None
 

@@ -1,6 +1,7 @@
 """Segmentation data sets: where the files of each lie and how its masks are read."""
 
 import csv
+from collections import Counter
 from collections.abc import Container, Iterable
 from functools import partial
 from pathlib import Path
@@ -11,10 +12,11 @@ from torchvision import datasets
 from training.config import UserError
 from training.data.classes import ADE20K, CAMVID, CAMVID_FOLD, CITYSCAPES, CITYSCAPES_CLASSES, VOC
 from training.data.finding import Finder, is_image
-from training.data.image_files import open_upright, require_8_bits, why_unreadable
-from training.data.mask_files import BadFile, MaskFiles, Pair, bad_file, pair_files, read_labels
+from training.data.image_files import require_8_bits, why_unreadable
+from training.data.mask_files import BadFile, MaskFiles, Pair, bad_file, open_mask, pair_files, pair_up, read_labels
 
 PARTS = ("train", "val", "test")
+IMAGE_END, MASK_END = "_leftImg8bit", "_gtFine_labelIds.png"  # of names in Cityscapes
 
 
 def find_masks(name: str, folder: Path, download: bool = True) -> MaskFiles:
@@ -22,10 +24,9 @@ def find_masks(name: str, folder: Path, download: bool = True) -> MaskFiles:
 
     download: fetch Pascal VOC if it is missing; the others cannot be downloaded.
     """
+    find = {"camvid": _find_camvid, "cityscapes": _find_cityscapes, "ade20k": _find_ade20k}
     try:
-        if name == "voc":
-            return _find_voc(folder, download)
-        return {"camvid": _find_camvid, "cityscapes": _find_cityscapes, "ade20k": _find_ade20k}[name](folder)
+        return (_find_voc(folder, download) if name == "voc" else find[name](folder)).without_missing()
     except PermissionError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): make it readable") from None
 
@@ -105,8 +106,8 @@ class ColourMasks:
 
 def _read_colours(path: Path) -> np.ndarray:
     """(h, w, 3) uint8 of a colour mask. Its colours count even where they are transparent. Raises BadFile."""
+    image = open_mask(path)
     try:
-        image = open_upright(path)
         require_8_bits(image)
         return np.array(image.convert("RGB"))
     except Exception as error:
@@ -165,12 +166,10 @@ def _find_voc(folder: Path, download: bool) -> MaskFiles:
             f"{root} is incomplete ({why_unreadable(error)}): unpack VOCtrainval_11-May-2012.tar in {folder} again, "
             "or remove the folder to download it at the next start"
         ) from None
-    pairs = {part: _usable_pairs(of.images, of.masks) for part, of in parts.items()}
-    problems = [
-        f"{root / 'ImageSets' / 'Segmentation' / part}.txt lists no images: unpack Pascal VOC 2012 again"
-        for part, of in pairs.items()
-        if not of
-    ]
+    pairs, problems = {}, []
+    for part, of in parts.items():
+        pairs[part], more = _listed_pairs(of.images, of.masks, root / "ImageSets" / "Segmentation" / f"{part}.txt")
+        problems += more
     read_mask = partial(read_labels, classes=VOC, renamed={VOC.void: 255, 255: VOC.void})
     return MaskFiles("voc", pairs | {"test": []}, read_mask, problems)
 
@@ -188,15 +187,12 @@ def _find_cityscapes(folder: Path) -> MaskFiles:
             "gtFine_trainvaltest.zip from cityscapes-dataset.com (with an account) and unpack both there: they make "
             "leftImg8bit/ and gtFine/ with train/ and val/"
         ) from None
-    finder, pairs = Finder(), {}
+    finder, pairs, problems = Finder(), {}, []
     for part in PARTS[:2]:
-        found = sorted(Path(file.path) for file in finder.all_images(images / part))
-        pairs[part] = [Pair(image, masks / part / image.parent.name / _cityscapes_mask(image.name)) for image in found]
-    problems = [
-        f"{folder / 'leftImg8bit' / part} holds no images: unpack leftImg8bit_trainvaltest.zip in {folder}"
-        for part, of in pairs.items()
-        if not of
-    ]
+        pairs[part], unpaired = _cityscapes_pairs(images / part, masks / part, finder)
+        problems += unpaired
+        if not pairs[part] and not unpaired:
+            problems.append(f"{images / part} holds no images: unpack leftImg8bit_trainvaltest.zip in {folder}")
     places = {each.train_id: label for label, each in enumerate(CITYSCAPES_CLASSES)}
     renamed = {
         each.id: places.get(each.train_id, CITYSCAPES.void) for each in datasets.Cityscapes.classes if each.id >= 0
@@ -205,14 +201,36 @@ def _find_cityscapes(folder: Path) -> MaskFiles:
     return MaskFiles("cityscapes", pairs | {"test": []}, read_mask, problems, tuple(finder.notes()))
 
 
-def _cityscapes_mask(image: str) -> str:
-    return image.split("_leftImg8bit")[0] + "_gtFine_labelIds.png"
+def _cityscapes_pairs(images: Path, masks: Path, finder: Finder) -> tuple[list[Pair], list[str]]:
+    """CITY/NAME_leftImg8bit.png with CITY/NAME_gtFine_labelIds.png, sorted, and a message for each unusable file."""
+    found = sorted(Path(file.path) for file in finder.all_images(images))
+    named, others = ([path for path in found if path.stem.endswith(IMAGE_END) == good] for good in (True, False))
+    problems = [
+        f"{path} is not called NAME{IMAGE_END}{path.suffix}, as Cityscapes' images are: rename or remove it"
+        for path in others
+    ]
+    labels = [Path(file.path) for file in Finder().all_images(masks)]  # another finder: other files are expected there
+    labels = [path for path in labels if path.name.endswith(MASK_END)]
+    pairs, unpaired = pair_up(
+        ((str(path.relative_to(images).with_suffix("")).removesuffix(IMAGE_END), path) for path in named),
+        ((str(path.relative_to(masks)).removesuffix(MASK_END), path) for path in labels),
+        images,
+        masks,
+    )
+    return pairs, problems + unpaired
 
 
-def _usable_pairs(images: Iterable[str], masks: Iterable[str]) -> list[Pair]:
-    """Drops what is not an image: torchvision takes any file in a folder and any line of a list."""
-    pairs = [Pair(Path(image), Path(mask)) for image, mask in zip(images, masks, strict=True)]
-    return [pair for pair in pairs if is_image(pair.image)]
+def _listed_pairs(images: Iterable[str], masks: Iterable[str], file: Path) -> tuple[list[Pair], list[str]]:
+    """The pairs that a file of Pascal VOC lists, each once, and a message for each listed twice, or if there are none.
+
+    Empty lines, for which torchvision has files without a name, are left out.
+    """
+    listed = Counter(Pair(Path(image), Path(mask)) for image, mask in zip(images, masks, strict=True))
+    pairs = {pair: n for pair, n in listed.items() if is_image(pair.image)}
+    problems = [
+        f"{file} lists {pair.image.stem} {n} times: remove the repeated lines" for pair, n in pairs.items() if n > 1
+    ]
+    return [*pairs], problems if pairs else [f"{file} lists no images: unpack Pascal VOC 2012 again"]
 
 
 def _find_ade20k(folder: Path) -> MaskFiles:
