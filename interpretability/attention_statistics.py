@@ -16,6 +16,8 @@ which then sum to 1 over the patches again.
     negative          part of the |scores| that is subtracted; 0 with softmax
     to_class_token    a ViT's weight on its class token, before that is left out
     class_entropy     entropy of the class token's own shares of the patches
+    row_share         share of the other patches in the same row; in the table only, as are the next and the two above
+    column_share      share of the other patches in the same column
 
 Each run is also measured before training (--no-untrained: not): what is the same there was not learnt. Intervals are
 95 % over images, not over seeds of training. In the last level of a ViT that reads its class token, what the patches
@@ -64,8 +66,10 @@ STATISTICS = {  # axis labels
     "negative": "negative part",
     "to_class_token": "weight on the class token",
     "class_entropy": "entropy of the class token",
+    "row_share": "share of its row",
+    "column_share": "share of its column",
 }
-PANELS = tuple(STATISTICS)[:8]  # the others concern models with a class token only
+PANELS = tuple(STATISTICS)[:8]
 FROM_0 = ("self_share", "negative")
 TRAINED, UNTRAINED = "trained", "untrained"
 ALL = "all"  # heads, in tables
@@ -119,6 +123,15 @@ def distances(grid: Grid, device: torch.device | str = "cpu") -> Tensor:
     return torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist").to(device)
 
 
+def lines_of(grid: Grid, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """(T, T) bool each: whether two different patches of a grid share a row, and a column."""
+    rows, columns = grid
+    place = torch.arange(rows * columns, device=device)
+    row, column = place // columns, place % columns
+    same_row, same_column = (each[:, None] == each for each in (row, column))
+    return same_row & ~same_column, same_column & ~same_row
+
+
 def statistics_of(p: Tensor, before: Tensor, grid: Grid) -> dict[str, Tensor]:
     """(B, H) each, means over the queries that attend to something, NaN if none does.
 
@@ -137,6 +150,8 @@ def statistics_of(p: Tensor, before: Tensor, grid: Grid) -> dict[str, Tensor]:
         "same_for_queries": overlap(p, p.nanmean(-2, keepdim=True)),
         "same_for_images": overlap(p, before),
     }
+    for name, line in zip(("row_share", "column_share"), lines_of(grid, p.device), strict=True):
+        by_query[name] = (p * line).sum(-1)
     return {name: values.nanmean(-1) for name, values in by_query.items()} | {"same_for_heads": alike.nanmean(-1)}
 
 

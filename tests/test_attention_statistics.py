@@ -49,6 +49,8 @@ def test_planted_maps():
     assert np.allclose(found["entropy_others"], [1, 1, 1 / T, 0])  # equal where there is nothing but itself
     assert np.allclose(found["self_share"], [1 / T, 1, 1 / T, 0])
     assert np.allclose(found["distance"], [mean_distance, 0, cdist(PLACES, PLACES)[0].mean(), 1])
+    assert np.allclose(found["row_share"], [3 / T, 0, 3 / T, 1])
+    assert np.allclose(found["column_share"], [2 / T, 0, 2 / T, 0])
     assert np.allclose(found["same_for_queries"], [1, 1 / T, 1, 1 / T])
     assert np.allclose(found["same_for_images"], [1 / T, 1, 1 / T, 0])
     assert np.allclose(found["same_for_heads"], np.array([3 / T, 2 / T, 3 / T, 2 / T]) / 3)
@@ -90,6 +92,12 @@ def test_statistics_against_scipy():
             "entropy_others": np.mean([entropy(row, base=T - 1) for row in others]),  # SciPy divides by the sum
             "self_share": np.trace(p) / T,
             "distance": np.mean([row @ far[place] for place, row in enumerate(p)]),
+            "row_share": np.mean(
+                [row @ ((PLACES[:, 0] == i) & (PLACES[:, 1] != j)) for row, (i, j) in zip(p, PLACES, strict=True)]
+            ),
+            "column_share": np.mean(
+                [row @ ((PLACES[:, 0] != i) & (PLACES[:, 1] == j)) for row, (i, j) in zip(p, PLACES, strict=True)]
+            ),
             "same_for_queries": np.mean([same(row, p.mean(0)) for row in p]),
             "same_for_images": np.mean([same(row, old) for row, old in zip(p, before[head], strict=True)]),
             "same_for_heads": np.mean(pairs),
@@ -136,7 +144,7 @@ def test_table_has_intervals_over_images():
     values = {name: rng.random((30, 2, 3)) for name in STATISTICS}
     values["same_for_images"][0] = values["to_class_token"][:] = np.nan
     table = tabulate({("a", TRAINED): values}).set_index(["statistic", "level", "head"])
-    assert "to_class_token" not in table.index and len(table) == 9 * 2 * 4
+    assert "to_class_token" not in table.index and len(table) == (len(STATISTICS) - 1) * 2 * 4
     for head, of_images in (("all", values["entropy"][:, 1].mean(1)), (3, values["entropy"][:, 1, 2])):
         row, half = table.loc["entropy", 2, head], t.ppf(0.975, 29) * of_images.std(ddof=1) / math.sqrt(30)
         expected = (of_images.mean(), of_images.mean() - half, of_images.mean() + half)
