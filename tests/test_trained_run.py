@@ -169,6 +169,40 @@ def test_segmentation(tmp_path):
         opened.samples([1])
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda folder: (folder / "valannot" / "val_001.png").unlink(), r"val_001\.png has no mask"),
+        (
+            lambda folder: [
+                shutil.copy(folder / each / "val_000.png", folder / each / "a.png") for each in ("val", "valannot")
+            ],
+            "was trained on other numbers of images of camvid: give its data with --data-dir",
+        ),
+        (
+            lambda folder: [
+                (folder / each / "val_000.png").rename(folder / each / "a.png") for each in ("val", "valannot")
+            ],
+            "was trained on other files of camvid: give its data with --data-dir",
+        ),
+    ],
+)
+def test_other_segmentation_data_are_refused(change, said, tmp_path):
+    opened = TrainedRun(train_unet(tmp_path), tmp_path, "cpu")
+    change(tmp_path / "data_camvid")
+    for read in (lambda: opened.samples([0]), lambda: opened.n_images, lambda: opened.choose_training_images(1)):
+        with pytest.raises(UserError, match=said):
+            read()
+
+
+def test_data_of_a_run_that_recorded_less_are_used(tmp_path):
+    opened = TrainedRun(train_unet(tmp_path), tmp_path, "cpu")
+    del opened.config["data"]["file_names_and_sizes"]
+    for each in ("val", "valannot"):
+        (tmp_path / "data_camvid" / each / "val_000.png").rename(tmp_path / "data_camvid" / each / "a.png")
+    assert opened.n_images == 2
+
+
 def test_a_limit_is_drawn_by_the_runs_seed(tmp_path):
     folder, drawn = train_unet(tmp_path), []
     for seed in range(6):

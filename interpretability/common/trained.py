@@ -26,7 +26,7 @@ from training.data.finding import count, cut_name
 from training.data.image_files import MODES, read_images
 from training.data.mask_files import BadFile, MaskFiles
 from training.data.masks import find_masks
-from training.data.segmentation import read_pair, scale_image, scale_mask, training_pairs
+from training.data.segmentation import read_pair, refuse, scale_image, scale_mask, training_pairs
 from training.device import prepare_device
 from training.experiment import changed_fields
 from training.runs import Run, load_model
@@ -34,6 +34,7 @@ from training.stored import EXPORTED, configuration_of, task_of
 from training.views import Predict, Views, views_of
 
 Batches = Iterator[tuple[Tensor, Tensor]]
+DATA_WORDS = {"class_names": "class names", "images": "numbers of images", "file_names_and_sizes": "files"}
 LONGEST_STEM = 150  # bytes; file systems allow names of 255, and scripts add their own words
 progress = partial(tqdm, leave=False, disable=None)  # a bar if stderr is a terminal
 
@@ -202,16 +203,27 @@ class TrainedRun:
 
     @cached_property
     def _data(self) -> DataSet | MaskFiles:
+        """The data that the run was trained on. Raises UserError if they cannot be used, or are others."""
         name = self.train["dataset"]
         if self.labels_pixels:
-            return find_masks(name, data_folder(name, self.data_dir), download=False)
+            files = find_masks(name, data_folder(name, self.data_dir), download=False)
+            refuse(files.problems, name)
+            self._require_same(files.description)
+            return files
         dataset = load_dataset(name, self.data_dir, self.sizes.img_size, self.sizes.in_channels)
-        trained_on, found = self.config["data"], dataset.description
-        kinds = (("class_names", "class names"), ("images", "numbers of images"), ("file_names_and_sizes", "files"))
-        for key, word in kinds:
-            if key in trained_on and trained_on[key] != found.get(key):  # the split's numbers would mean other images
-                raise UserError(f"{self.folder} was trained on other {word} of {name}: give its data with --data-dir")
+        self._require_same(dataset.description)
         return dataset.with_eval_crop(self.train.get("eval_crop", 1.0))
+
+    def _require_same(self, found: dict[str, Any]) -> None:
+        """Raises UserError unless the data with this description are those of the run, as far as it recorded them."""
+        trained_on = self.config["data"]  # an older run lacks keys
+        known = [key for key in DATA_WORDS if key in trained_on] + sorted(trained_on.keys() - DATA_WORDS.keys())
+        for key in known:
+            if trained_on[key] != found.get(key):  # numbers of images would mean other ones
+                raise UserError(
+                    f"{self.folder} was trained on other {DATA_WORDS.get(key, key)} of {self.train['dataset']}: "
+                    "give its data with --data-dir"
+                )
 
     @cached_property
     def _training_pairs(self) -> list[Any]:
