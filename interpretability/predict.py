@@ -116,9 +116,10 @@ def _scored(name: str, predicted: np.ndarray, truth: np.ndarray | None, classes:
 
 def find_truth(name: str, data_dir: Path | None, files: Iterable[Path]) -> dict[Path, tuple[Pair, MaskFiles]]:
     """Image and mask files by the image's resolved path, from the data set called name and folders around the files."""
-    around = [path.resolve().parent.parent for path in files] if name == "camvid" else []
+    paths = [each for path in files for each in (path.absolute(), path.resolve())]  # a link's folder, and its target's
+    around = [path.parent.parent for path in paths] if name == "camvid" else []
     found = {}
-    for place in dict.fromkeys([*around, data_folder(name, data_dir)]):
+    for place in {place.resolve(): place for place in [*around, data_folder(name, data_dir)]}:
         try:
             data = find_masks(name, place, download=False)
         except UserError:  # not a folder of this data set

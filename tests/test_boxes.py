@@ -1,5 +1,6 @@
 """Detection data in COCO's format: boxes, flips, damaged files; and the tool that makes such data."""
 
+import shutil
 from functools import partial
 
 import numpy as np
@@ -81,6 +82,12 @@ def rename_categories(content):
     content["categories"][0]["name"] = "another"
 
 
+def turn_by_exif(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(path).save(path, exif=exif)
+
+
 BAD = {
     "no such folder": (lambda folder: folder.rename(folder.with_name("elsewhere")), "train and val missing"),
     "no val": (lambda folder: annotated(folder, "val").unlink(), r"\(val missing\)"),
@@ -126,6 +133,36 @@ BAD = {
         ),
         "instances_train.json has categories with the same id",
     ),
+    "categories with one name": (
+        lambda folder: [
+            change(annotated(folder, part), lambda content: content["categories"][0].update(name=CLASS_NAMES[3]))
+            for part in ("train", "val")
+        ],
+        "instances_train.json has two categories called 'colour 3': rename or merge them",
+    ),
+    "a file under two ids": (
+        lambda folder: change(annotated(folder), lambda content: content["images"][1].update(file_name="./000000.png")),
+        "instances_train.json lists 000000.png under more than one id",
+    ),
+    "two folders of a part": (
+        lambda folder: [
+            shutil.copytree(folder / "val", folder / "val2017"),
+            shutil.copy(annotated(folder, "val"), annotated(folder, "val2017")),
+        ],
+        "data_coco holds val/ and val2017/, both with annotations: move one",
+    ),
+    "annotations without images": (
+        lambda folder: shutil.copy(annotated(folder, "val"), annotated(folder, "test")),
+        r"instances_test.json exists, but \S+/test with its images does not: add it",
+    ),
+    "an image on its side": (
+        lambda folder: turn_by_exif(folder / "val" / "000001.png"),
+        "000001.png is 32 x 48 pixels, but annotated as 48 x 32: it is read upright, as its EXIF.*remove that tag",
+    ),
+    "width for height": (
+        lambda folder: Image.new("RGB", (32, 48)).save(folder / "val" / "000001.png"),
+        "000001.png is 32 x 48 pixels, but annotated as 48 x 32: turn the image or correct its annotation",
+    ),
     "other categories": (
         lambda folder: change(annotated(folder, "val"), rename_categories),
         "instances_val.json has other categories",
@@ -141,6 +178,36 @@ def test_bad_files_give_one_message(kind, tmp_path, trial):
     with pytest.raises(UserError, match=message) as error:
         fit(run)
     assert len(str(error.value).splitlines()) <= 2 and not run.folder.exists()
+
+
+def test_json_as_other_programs_write_it(tmp_path):
+    """48.0 for 48, false for 0, and the mark that some editors put before text."""
+
+    def edit(content):
+        for image in content["images"]:
+            image.update(width=float(image["width"]), height=float(image["height"]))
+        for annotation in content["annotations"]:
+            annotation["iscrowd"] = bool(annotation.get("iscrowd", 0))
+        content["annotations"].append(content["annotations"][0] | {"iscrowd": True})
+
+    folder = write_scenes(tmp_path / "data_coco")
+    before = find_scenes(folder)
+    change(annotated(folder), edit)
+    annotated(folder).write_bytes(b"\xef\xbb\xbf" + annotated(folder).read_bytes())
+    after = find_scenes(folder)
+    assert after.description == before.description and not after.problems  # the crowd does not train
+    annotated(folder).write_bytes(annotated(folder).read_bytes()[3:])
+    change(annotated(folder), lambda content: content["images"][0].update(width=48.5))
+    with pytest.raises(UserError, match=r"COCO's format \(images\.0\.width: "):
+        find_scenes(folder)
+
+
+def test_test_images_without_annotations_are_noted(tmp_path):
+    folder = write_scenes(tmp_path / "data_coco")
+    shutil.copytree(folder / "val", folder / "test2017")
+    files = find_scenes(folder)
+    assert [*files.parts] == ["train", "val"] and not files.problems
+    assert files.notes[0].startswith(f"there is no test on {folder / 'test2017'}: ")
 
 
 @pytest.mark.parametrize(

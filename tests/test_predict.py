@@ -98,6 +98,20 @@ def test_the_truth_is_found(trained, tmp_path):
     assert truth_of(tmp_path / "street.png", trained) is None
 
 
+def test_the_truth_of_links_to_images(trained, tmp_path):
+    """The masks lie beside the links, whose targets lie together in a folder of their own."""
+    folder, pool = tmp_path / "linked", tmp_path / "pool"
+    write_camvid(folder, n_train=1, n_val=2, size=(48, 32), seed=1)
+    pool.mkdir()
+    for path in sorted(folder.glob("*/*.png")):
+        target = path.rename(pool / f"{path.parent.name}_{path.name}")
+        path.symlink_to(target)
+    image = folder / "val" / "val_001.png"
+    mask = truth_of(image, trained)
+    assert np.array_equal(mask, np.array(Image.open(folder / "valannot" / "val_001.png")))
+    assert truth_of(pool / "val_val_001.png", trained) is None
+
+
 def test_pascal_voc_is_not_downloaded_for_its_truth(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.voc, "download_and_extract_archive", lambda *args, **kwargs: pytest.fail("asked"))
     (tmp_path / "data_voc").mkdir()

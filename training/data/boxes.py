@@ -5,7 +5,9 @@ the image, and 1 for a crowd. Rows of class -1 are padding.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +26,14 @@ from training.augment import draw_flips, normalise
 from training.config import DetectionConfig, UserError
 from training.data.batches import ImageBatches, MemoryPart, fit_in_memory
 from training.data.finding import fingerprint, size_of
-from training.data.image_files import UnreadableImage, open_image, read_images, unreadable, why_unreadable
+from training.data.image_files import (
+    UnreadableImage,
+    open_image,
+    orientation,
+    read_images,
+    unreadable,
+    why_unreadable,
+)
 from training.data.segmentation import limited, refuse
 from training.data.streaming import Images, Reader, StreamedPart
 
@@ -32,7 +41,8 @@ PARTS = ("train", "val", "test")  # the last may be absent
 PADDING = -1  # class of a row that is no box
 COLUMNS = 6  # of a box
 BEYOND = 1.0  # pixels by which rounding may push a box over the border
-Size = Annotated[int, Field(ge=1)]
+BOM = b"\xef\xbb\xbf"  # which some editors put before UTF-8 text
+Size = Annotated[int, Field(ge=1, strict=False)]  # 48.0 is 48
 Boxes = np.ndarray  # (n, 6) float32, columns as in a batch
 
 
@@ -47,7 +57,7 @@ class _Annotation(TypedDict):
     image_id: int
     category_id: int
     bbox: Annotated[list[FiniteFloat], Field(min_length=4, max_length=4)]
-    iscrowd: NotRequired[int]
+    iscrowd: NotRequired[int | bool]
 
 
 class _Category(TypedDict):
@@ -86,9 +96,21 @@ class SceneImages:
             raise UnreadableImage(unreadable(path, "an image", error, "replace or remove it")) from None
         if image.size != (annotated := tuple(self._sizes[index].tolist())):
             sizes = (" x ".join(map(str, each)) for each in (image.size, annotated))
-            raise UnreadableImage("{} is {} pixels, but annotated as {}: replace one of them".format(path, *sizes))
+            remedy = _remedy(path) if image.size == annotated[::-1] else "replace one of them"
+            raise UnreadableImage("{} is {} pixels, but annotated as {}: {}".format(path, *sizes, remedy))
         resized = image.resize(self.shape[:1:-1], Image.Resampling.BILINEAR)
         return np.ascontiguousarray(np.array(resized).transpose(2, 0, 1))
+
+
+def _remedy(path: str) -> str:
+    """For an image whose width and height are annotated the other way round."""
+    with Image.open(path) as image:
+        if orientation(image) == 1:
+            return "turn the image or correct its annotation"
+    return (
+        "it is read upright, as its EXIF orientation says. Annotate the upright image (width, height and boxes), or, "
+        "if the boxes fit the stored one, remove that tag"
+    )
 
 
 @dataclass(frozen=True)
@@ -152,7 +174,7 @@ def find_scenes(folder: Path) -> SceneFiles:
     Images are train/ and val/ with annotations/instances_train.json and instances_val.json, or train2017/ and so on, as
     COCO itself has them. Crowds do not train; in other parts, what lies in one counts neither for nor against.
     """
-    places = _find_places(folder)
+    places, notes = _find_places(folder)
     read = {part: _read_annotations(file) for part, (_, file) in places.items()}
     categories = {part: {each["id"]: each["name"] for each in of["categories"]} for part, of in read.items()}
     file, first = places["train"][1], categories["train"]
@@ -161,10 +183,12 @@ def find_scenes(folder: Path) -> SceneFiles:
     for part, theirs in categories.items():
         if len(theirs) < len(read[part]["categories"]):
             raise UserError(f"{places[part][1]} has categories with the same id: give each its own")
+        if twice := _repeated(theirs.values()):
+            raise UserError(f"{places[part][1]} has two categories called {twice[0]!r}: rename or merge them")
         if theirs != first:
             raise UserError(f"{places[part][1]} has other categories than {file}: give both the same")
     labels = {category: label for label, category in enumerate(sorted(first))}
-    problems, notes, parts = [], [], {}
+    problems, parts = [], {}
     for part, (images, annotations) in places.items():
         reading = _Reading(images, annotations, labels, with_crowds=part != "train")
         parts[part] = reading.scenes(read.pop(part))
@@ -173,14 +197,27 @@ def find_scenes(folder: Path) -> SceneFiles:
     return SceneFiles(tuple(first[category] for category in labels), parts, problems, tuple(notes))
 
 
-def _find_places(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Image folder and annotation file of each part. Raises UserError if train or val is missing."""
-    places = {}
+def _find_places(folder: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
+    """Image folder and annotation file of each part, and notes. Raises UserError for a part that is not clear.
+
+    Train and val must be there. A test part may be, but images without annotations, as COCO has them, are only noted.
+    """
+    places, notes = {}, []
     for part in PARTS:
-        for name in (part, f"{part}2017"):
-            images, annotations = folder / name, folder / "annotations" / f"instances_{name}.json"
-            if annotations.is_file() and images.is_dir():
-                places.setdefault(part, (images, annotations))
+        both = [(folder / name, folder / "annotations" / f"instances_{name}.json") for name in (part, f"{part}2017")]
+        found = [(images, file) for images, file in both if images.is_dir() and file.is_file()]
+        if len(found) > 1:
+            raise UserError(
+                f"{folder} holds {part}/ and {part}2017/, both with annotations: move one of them and its file "
+                f"({found[0][1].name}, {found[1][1].name}) elsewhere"
+            )
+        if found:
+            places[part] = found[0]
+        elif files := [(images, file) for images, file in both if file.is_file()]:
+            images, file = files[0]
+            raise UserError(f"{file} exists, but {images} with its images does not: add it, or move the file elsewhere")
+        elif part == "test":
+            notes += [f"there is no test on {images}: {file} is missing" for images, file in both if images.is_dir()]
     if missing := [part for part in PARTS[:2] if part not in places]:
         raise UserError(
             f"{folder} does not hold detection data in COCO's format ({' and '.join(missing)} missing): there must be "
@@ -188,13 +225,17 @@ def _find_places(folder: Path) -> dict[str, tuple[Path, Path]]:
             "val2017/ and so on). Put them there, name another place with --data-dir, or make some with "
             "python tools/make_detection_data.py"
         )
-    return places
+    return places, notes
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, n in Counter(names).items() if n > 1]
 
 
 def _read_annotations(path: Path) -> _Annotations:
     """A COCO annotation file. Raises UserError if it cannot be read or has another structure."""
     try:
-        found = TypeAdapter(_Annotations).validate_json(path.read_bytes())
+        found = TypeAdapter(_Annotations).validate_json(path.read_bytes().removeprefix(BOM))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "content"
@@ -219,6 +260,10 @@ class _Reading:
         images = {each["id"]: each for each in found["images"]}
         if len(images) < len(found["images"]):
             self.problems.append(f"{self.file} lists two images of one id: give each its own")
+        self.problems += [
+            f"{self.file} lists {name} under more than one id: give its annotations one id, and list it once"
+            for name in _repeated(os.path.normpath(each["file_name"]) for each in images.values())
+        ]
         self._find_missing([each["file_name"] for each in images.values()])
         boxes: dict[int, list[list[float]]] = {each: [] for each in images}
         empty = 0
