@@ -78,6 +78,12 @@ def test_a_palette_of_other_colours_is_refused(colours, tmp_path):
         read_labels(tmp_path / "a.png", CAMVID, {})
 
 
+def test_a_palette_that_is_too_short_is_refused(tmp_path):
+    with_palette(VOC_LABELS, voc_palette()[:21], tmp_path / "a.png")
+    with pytest.raises(BadFile, match="has no colour for the value 255 in its palette"):
+        read_voc(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_grey_values_of_few_bits_are_read_as_they_are(bits, tmp_path):
     labels = np.arange(32, dtype=np.uint8).reshape(4, 8) % min(12, 2**bits)

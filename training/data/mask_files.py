@@ -131,7 +131,7 @@ def _listed(folder: Path, finder: Finder) -> tuple[list[Path], list[str]]:
     problems = [
         f"{entry.path} is a folder with images, which are not read: move them to {folder}, or the folder elsewhere"
         for entry in entries
-        if entry.is_dir() and finder.all_images(entry.path)
+        if entry.is_dir() and Finder().all_images(entry.path)
     ]
     return sorted((Path(file.path) for file in finder.list_images(entries)), key=lambda path: path.stem), problems
 
@@ -203,9 +203,11 @@ def read_labels(path: Path, classes: Classes, renamed: dict[int, int]) -> np.nda
         raise BadFile(
             f"{path} is not a label mask (image mode {image.mode}, not one byte per pixel): replace it with one"
         )
-    pixels, palette = np.array(image), image.getpalette()
-    if palette is not None and not _is_grey(pixels, palette):
-        return _labels_of_colours(path, pixels, palette, classes)
+    pixels = np.array(image)
+    if image.mode == "P":
+        colours = _colours(pixels, image.getpalette() or [])
+        if any(colour != (value,) * 3 for value, colour in colours.items()):
+            return _labels_of_colours(path, pixels, colours, classes)
     table = np.full(256, 255, dtype=np.uint8)
     table[: classes.void + 1] = np.arange(classes.void + 1)
     for theirs, ours in renamed.items():
@@ -220,26 +222,27 @@ def read_labels(path: Path, classes: Classes, renamed: dict[int, int]) -> np.nda
     return labels
 
 
-def _is_grey(pixels: np.ndarray, palette: list[int]) -> bool:
-    """Whether each value in pixels (h, w) is shown as the grey of that value. palette: red, green, blue of each."""
-    return all(palette[3 * value : 3 * value + 3] == [value] * 3 for value in np.unique(pixels).tolist())
+def _colours(pixels: np.ndarray, palette: list[int]) -> dict[int, tuple[int, ...]]:
+    """The colour of each value in pixels (h, w), () where the palette is too short. palette: red, green, blue, ..."""
+    values = np.flatnonzero(np.bincount(pixels.ravel())).tolist()
+    return {value: tuple(palette[3 * value : 3 * value + 3]) for value in values}
 
 
-def _labels_of_colours(path: Path, pixels: np.ndarray, palette: list[int], classes: Classes) -> np.ndarray:
-    """(h, w) labels by the colours that the values are shown in, as their order is lost when a file is made smaller.
+def _labels_of_colours(
+    path: Path, pixels: np.ndarray, colours: dict[int, tuple[int, ...]], classes: Classes
+) -> np.ndarray:
+    """(h, w) labels by the colours of the values, whose order is lost when a program makes a file smaller.
 
     Raises BadFile for a colour that no class has.
     """
     known = {tuple(colour): label for label, colour in enumerate(classes.palette.tolist())}
     table = np.zeros(256, dtype=np.uint8)
-    for value in np.unique(pixels).tolist():
-        colour = tuple(palette[3 * value : 3 * value + 3])
+    for value, colour in colours.items():
         if colour not in known:
-            which = f"the colour {colour}" if colour else "no colour"
             raise BadFile(
-                f"{path} has {which} for the value {value} in its palette, which is none of a class: replace it with "
-                "the original mask; if its values are the labels, store them without a palette (in Python, "
-                "Image.fromarray(np.array(Image.open(path))).save(path))"
+                f"{path} has {f'the colour {colour}' if colour else 'no colour'} for the value {value} in its palette, "
+                "but no class has that: replace it with the original mask; if its values are the labels, store them "
+                "without a palette (in Python, Image.fromarray(np.array(Image.open(path))).save(path))"
             )
         table[value] = known[colour]
     return table[pixels]
