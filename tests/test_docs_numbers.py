@@ -207,6 +207,40 @@ def attention() -> list[str]:
     ]
 
 
+def published_model() -> list[str]:
+    """What the scripts made of v2 as published: ranges over levels."""
+    looks = RESULTS / "v2_cifar10+compile=True+precision=bf16" / "looks"
+    table = pd.read_csv(looks / "attention_statistics.csv")
+    table = table[table["head"] == "all"].set_index(["run", "weights", "statistic"])["mean"]
+
+    def spread(statistic: str, digits: int = 0, factor: int = 100, run: str = "v2", weights: str = "trained") -> str:
+        values = factor * table[run, weights, statistic]
+        return f"{values.min():.{digits}f} to {values.max():.{digits}f}"
+
+    probe = pd.read_csv(looks / "probe.csv").set_index(["method", "level"])["accuracy"] * 100
+    cka = pd.read_csv(looks / "representations.csv")
+    cka = cka[cka.run_a.str.startswith("v2") & cka.run_b.str.startswith("vit") & (cka.level_a == cka.level_b)]
+    cka = cka.set_index("level_a").cka
+    neurons = pd.read_csv(looks / "sparsity.csv")
+    share = 100 * neurons[neurons.quantity == "gated"].groupby("level")["share"].mean()
+    by_level = [f"{probe['linear_probe', level]:.1f}" for level in range(1, 7)]
+    more = probe["run_with_levels"]
+    return [
+        f"entropy {spread('entropy', 2, 1)} of that of equal",
+        f"{spread('self_share')} % on the patch itself, at a mean distance of {spread('distance', 1, 1)} patches",
+        f"{spread('row_share')} % to the others in its row",
+        f"{spread('column_share')} % to those in its column",
+        f"{spread('row_share', weights='untrained')} % are there before training",
+        f"{spread('row_share', run='v4')} and {spread('column_share', run='v4')} %",
+        f"are {spread('negative')} % of the sum",
+        f"reads {', '.join(by_level[:5])} and {by_level[5]} % after",
+        f"has {probe['readout', 1]:.1f} % after level 1 and {probe['readout', 5]:.1f} after level 5",
+        f"keeps {more[7]:.1f} % with seven and {more[8]:.1f} with eight, and falls to {more[12]:.1f} with twelve",
+        f"CKA {cka[0]:.2f} before the first one, {cka[3]:.2f} after the third, {cka[6]:.2f} after the last",
+        f"{share.min():.1f} to {share.max():.1f} % of them, fewest at level {share.idxmin()}",
+    ]
+
+
 def clips() -> list[str]:
     of_all = [run("clips/video_bdh+precision=float32", seed) for seed in range(3)]
     one = run("clips/video_bdh+in_channels=3+n_frames=1+precision=float32+tubelet=1")
@@ -277,12 +311,13 @@ def v4_parts() -> list[str]:
         ("docs/results.md", status),
         ("docs/results.md", speedrun),
         ("docs/interpretability.md", attention),
+        ("docs/interpretability.md", published_model),
         ("results/recipe_small_cpu/README.md", recipe_rates),
         ("results/clips/README.md", clips),
         ("results/v4_small_cpu/README.md", v4_rates),
         ("results/v4_small_cpu/README.md", v4_parts),
     ],
-    ids=["README", "status", "speedrun", "attention", "recipe", "clips", "v4 rates", "v4 parts"],
+    ids=["README", "status", "speedrun", "attention", "published model", "recipe", "clips", "v4 rates", "v4 parts"],
 )
 def test_a_page_says_what_the_files_in_results_say(page, expected):
     text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
