@@ -336,7 +336,7 @@ def test_resumed_from_another_place_ends_the_same(folder_trial, images_dir, tmp_
     whole, trial = folder_trial("whole"), folder_trial("trial")
     fit(whole)
     interrupt(trial, 2)
-    moved = shutil.copytree(images_dir, tmp_path / "elsewhere" / "pets")
+    moved = shutil.copytree(images_dir, tmp_path / "elsewhere" / "renamed")
     fit(folder_trial("trial", moved, options={"resume": True}))
     assert same_weights(*(weights(each.folder) for each in (whole, trial)))
 
@@ -357,7 +357,7 @@ def test_a_complete_run_is_not_that_of_another_folder(folder_trial, images_dir, 
     trial = folder_trial("one", epochs=1)
     summary = fit(trial)
     assert fit(resumed(trial)) == summary and Run(trial.folder).is_complete(trial)
-    copy = shutil.copytree(images_dir, tmp_path / "copy" / images_dir.name)
+    copy = shutil.copytree(images_dir, tmp_path / "copy" / "renamed")
     same = folder_trial("one", copy, epochs=1)
     assert Run(trial.folder).is_complete(same)  # the same images elsewhere
     next(path for path in copy.rglob("*.*") if path.is_file()).write_bytes(b"another image")

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -222,6 +223,40 @@ def test_metrics_of_a_complete_run_are_restored(damage, experiment, capsys):
     assert "metrics.csv was damaged: restored from last.pt" in capsys.readouterr().out
     files = snapshot(trial.folder)
     assert fit(resumed(trial)) == summary and snapshot(trial.folder) == files
+
+
+def kill_before_keeping(n):
+    before(Run, "keep_weights", nth(n, kill))
+
+
+def test_first_weights_are_kept_after_a_kill_before_they_were_written(experiment):
+    trial = experiment(options=dict(keep_every=2))
+    assert launch_in_child(trial, partial(kill_before_keeping, 1), "--keep-every=2")[0] == -signal.SIGKILL
+    first = load_checkpoint(trial.folder / "last.pt")["model"]
+    assert not Run(trial.folder).kept_weights()
+    fit(resumed(trial))
+    assert list(Run(trial.folder).kept_weights()) == [0, 2]
+    assert_same(load_checkpoint(trial.folder / "epoch_000.pt")["model"], first, "epoch 0")
+
+
+@pytest.mark.parametrize("changed", ["train_images", "train_labels", "test_images", "test_labels"])
+def test_other_arrays_of_the_same_form_are_refused(changed, experiment, cifar_arrays, tmp_path):
+    (tmp_path / "data_cifar10").mkdir()
+    path = tmp_path / "data_cifar10" / "cifar10.npz"
+    np.savez(path, **cifar_arrays)
+    trial = experiment(options=dict(data_dir=tmp_path))
+    interrupt(trial, 2)
+    config = trial.folder / "config.json"
+    array = cifar_arrays[changed]
+    array[[3, 5]] = array[[5, 3]]
+    assert (array[3] != array[5]).any()
+    np.savez(path, **cifar_arrays)
+    with pytest.raises(UserError, match=r"was started on other data \(sha256: .*\): restore them, or start another"):
+        fit(resumed(trial))
+    older = json.loads(config.read_text())
+    del older["data"]["sha256"]
+    config.write_text(json.dumps(older))
+    assert fit(resumed(trial))["test"]
 
 
 def ctrl_c_before_training(n):

@@ -115,6 +115,8 @@ def _resume(experiment: Experiment, run: Run, trackers: Trackers) -> Session:
     trackers.connect(config.get("run_id"))
     run.restore_metrics(session.epoch, session.history)
     run.restore_split(data.split, session.run_id)
+    if session.epoch == 0 and session.progress is None:
+        _keep_weights(session)  # the run may have been stopped before they were written
     if is_best:
         run.save_best(session.weights() | session.best)  # the run may have been stopped before it was written
     run.note_hardware(config, _hardware(device))

@@ -30,6 +30,7 @@ SMALL_FILES = ("config.json", "metrics.csv", "summary.json")  # the last one mar
 EXPORTED = "best_bf16.safetensors"  # written by tools/export.py from best.pt
 CARD = "README.md"  # its model card
 EXPORTS = (EXPORTED, "model*.pt2", "model*.onnx")  # files that it writes beside a run, but for the card
+FINGERPRINTS = {"file_names_and_sizes", "sha256"}  # keys of data that identify them without a name
 TRAIN_CLASSES = {  # of runs stored before config.json named the class, by model; all others are classification
     "BDHConfig": "TextConfig",
     "BDHUNetConfig": "SegmentationConfig",

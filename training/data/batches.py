@@ -40,6 +40,8 @@ class DataSet:
     val_labels: np.ndarray | None = None
     files: str | None = None
     """fingerprint of the files' names and sizes, for data that are not one archive"""
+    sha256: str | None = None
+    """of images and labels, for data that are one archive"""
     notes: tuple[str, ...] = ()
     """lines to print at the start of a run"""
     eval_crop: float = 1.0
@@ -55,6 +57,8 @@ class DataSet:
             description["validation"] = "own part"
         if self.files is not None:
             description["file_names_and_sizes"] = self.files
+        if self.sha256 is not None:
+            description["sha256"] = self.sha256
         return description
 
     def own_split(self, limit: int | None, seed: int) -> "Split":
