@@ -170,6 +170,24 @@ def test_a_killed_worker_is_one_message_wherever_the_main_process_is(experiment,
     assert end.value.code == 1 and capsys.readouterr().err.startswith("error: a process that reads images has ended")
 
 
+@pytest.mark.parametrize("error", [RuntimeError("DataLoader worker (pid 5) exited"), BrokenPipeError(), ValueError()])
+def test_ctrl_c_is_not_hidden_by_what_ended_workers_raise(error, photos, monkeypatch):
+    """They have had the Ctrl-C too; ValueError: of a closed queue."""
+    reader = batches_of(photos, num_workers=0).parts["train"].reader
+
+    class Loader:
+        _iterator = mock.Mock()
+
+        def __iter__(self):
+            raise KeyboardInterrupt
+
+    reader.loader = Loader()
+    reader.loader._iterator._shutdown_workers.side_effect = error
+    with pytest.raises(KeyboardInterrupt):
+        list(reader.read("train", [torch.arange(2)]))
+    assert reader.loader._iterator is None
+
+
 def own_group(folder):
     """The process leads a group of its own, which its workers join; the folder tells its number.
 

@@ -94,9 +94,9 @@ class Reader:
 
     def stop(self) -> None:
         """Ends the workers, which DataLoader itself would only do when it is collected."""
-        if iterator := self.loader._iterator:
-            self.loader._iterator = None
-            with contextlib.suppress(RuntimeError):  # an ended worker; the others are ended all the same
+        with contextlib.suppress(Exception):  # of a worker or queue that has ended; the others are ended all the same
+            iterator, self.loader._iterator = self.loader._iterator, None
+            if iterator:
                 iterator._shutdown_workers()
 
 
