@@ -324,6 +324,26 @@ def test_killed_and_resumed_processes_end_the_same(experiment):
     assert [row["epoch"] for row in read_rows(alone.folder)] == ["1", "2", "3"]
 
 
+def interrupted_in_epoch(epoch):
+    """Ctrl-C in the first step of that epoch of 8 steps, in every process."""
+    before(loop, "optimizer_step", nth(8 * epoch - 7, ctrl_c))
+
+
+def ctrl_c(session):
+    raise KeyboardInterrupt
+
+
+def test_three_processes_resumed_round_as_without_a_stop(experiment):
+    """From three on, a sum of gradients depends on where in a message they lie."""
+    fields = TRIAL | dict(batch_size=24, grad_accum=1, epochs=2)
+    whole, cut = (experiment(name, **fields) for name in ("whole", "cut"))
+    ended = run_together(3, train_hindered, whole)
+    assert [code for code, *_ in ended] == [0] * 3 and not any(output for _, output, _ in ended[1:]), ended
+    assert [code for code, *_ in run_together(3, train_hindered, cut, partial(interrupted_in_epoch, 2))] == [130] * 3
+    assert [code for code, *_ in run_together(3, train_hindered, resumed(cut))] == [0] * 3
+    assert_same_run(cut.folder, whole.folder)
+
+
 def test_what_writes_into_a_run_is_left_to_the_main_process():
     marks = ("_replace(", "_write_partial(", '.open("a"')
     methods = {name: value for name, value in vars(Run).items() if inspect.isfunction(value) and name[0] != "_"}

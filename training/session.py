@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -186,5 +186,29 @@ def _compile(model: nn.Module, device: torch.device) -> nn.Module:
 
 def _distribute(forward: nn.Module, device: torch.device) -> nn.Module:
     """Averages gradients over the processes. Weights, and before every forward pass buffers, are the main process's."""
-    device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(forward, device_ids=device_ids, gradient_as_bucket_view=True)
+    if device.type == "cuda":
+        return DistributedDataParallel(forward, device_ids=[device.index], gradient_as_bucket_view=True)
+    trained = DistributedDataParallel(forward, gradient_as_bucket_view=True)
+    _arrange_gradients(trained)
+    return trained
+
+
+def _arrange_gradients(trained: DistributedDataParallel) -> None:
+    """Has PyTorch arrange the gradients in messages now, always alike.
+
+    It does so after a process's first step. From three processes on, the rounding of a sum depends on its place in a
+    message, so that the first step after a resume would round otherwise than without a stop.
+    """
+    forward, trained.module = trained.module, _SumOfWeights(trained.module)
+    trained().backward()
+    trained.module = forward
+    trained.zero_grad()
+
+
+class _SumOfWeights(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self) -> Tensor:
+        return sum(each.sum() for each in self.model.parameters() if each.requires_grad)
