@@ -255,11 +255,11 @@ def test_a_download_is_written_once_and_then_read(download, tmp_path):
 
 def test_a_download_that_cannot_be_stored_leaves_nothing(download, tmp_path, monkeypatch):
     def disk_full(file, **arrays):
-        file.write(b"some")
+        file.write_bytes(b"some")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", disk_full)
-    with pytest.raises(UserError, match=r"cifar10\.npz could not be written \(No space left"):
+    with pytest.raises(UserError, match=r"cifar10\.npz cannot be written \(No space left"):
         load_dataset("cifar10", tmp_path)
     assert list((tmp_path / "data_cifar10").iterdir()) == []
 

@@ -15,6 +15,14 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
         assert path.read_text() == content
 
 
+def test_two_writers_do_not_meet(tmp_path):
+    path = tmp_path / "table.csv"
+    with written_whole(path) as one, written_whole(path) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+
+
 def test_after_an_error_the_old_file_is_there_and_no_other(tmp_path):
     path = tmp_path / "table.csv"
     path.write_text("old")

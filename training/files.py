@@ -1,6 +1,7 @@
 """Files and folders that are whole or not there."""
 
 import contextlib
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +23,10 @@ def whole_folder(path: Path) -> Iterator[None]:
 def written_whole(path: Path) -> Iterator[Path]:
     """Inside, a temporary path beside it with the same suffix, to write to; at the end it takes the path's place.
 
-    After an error, such as a full disk, whatever was at the path before is still there. Makes the folder. Raises
-    UserError if the file system refuses.
+    After an error, such as a full disk, whatever was at the path before is still there. Of two processes that write the
+    file at once, the last one's stays. Makes the folder. Raises UserError if the file system refuses.
     """
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    partial = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial

@@ -2,8 +2,6 @@
 
 import contextlib
 import hashlib
-import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ import torchvision
 from training.config import UserError
 from training.data.batches import DataSet
 from training.data.places import data_folder
+from training.files import written_whole
 
 
 def load_digits(data_dir: Path | None, img_size: int, in_channels: int) -> DataSet:
@@ -103,13 +102,5 @@ def _download_cifar(name: str, path: Path) -> None:
         "test_labels": np.array(test.targets, dtype=np.int64),
         "class_names": np.array(train.classes),
     }
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, **arrays)
-        Path(partial).replace(path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror}): free some space and start again") from None
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(partial).unlink()
+    with written_whole(path) as partial:
+        np.savez(partial, **arrays)
