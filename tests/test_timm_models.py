@@ -18,7 +18,7 @@ from training.loop import fit
 from training.runs import load_model
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # timm knows a name once in a process, whatever order the tests have
 def trained(experiment_in, tmp_path_factory):
     """timm's name of a trained model, and the model as this project opens it."""
     folder = tmp_path_factory.mktemp("timm")
