@@ -144,6 +144,9 @@ def test_data_without_a_test_part(tmp_path, data_dir, experiment):
     with pytest.raises(UserError, match="has another validation part: give two runs with the same seed"):
         open_runs(choice)
     assert len(open_runs(dataclasses.replace(choice, versus=trial.folder / "last.pt"))) == 2
+    renamed = photos.rename(tmp_path / "renamed")  # the same files
+    assert TrainedRun(trial.folder, renamed, "cpu").n_images == len(split.val)
+    renamed.rename(photos)
     shutil.copy(next((photos / "class 1").glob("*.png")), photos / "class 1" / "new.png")
     with pytest.raises(UserError, match="other numbers of images"):  # the split's numbers mean other images now
         TrainedRun(trial.folder, photos, "cpu").samples([0])

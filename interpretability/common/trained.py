@@ -30,11 +30,16 @@ from training.data.segmentation import read_pair, refuse, scale_image, scale_mas
 from training.device import prepare_device
 from training.experiment import changed_fields
 from training.runs import Run, load_model
-from training.stored import EXPORTED, configuration_of, task_of
+from training.stored import EXPORTED, FINGERPRINTS, configuration_of, task_of
 from training.views import Predict, Views, views_of
 
 Batches = Iterator[tuple[Tensor, Tensor]]
-DATA_WORDS = {"class_names": "class names", "images": "numbers of images", "file_names_and_sizes": "files"}
+DATA_WORDS = {
+    "class_names": "class names",
+    "images": "numbers of images",
+    "file_names_and_sizes": "files",
+    "sha256": "images or labels",
+}
 LONGEST_STEM = 150  # bytes; file systems allow names of 255, and scripts add their own words
 progress = partial(tqdm, leave=False, disable=None)  # a bar if stderr is a terminal
 
@@ -217,6 +222,8 @@ class TrainedRun:
     def _require_same(self, found: dict[str, Any]) -> None:
         """Raises UserError unless the data with this description are those of the run, as far as it recorded them."""
         trained_on = self.config["data"]  # an older run lacks keys
+        if FINGERPRINTS & trained_on.keys():  # else the name counts, which may be a folder's
+            trained_on = trained_on | {"name": found["name"]}
         known = [key for key in DATA_WORDS if key in trained_on] + sorted(trained_on.keys() - DATA_WORDS.keys())
         for key in known:
             if trained_on[key] != found.get(key):  # numbers of images would mean other ones
