@@ -16,7 +16,7 @@ from scipy import stats
 from analysis.pages import NONE
 from analysis.published import read_published
 from analysis.tables import accuracy_interval
-from plans import BEST_RATES, RATES, V4_CHANGES, V4_RATES, V4_RIVALS, at_rate, training_flop
+from plans import BEST_RATES, RATES, V4_BEST_RATES, V4_CHANGES, V4_RATES, V4_RIVALS, at_rate, training_flop
 from training.command_line import experiment_of
 from training.config import ROOT
 
@@ -271,10 +271,10 @@ def _run_at(model: str, optimizer: str, rate: str) -> Measured:
     return _run_of("recipe_small_cpu", f"{at_rate(model, optimizer, rate)} --precision bf16")
 
 
-def _run_of(folder: str, line: str) -> Measured:
+def _run_of(folder: str, line: str, seed: int = 0) -> Measured:
     """line: a script with flags."""
     script, _, flags = line.partition(" ")
-    return run(f"{folder}/{experiment_of(script, flags).name}")
+    return run(f"{folder}/{experiment_of(script, flags).name}", seed)
 
 
 def v4_rates() -> list[str]:
@@ -291,7 +291,12 @@ def v4_rates() -> list[str]:
         best = max(each.validation for each in done)
         cells = [f"**{best:.2f}**" if each.validation == best else f"{each.validation:.2f}" for each in done]
         lines.append(f"| {' | '.join([title, done[0].parameters, *cells])} |")
-    return lines
+    best = zip(V4_RIVALS[:2], V4_BEST_RATES, strict=False)
+    chosen = [f"{rival} --learning-rate {rate} --precision float32" for rival, rate in best]
+    (v4, v2), (v4_again, v2_again) = (
+        [_run_of("v4_small_cpu", each, seed).accuracy for each in chosen] for seed in (0, 1)
+    )
+    return [*lines, f"{v4_again} and {v2_again} % of the test images, after {v4} and {v2} with the first"]
 
 
 def v4_parts() -> list[str]:
