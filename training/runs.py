@@ -107,17 +107,10 @@ class Run(LockedFolder):
         return stored.read_split(self.folder, self.read_config())
 
     def check_data(self, description: dict[str, Any]) -> None:
-        """Raises UserError if these are not the data that the run was started with, as far as it recorded them.
-
-        Their name, which may be a folder's, counts only without a fingerprint of the files or of their content.
-        """
+        """Raises UserError if these are not the data that the run was started with, as far as it recorded them."""
         before, now = self.read_config()["data"], json.loads(json.dumps(description))
-        if stored.FINGERPRINTS & before.keys():
-            before = before | {"name": now["name"]}
         changes = [
-            f"{key}: {_shorten(before.get(key))} -> {_shorten(now.get(key))}"
-            for key in sorted(before)  # an older run lacks keys
-            if before.get(key) != now.get(key)
+            f"{key}: {_shorten(before[key])} -> {_shorten(now.get(key))}" for key in stored.changed_data(before, now)
         ]
         if changes:
             raise UserError(

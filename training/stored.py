@@ -121,6 +121,15 @@ def _adapter(kind: type) -> TypeAdapter:
     return TypeAdapter(kind)
 
 
+def changed_data(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Keys in which data are not those that a run recorded, sorted; an older run lacks keys, which do not count.
+
+    The name, which may be a folder's, counts only without a fingerprint of the files or of their content.
+    """
+    identified = FINGERPRINTS & before.keys()
+    return [key for key in sorted(before) if before[key] != now.get(key) and not (identified and key == "name")]
+
+
 def validated(value: Any, kind: type, path: Path, remedy: str) -> Any:
     """The value, if it has the structure of the TypedDict `kind`; raises Damaged otherwise."""
     try:

@@ -30,7 +30,7 @@ from training.data.segmentation import read_pair, refuse, scale_image, scale_mas
 from training.device import prepare_device
 from training.experiment import changed_fields
 from training.runs import Run, load_model
-from training.stored import EXPORTED, FINGERPRINTS, configuration_of, task_of
+from training.stored import EXPORTED, changed_data, configuration_of, task_of
 from training.views import Predict, Views, views_of
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -221,16 +221,13 @@ class TrainedRun:
 
     def _require_same(self, found: dict[str, Any]) -> None:
         """Raises UserError unless the data with this description are those of the run, as far as it recorded them."""
-        trained_on = self.config["data"]  # an older run lacks keys
-        if FINGERPRINTS & trained_on.keys():  # else the name counts, which may be a folder's
-            trained_on = trained_on | {"name": found["name"]}
-        known = [key for key in DATA_WORDS if key in trained_on] + sorted(trained_on.keys() - DATA_WORDS.keys())
-        for key in known:
-            if trained_on[key] != found.get(key):  # numbers of images would mean other ones
-                raise UserError(
-                    f"{self.folder} was trained on other {DATA_WORDS.get(key, key)} of {self.train['dataset']}: "
-                    "give its data with --data-dir"
-                )
+        changed = changed_data(self.config["data"], found)
+        if changed:
+            key = next((key for key in DATA_WORDS if key in changed), changed[0])  # the one that says most
+            raise UserError(
+                f"{self.folder} was trained on other {DATA_WORDS.get(key, key)} of {self.train['dataset']}: "
+                "give its data with --data-dir"
+            )
 
     @cached_property
     def _training_pairs(self) -> list[Any]:
