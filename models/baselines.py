@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision import models as torchvision_models
 from torchvision.ops import stochastic_depth
 
+from models.small_maps import with_fast_small_maps
 from models.vision_bdh import ImageSize, check_image_size
 
 FEW_TOKENS = 577  # with the class token
@@ -158,6 +159,7 @@ class MobileNetV2Config(BaselineConfig):
 
     def build(self) -> nn.Module:
         model = torchvision_models.mobilenet_v2(num_classes=self.num_classes, dropout=self.dropout)
+        model = with_fast_small_maps(model)
         return _keep_first_two_strides_at_1(model) if self.setting == "fitted" else model
 
 
@@ -179,6 +181,7 @@ class EfficientNetB0Config(BaselineConfig):
         model = torchvision_models.efficientnet_b0(
             num_classes=self.num_classes, dropout=self.dropout, stochastic_depth_prob=self.stochastic_depth_prob
         )
+        model = with_fast_small_maps(model)
         return _keep_first_two_strides_at_1(model) if self.setting == "fitted" else model
 
 

@@ -7,8 +7,9 @@ import pytest
 from tests.golden import CONFIGURATIONS, RECORD, configurations, measure, measure_scripts
 
 # First steps that are alike on every CPU, where BatchNorm over one or two pixels magnifies rounding: CPUs with AVX2 and
-# with AVX-512 differ by 3e-4 in the fifth step of MobileNetV2, by 2e-2 in the second of ResNet34-UNet.
-SAME = {"train_mobilenetv2_cifar100.py": 5, "train_resnet34_unet.py": 1, "train_resnet50_unet.py": 1}
+# with AVX-512 differ by 2e-2 in the second step of ResNet34-UNet; convolutions of small maps as products differ from
+# the recorded ones by 1e-3 in the fourth of MobileNetV2 (tests/test_small_maps.py compares both in float64).
+SAME = {"train_mobilenetv2_cifar100.py": 3, "train_resnet34_unet.py": 1, "train_resnet50_unet.py": 1}
 
 
 @pytest.fixture(scope="module")
