@@ -95,7 +95,9 @@ def test_training_images_are_those_of_the_run(run, opened, data_dir):
     (run / "split.npz").unlink()  # as where only weights were exported; it is drawn again
     again = TrainedRun(run, data_dir, "cpu")
     numbers = again.choose_training_images(50)
-    assert np.array_equal(again._split.train[numbers], places) and np.array_equal(again._split.val, split.val)
+    assert np.array_equal(again.images.split.train[numbers], places) and np.array_equal(
+        again.images.split.val, split.val
+    )
 
 
 def write_photos(folder, data_dir, first, last):
@@ -118,7 +120,7 @@ def test_data_with_a_validation_part_and_no_test_part(tmp_path, data_dir, experi
     assert (opened.part, opened.n_images) == ("validation", 40)
     for samples, images, labels in (
         (opened.samples([7, 39]), data.val_images, data.val_labels),
-        (opened._read("train", np.array([7, 39])), data.train_images, data.train_labels),
+        (opened.images.training_samples(np.array([7, 39])), data.train_images, data.train_labels),
     ):
         assert np.array_equal(samples.images.numpy(), images[[7, 39]]) and samples.labels.tolist() == [*labels[[7, 39]]]
 

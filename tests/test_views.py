@@ -199,7 +199,7 @@ def test_a_segmentation_run_is_validated_in_its_views(call_script, tmp_path, cap
         one["val_loss"] != other["val_loss"] for one, other in zip(read_rows(run), read_rows(plain), strict=True)
     )
 
-    image = read_image(opened._data.pairs["val"][2].image)
+    image = read_image(opened.images.pairs[2].image)
     expected = F.interpolate(mean.log(), size=(32, 48), mode="bilinear", align_corners=False)[0].argmax(0)
     drawn = predict(lambda given: opened.answer(opened.model, given), image, 32, torch.device("cpu"))
     assert (drawn == expected.numpy()).mean() > 0.99 and len(set(drawn.flat)) > 1

@@ -1,12 +1,11 @@
 """Opens a finished run for inspection: its model and the images that it was tested on."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,31 +14,22 @@ from tqdm import tqdm
 
 from training import seeds
 from interpretability.common.adapters import Adapter, adapter_of
+from interpretability.common.run_images import ClassifiedImages, RunImages, Samples, SegmentedImages
 from models import build_config
 from models.pretrained import pretrained_folders
 from models.vision_bdh import Grid, height_and_width
 from training.augment import normalise
 from training.config import ROOT, UserError
-from training.data import DataSet, Split, data_folder, draw_split, load_dataset
 from training.data.classes import CLASSES
 from training.data.finding import count, cut_name
-from training.data.image_files import MODES, read_images
-from training.data.mask_files import BadFile, MaskFiles
-from training.data.masks import find_masks
-from training.data.segmentation import read_pair, refuse, scale_image, scale_mask, training_pairs
+from training.data.image_files import MODES
 from training.device import prepare_device
 from training.experiment import changed_fields
-from training.runs import Run, load_model
-from training.stored import EXPORTED, changed_data, configuration_of, task_of
+from training.runs import load_model
+from training.stored import EXPORTED, configuration_of, task_of
 from training.views import Predict, Views, views_of
 
 Batches = Iterator[tuple[Tensor, Tensor]]
-DATA_WORDS = {
-    "class_names": "class names",
-    "images": "numbers of images",
-    "file_names_and_sizes": "files",
-    "sha256": "images or labels",
-}
 LONGEST_STEM = 150  # bytes; file systems allow names of 255, and scripts add their own words
 progress = partial(tqdm, leave=False, disable=None)  # a bar if stderr is a terminal
 
@@ -90,13 +80,6 @@ class SeveralChoice(Places):
     untrained: bool = True
     """also measure each run's model with newly drawn weights, as before training: what is the same there comes from the
     architecture (of --encoder, --start-from and pruning these weights know nothing)"""
-
-
-class Samples(NamedTuple):
-    """B images and their labels, on the CPU."""
-
-    images: Tensor  # (B, C, height, width) uint8, at the model's size
-    labels: Tensor  # (B,) int64 classes, or (B, height, width) for segmentation
 
 
 class TrainedRun:
@@ -207,66 +190,23 @@ class TrainedRun:
             )
 
     @cached_property
-    def _data(self) -> DataSet | MaskFiles:
-        """The data that the run was trained on. Raises UserError if they cannot be used, or are others."""
-        name = self.train["dataset"]
-        if self.labels_pixels:
-            files = find_masks(name, data_folder(name, self.data_dir), download=False)
-            refuse(files.problems, name)
-            self._require_same(files.description)
-            return files
-        dataset = load_dataset(name, self.data_dir, self.sizes.img_size, self.sizes.in_channels)
-        self._require_same(dataset.description)
-        return dataset.with_eval_crop(self.train.get("eval_crop", 1.0))
+    def images(self) -> RunImages:
+        """Raises UserError if they cannot be used, or are not those of the run."""
+        kind = SegmentedImages if self.labels_pixels else ClassifiedImages
+        return kind(self.folder, self.config["data"], self.sizes, self.train, self.data_dir)
 
-    def _require_same(self, found: dict[str, Any]) -> None:
-        """Raises UserError unless the data with this description are those of the run, as far as it recorded them."""
-        changed = changed_data(self.config["data"], found)
-        if changed:
-            key = next((key for key in DATA_WORDS if key in changed), changed[0])  # the one that says most
-            raise UserError(
-                f"{self.folder} was trained on other {DATA_WORDS.get(key, key)} of {self.train['dataset']}: "
-                "give its data with --data-dir"
-            )
-
-    @cached_property
-    def _training_pairs(self) -> list[Any]:
-        """Of a segmentation run: image and mask files that it was trained on."""
-        train = self.train
-        return training_pairs(self._data, train.get("train_val", False), train["train_limit"], train["seed"])
-
-    @cached_property
+    @property
     def class_names(self) -> tuple[str, ...]:
-        return self._data.classes.names if self.labels_pixels else self._data.class_names
-
-    @cached_property
-    def _split(self) -> Split:
-        """Which images the run was trained on and validated with; drawn again, by its seed, if split.npz is missing."""
-        split = Run(self.folder).read_split()
-        if split is None:
-            train = self.train
-            split = draw_split(self._data, train["val_fraction"], train["train_limit"], train["seed"])
-        return split
-
-    @cached_property
-    def _part(self) -> tuple[str, np.ndarray]:
-        """The part's key in the data set, and the numbers of its images in that part."""
-        data = self._data
-        if self.labels_pixels:
-            part = "test" if data.pairs.get("test") else "val"
-            return part, np.arange(len(data.pairs[part]))
-        if len(data.test_labels):
-            return "test", np.arange(len(data.test_labels))
-        return "val", np.arange(len(self._split.val))
+        return self.images.class_names
 
     @property
     def part(self) -> str:
         """test, or validation for data without a test part."""
-        return "test" if self._part[0] == "test" else "validation"
+        return self.images.part
 
     @property
     def n_images(self) -> int:
-        return len(self._part[1])
+        return self.images.n_images
 
     def choose_images(self, n: int | None, indices: Sequence[int] | None = None) -> list[int]:
         """Numbers of n evenly spaced images of the part, so that data sorted by class give all classes; or `indices`.
@@ -281,42 +221,14 @@ class TrainedRun:
 
     def samples(self, indices: Sequence[int]) -> Samples:
         """Images of the part by number, from 0. Raises UserError for a number that does not exist."""
-        part, places = self._part
         for index in indices:
-            if not 0 <= index < len(places):
-                raise UserError(f"there is no {self.part} image {index}: numbers go from 0 to {len(places) - 1}")
-        if not self.labels_pixels:
-            return self._read(part, places[list(indices)])
-        return self._read_pairs(self._data.pairs[part], indices)
-
-    def _read(self, part: str, numbers: np.ndarray) -> Samples:
-        """Images with one class each. part: train, val or test; numbers: of images in it."""
-        if part == "test":
-            images, labels = self._data.test_images[numbers], self._data.test_labels[numbers]
-        else:
-            places = getattr(self._split, part)[numbers]
-            images, labels = self._data.part(part, dataclasses.replace(self._split, **{part: places}))
-        return Samples(torch.from_numpy(read_images(images)), torch.from_numpy(labels))
-
-    def _read_pairs(self, pairs: Sequence[Any], numbers: Sequence[int], full_size: bool = False) -> Samples:
-        """Images with their masks. pairs: of image and mask files; full_size: masks of one size, their own."""
-        read = [self._read_pair(pairs[number], full_size) for number in numbers]
-        return Samples(*(torch.from_numpy(np.stack(each)) for each in zip(*read, strict=True)))
-
-    def _read_pair(self, pair: Any, full_size: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(C, height, width) uint8 and (height, width) int64, at the model's size; full_size: the mask at its own."""
-        try:
-            image, mask = read_pair(pair, self._data)
-        except BadFile as error:
-            raise UserError(str(error)) from None
-        size = self.sizes.img_size
-        mask = mask if full_size else scale_mask(mask, size)
-        return scale_image(image, size).transpose(2, 0, 1), mask.astype(np.int64)
+            if not 0 <= index < self.n_images:
+                raise UserError(f"there is no {self.part} image {index}: numbers go from 0 to {self.n_images - 1}")
+        return self.images.samples(indices)
 
     def full_size_batches(self, indices: Sequence[int], text: str | None = None) -> Batches:
         """As batches, of one image each, with its mask at the size that it is stored at."""
-        pairs = self._data.pairs[self._part[0]]
-        return self._batches(partial(self._read_pairs, pairs, full_size=True), indices, 1, text)
+        return self._batches(partial(self.images.samples, full_size=True), indices, 1, text)
 
     def pixels(self, images: Tensor) -> Tensor:
         """The model's input: images (B, C, height, width) uint8 as float32 in [-1, 1], on the device."""
@@ -331,16 +243,12 @@ class TrainedRun:
 
         In segmentation, evenly spaced ones. Raises UserError if n is below 1.
         """
-        if self.labels_pixels:
-            return np.array(_evenly_spaced(n, len(self._training_pairs)))
-        by_class = np.argsort(self._data.train_labels[self._split.train], kind="stable")
-        return by_class[_evenly_spaced(n, len(by_class))]
+        order = self.images.training_order
+        return order[_evenly_spaced(n, len(order))]
 
     def training_batches(self, numbers: np.ndarray, size: int = 128, text: str | None = None) -> Batches:
         """The model's input and the labels for these training images, not augmented."""
-        if self.labels_pixels:
-            return self._batches(partial(self._read_pairs, self._training_pairs), numbers, size, text)
-        return self._batches(partial(self._read, "train"), numbers, size, text)
+        return self._batches(self.images.training_samples, numbers, size, text)
 
     def _batches(self, read: Callable[[Any], Samples], numbers: Any, size: int, text: str | None) -> Batches:
         with tqdm(total=len(numbers), desc=text, unit="img", leave=False, disable=None if text else True) as bar:
@@ -373,7 +281,7 @@ def open_runs(choice: PairChoice) -> list[TrainedRun]:
     if name != other:
         raise UserError(f"--versus {second.checkpoint} was trained on {other}, not on {name}: give another run")
     drawn = first.part == "validation" and not first.labels_pixels  # other parts are fixed by the data set
-    if drawn and not np.array_equal(first._split.val, second._split.val):
+    if drawn and not np.array_equal(first.images.split.val, second.images.split.val):
         raise UserError(f"--versus {second.checkpoint} has another validation part: give two runs with the same seed")
     return runs
 
