@@ -33,7 +33,7 @@ class SmallMapConv2d(nn.Conv2d):
         if self.groups > 1:
             return self._depthwise(x)
         y = self.weight.flatten(1) @ x.flatten(2)
-        y = y if self.bias is None else y + self.bias[:, None]
+        y = y if self.bias is None else y + self.bias[:, None].to(y.dtype)
         return y.unflatten(2, x.shape[2:])
 
     def _depthwise(self, x: Tensor) -> Tensor:

@@ -42,6 +42,16 @@ def test_products_are_the_convolution(fields, size):
         torch.testing.assert_close(ours, librarys)
 
 
+@pytest.mark.parametrize("fields", [dict(kernel_size=3, padding=1, groups=6, bias=False), dict(kernel_size=1)], ids=str)
+def test_products_in_bf16(fields):
+    plain = nn.Conv2d(6, 6, **fields)
+    x = torch.randn(4, 6, 2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, librarys = SmallMapConv2d(plain)(x), plain(x)
+    assert ours.dtype == librarys.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, librarys)
+
+
 def test_small_maps_take_products_and_only_in_training(monkeypatch):
     sizes = []
     as_products = SmallMapConv2d.as_products
