@@ -12,7 +12,8 @@ from training import UserError, fit
 from tests.camvid_data import write_camvid
 from tests.inspecting import check_error
 from tests.scenes import CLASS_NAMES, annotated, as_pixels, change, detection_trial, write_scenes
-from training.data.boxes import FlipWithBoxes, find_scenes
+from training.data.box_batches import FlipWithBoxes
+from training.data.boxes import find_scenes
 
 
 @pytest.fixture
@@ -59,6 +60,7 @@ def test_crowds_empty_boxes_and_numbers_of_categories(tmp_path, capsys):
         first = content["annotations"][0]
         box = first["bbox"]
         content["annotations"] += [first | {"iscrowd": 1}, first | {"bbox": [*box[:3], 0]}]
+        content["annotations"] += [content["annotations"][-1] | {"id": n} for n in (-1, -2)]
         for entry in (*content["annotations"], *content["categories"]):
             key = "category_id" if "bbox" in entry else "id"
             entry[key] = 90 - 3 * entry[key]  # COCO's have gaps, too
@@ -69,7 +71,8 @@ def test_crowds_empty_boxes_and_numbers_of_categories(tmp_path, capsys):
         change(annotated(folder, part), edit)
     files = find_scenes(folder)
     assert files.class_names == CLASS_NAMES[::-1] and not files.problems
-    assert "left out: 1 box without an area" in files.notes[0]
+    assert "left out: 3 boxes without an area" in files.notes[0]
+    assert "2 boxes in " in files.notes[1] and "repeat another one" in files.notes[1]
     train, val = (files.parts[part].boxes[0] for part in ("train", "val"))
     assert train[:, 0].tolist() == [9 - labels[0]] and val[:, [0, 5]].tolist() == [
         [9 - labels[1], 0],
@@ -80,6 +83,11 @@ def test_crowds_empty_boxes_and_numbers_of_categories(tmp_path, capsys):
 
 def rename_categories(content):
     content["categories"][0]["name"] = "another"
+
+
+def boxes_as_shares(content):
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [each / size for each, size in zip(annotation["bbox"], (48, 32, 48, 32), strict=True)]
 
 
 def turn_by_exif(path):
@@ -118,6 +126,10 @@ BAD = {
     "box outside": (
         lambda folder: change(annotated(folder), lambda content: content["annotations"][0].update(bbox=[40, 2, 12, 9])),
         r"annotation 0 has the box \[40, 2, 12, 9\] .* not inside its image of 48 x 32",
+    ),
+    "shares instead of pixels": (
+        lambda folder: change(annotated(folder), boxes_as_shares),
+        "instances_train.json has no box beyond the first pixel, as if they were shares of the image",
     ),
     "unknown category": (
         lambda folder: change(annotated(folder), lambda content: content["annotations"][0].update(category_id=70)),

@@ -20,7 +20,7 @@ from tests.inspecting import check_error
 from tests.scenes import CLASS_NAMES, SIZE, TRAIN, annotated, as_pixels, corners, detection_trial, write_scenes
 from tests.trials import read_rows, resumed, same_weights, weights, with_options
 from tools.exporting.model_card import model_card
-from training.data import boxes as boxes_module
+from training.data import box_batches
 from training.detection import Detection, average_precision, match, predictions
 from training.runs import load_model
 from training.stored import load_checkpoint
@@ -286,7 +286,7 @@ def test_impossible_values_are_refused(field, word):
 def test_images_read_in_every_epoch_make_the_same_run(trial, monkeypatch, capsys):
     """By worker processes, instead of being kept in memory; and a limit draws images by the seed."""
     fit(trial("memory", train_limit=5))
-    monkeypatch.setattr(boxes_module, "fit_in_memory", lambda parts, device: False)
+    monkeypatch.setattr(box_batches, "fit_in_memory", lambda parts, device: False)
     fit(trial("files", train_limit=5, options=dict(num_workers=2)))
     folders = [trial(name).folder for name in ("memory", "files")]
     assert same_weights(*map(weights, folders))

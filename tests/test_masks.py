@@ -326,6 +326,9 @@ def test_voc_faults(voc, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"c\.png is missing"):
         make_batches("voc", voc)
     parts = voc / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation"
+    (parts / "val.txt").write_text("c\na\n")
+    with pytest.raises(UserError, match=r"val\.txt lists a, which train\.txt lists, too: remove it from one of them"):
+        make_batches("voc", voc)
     (parts / "val.txt").write_text("\n")
     with pytest.raises(UserError, match=r"val\.txt lists no images"):
         make_batches("voc", voc)

@@ -14,7 +14,8 @@ from training import processes
 from models.bdh_detector import Detections
 from training.config import DetectionConfig, UserError
 from training.data import Split, data_folder
-from training.data.boxes import BoxBatches, SceneFiles, find_scenes
+from training.data.box_batches import BoxBatches
+from training.data.boxes import SceneFiles, find_scenes
 from training.experiment import Experiment
 from training.metrics import METRICS, Items
 from training.tasks import OneForward

@@ -1,4 +1,4 @@
-"""Detection data: images with boxes in COCO's format (arXiv 1405.0312), and their batches.
+"""Detection data: images with boxes in COCO's format (arXiv 1405.0312); `box_batches` makes batches of them.
 
 A batch's boxes are one tensor (B, M, 6), M the most of any image: class, centre x, centre y, width, height as shares of
 the image, and 1 for a crowd. Rows of class -1 are padding.
@@ -7,35 +7,27 @@ the image, and 1 for a crowd. Rows of class -1 are padding.
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
 import numpy as np
-import torch
 from PIL import Image
 from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
-from torch import Tensor
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
-from training import processes, seeds
 from models.vision_bdh import ImageSize, height_and_width
-from training.augment import draw_flips, normalise
-from training.config import DetectionConfig, UserError
-from training.data.batches import ImageBatches, MemoryPart, fit_in_memory
+from training.config import UserError
 from training.data.finding import fingerprint, size_of
 from training.data.image_files import (
     UnreadableImage,
     open_image,
     orientation,
-    read_images,
     unreadable,
     why_unreadable,
 )
-from training.data.segmentation import limited, refuse
-from training.data.streaming import Images, Reader, StreamedPart
 
 PARTS = ("train", "val", "test")  # the last may be absent
 PADDING = -1  # class of a row that is no box
@@ -278,8 +270,15 @@ class _Reading:
             else:
                 boxes[annotation["image_id"]].append([self.labels[annotation["category_id"]], *box, float(crowd)])
         if empty:
-            boxes_left = f"{empty:,} box{'es' * (empty != 1)}"
-            self.notes.append(f"left out: {boxes_left} without an area in {self.file}")
+            self.notes.append(f"left out: {_boxes(empty)} without an area in {self.file}")
+        if repeated := _repetitions(found["annotations"]):
+            self.notes.append(f"{_boxes(repeated)} in {self.file} repeat another one: each counts as an object")
+        corners = [(x + w, y + h) for x, y, w, h in (each["bbox"] for each in found["annotations"])]
+        if corners and max(map(max, corners)) <= 1:
+            self.problems.append(
+                f"{self.file} has no box beyond the first pixel, as if they were shares of the image: "
+                "give x, y, width and height in pixels"
+            )
         to_find = any(not box[-1] for of_image in boxes.values() for box in of_image)  # crowds alone are none
         if not to_find and not self.problems:
             self.problems.append(f"{self.file} has no boxes to find: replace it")
@@ -308,6 +307,18 @@ class _Reading:
         return None
 
 
+def _boxes(n: int) -> str:
+    return f"{n:,} box{'es' * (n != 1)}"
+
+
+def _repetitions(annotations: list[_Annotation]) -> int:
+    """Annotations that are equal to an earlier one."""
+    keys = (
+        (each["image_id"], each["category_id"], *each["bbox"], bool(each.get("iscrowd", 0))) for each in annotations
+    )
+    return sum(n - 1 for n in Counter(keys).values())
+
+
 def _as_shares(box: list[float], image: _Image) -> tuple[float, float, float, float] | None:
     """x, y, width, height in pixels -> centre, width and height as shares; None if no area is left in the image."""
     x, y, w, h = box
@@ -316,72 +327,3 @@ def _as_shares(box: list[float], image: _Image) -> tuple[float, float, float, fl
     if right <= left or bottom <= top:
         return None
     return (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
-
-
-class FlipWithBoxes:
-    """Mirrors half of the images, and their boxes: an `Augmentation`."""
-
-    stream = "augmentation"
-
-    def draw(self, n: int, height: int, width: int, generator: torch.Generator) -> list[Tensor]:
-        """(n,) booleans."""
-        return [draw_flips(n, generator)]
-
-    def apply(self, images: Tensor, targets: Tensor, flipped: Tensor) -> tuple[Tensor, Tensor]:
-        """images: (B, C, h, w), targets: (B, M, 6), flipped: (B,)."""
-        images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        centres = torch.where(flipped[:, None], 1 - targets[..., 1], targets[..., 1])
-        return images, torch.cat((targets[..., :1], centres[..., None], targets[..., 2:]), dim=-1)
-
-
-class BoxBatches(ImageBatches):
-    """Batches of a detection data set, ready for the model: `tasks.Batches`.
-
-    Images are kept in memory at the model's size, or read by worker processes in every epoch if they do not fit. Order
-    and flips depend on seed and epoch alone.
-    """
-
-    split = None  # the data have a validation set of their own
-
-    def __init__(
-        self,
-        files: SceneFiles,
-        config: DetectionConfig,
-        img_size: ImageSize,
-        eval_batch_size: int,
-        device: torch.device,
-        num_workers: int = 0,
-    ):
-        """Raises UserError for unusable files."""
-        refuse(files.problems, "the data")
-        for note in files.notes:
-            print(note)
-        self.config, self.eval_batch_size, self.device = config, eval_batch_size, device
-        self.flip = FlipWithBoxes() if config.horizontal_flip else None
-        train = files.parts["train"]
-        chosen = limited(len(train), config.train_limit, config.seed)
-        parts = {"test": Scenes([], [], [])} | files.parts | {"train": train.chosen(chosen)}
-        images = {name: SceneImages(of.paths, of.sizes, img_size) for name, of in parts.items()}
-        targets = {name: of.targets(files.n_boxes) for name, of in parts.items()}
-        if fit_in_memory(images.values(), device):
-            self.parts = {name: MemoryPart(read_images(of), targets[name], device) for name, of in images.items()}
-        else:
-            reader = Reader(Images(images, 1.0), device, num_workers)
-            self.parts = {name: StreamedPart(name, reader, targets[name], device) for name in images}
-
-    def train_batches(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every training image once: images (B, 3, h, w) float32 in [-1, 1], boxes (B, M, 6).
-
-        first: number of the batch to begin with.
-        """
-        config, part = self.config, self.parts["train"]
-        n, (height, width) = len(part), part.images.shape[-2:]
-        order = torch.randperm(n, generator=seeds.generator("order", config.seed, epoch))
-        draws = self._draws(self.flip, n, height, width, epoch) if self.flip else []
-        places = [batch[processes.share(len(batch))] for batch in torch.arange(n).split(config.batch_size)[first:]]
-        for (images, targets), here in zip(self._read(part, [order[each] for each in places]), places, strict=True):
-            images = normalise(images)
-            if self.flip:
-                here = here.to(self.device)
-                images, targets = self.flip.apply(images, targets, *(draw[here] for draw in draws))
-            yield images, targets

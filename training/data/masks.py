@@ -166,10 +166,15 @@ def _find_voc(folder: Path, download: bool) -> MaskFiles:
             f"{root} is incomplete ({why_unreadable(error)}): unpack VOCtrainval_11-May-2012.tar in {folder} again, "
             "or remove the folder to download it at the next start"
         ) from None
-    pairs, problems = {}, []
+    pairs, problems, lists = {}, [], root / "ImageSets" / "Segmentation"
     for part, of in parts.items():
-        pairs[part], more = _listed_pairs(of.images, of.masks, root / "ImageSets" / "Segmentation" / f"{part}.txt")
+        pairs[part], more = _listed_pairs(of.images, of.masks, lists / f"{part}.txt")
         problems += more
+    problems += [
+        f"{lists / 'val.txt'} lists {pair.image.stem}, which train.txt lists, too: remove it from one of them"
+        for pair in pairs["val"]
+        if pair in set(pairs["train"])
+    ]
     read_mask = partial(read_labels, classes=VOC, renamed={VOC.void: 255, 255: VOC.void})
     return MaskFiles("voc", pairs | {"test": []}, read_mask, problems)
 
