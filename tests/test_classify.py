@@ -158,6 +158,14 @@ def test_pictures_of_all_files_have_names_of_their_own():
     assert len(set(names)) == 3 and all(len(name.encode()) <= 255 for name in names)
 
 
+def test_the_picture_of_a_link_is_named_after_the_link(tmp_path):
+    for folder in ("photos", "chosen"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    (tmp_path / "chosen" / "cat.jpg").symlink_to(tmp_path / "photos" / "a.jpg")
+    assert picture_names([tmp_path / "photos" / ".." / "chosen" / "cat.jpg"]) == ["chosen_cat.png"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux only")
 def test_a_file_name_that_is_not_utf_8(trained_run, call_script, tmp_path):
     path = tmp_path / os.fsdecode(b"caf\xe9.png")

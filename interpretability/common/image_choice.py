@@ -34,7 +34,7 @@ def picture_names(files: list[Path]) -> list[str]:
     """FOLDER_NAME.png for each file, numbered where that is not unique."""
     names: dict[str, str] = {}
     for path in files:
-        start = cut_name(f"{path.resolve().parent.name}_{path.stem}")
+        start = cut_name(f"{path.parent.resolve().name}_{path.stem}")
         numbered = chain([start], (f"{start}-{number}" for number in count(2)))
         name = next(name for name in numbered if name.casefold() not in names)
         names[name.casefold()] = name  # some file systems do not tell cases apart
