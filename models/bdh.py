@@ -3,9 +3,9 @@
 Letters in shapes: B sequences or images, T tokens, D = n_embd, H = n_head, N neurons per head.
 
 A design choice is a field of `CoreConfig` and its line in one of the methods of `BDHCore`: `queries_and_keys`,
-`scaled_query`, `activity`, `plain_update`, `update`, `level_update`, `mixed` or `states`, or in `RotaryAttention`. The
-fast path is taken only for the fields and values in `kernels.FAST_PATH_SERVES`; with any other field away from its
-default, the model takes the plain path by itself.
+`scaled_query`, `activity`, `plain_update`, `update`, `level_update`, `carried`, `mixed` or `states`, or in
+`RotaryAttention`. The fast path is taken only for the fields and values in `kernels.FAST_PATH_SERVES`; with any other
+field away from its default, the model takes the plain path by itself.
 """
 
 import math
@@ -76,6 +76,8 @@ class CoreConfig:
     """scale and shift each level's input by a learned gain and bias per channel, so that levels can differ"""
     update_gain: float | None = None
     """initial value of a learned gain of the update, per level and channel (LayerScale); default: no gain"""
+    depth_mix: bool = False
+    """start each level from a learned weighted sum of all states so far; at first the last one alone"""
     attend_self: bool = True
     """let each token attend to itself; without, the diagonal of the raw scores is zero"""
     qk_norm: bool = False
@@ -176,6 +178,9 @@ class BDHCore(nn.Module):
             self.level_bias = _vectors(config.n_layer, torch.zeros(D))
         if config.update_gain is not None:
             self.update_gain = _vectors(config.n_layer, torch.full((D,), config.update_gain))
+        if config.depth_mix:  # a weight for each earlier state, for the levels after the first
+            lasts = (torch.tensor([0.0] * level + [1.0]) for level in range(1, config.n_layer))
+            self.level_mix = nn.ParameterList(map(nn.Parameter, lasts))
         self.use_fast_path = True
         self.recompute = False  # activation checkpointing: less memory, more compute
         plain_step = ("plain_update", "activity", "queries_and_keys", "encode", "encode_attended", "decode")
@@ -223,9 +228,10 @@ class BDHCore(nn.Module):
         states = []
         if residual == "post":
             x = layer_norm(x)
+        start = x
         for level in range(self.config.n_layer):
             step = (level, weights[level], tables, products[level])
-            x = self.mixed(x, level, grid)
+            x = self.mixed(self.carried([start, *states]), level, grid)
             if residual == "post":
                 x = layer_norm(x + self.level_update(x, *step))
             elif residual == "pre":
@@ -241,6 +247,16 @@ class BDHCore(nn.Module):
             states.append(x)
         states[-1] = self.finished(x)
         return states
+
+    def carried(self, states: list[Tensor]) -> Tensor:
+        """What the next level starts from; depth_mix as in DenseFormer (Pagliardini et al. 2024, arXiv 2402.02622).
+
+        states: (B, T, D) each, the embedded tokens and the state after each level so far.
+        """
+        if not self.config.depth_mix or len(states) == 1:
+            return states[-1]
+        weights = self.level_mix[len(states) - 2]
+        return sum(weight * state for weight, state in zip(weights, states, strict=True))
 
     def mixed(self, x: Tensor, level: int, grid: tuple[int, ...] | None) -> Tensor:
         """The residual stream before a level's norm; models on images may mix neighbouring tokens here."""

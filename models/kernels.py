@@ -55,6 +55,7 @@ FAST_PATH_SERVES: dict[str, Any] = {
     "drop_path": ANY,  # outside the update
     "level_gain": ANY,  # outside the update
     "update_gain": ANY,  # outside the update
+    "depth_mix": ANY,  # outside the update
 }
 
 

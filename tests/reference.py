@@ -165,7 +165,10 @@ def reference_levels(weights, x, *, n_layer, residual="post", shared=True, **ste
     x = transform(weights, "blocks_before", x)
     if residual == "post":
         x = norm(x)
+    states = [x]
     for level in range(1, n_layer + 1):
+        if f"level_mix.{level - 2}" in weights:
+            x = torch.einsum("i,ibtd->btd", weights[f"level_mix.{level - 2}"], torch.stack(states))
         if "mixing.0.weight" in weights:
             x = mix(weights, x, level - 1)
         if residual == "post":
@@ -179,6 +182,7 @@ def reference_levels(weights, x, *, n_layer, residual="post", shared=True, **ste
             x = x + f(scaled(x, level), level)
         else:
             x = x + f(x, level)
+        states.append(x)
     x = transform(weights, "blocks_after", x)
     return scaled(x, n_layer + 1) if residual == "scaled_pre" else x
 

@@ -37,6 +37,7 @@ OTHER_VALUES = {
     "decoder": ["upernet"],
     "level_gain": [True],
     "update_gain": [0.3],
+    "depth_mix": [True],
     "attend_self": [False],
     "qk_norm": [True],
     "stem": ["conv"],
@@ -64,7 +65,8 @@ SQUARE = SMALL | dict(attention="softmax", n_embd=6, mlp_internal_dim_multiplier
 BDH_CLASSES = [cls for cls in CONFIG_CLASSES.values() if issubclass(cls, CoreConfig)]
 # the choices that tests/test_vision_bdh.py does not combine with each other
 CHOICES = ["qk", "gate", "activation", "rotary", "pos_embed", "shared", "pool"]
-CHOICES += ["level_gain", "update_gain", "attend_self", "qk_norm", "stem", "mixing", "blocks_before", "blocks_after"]
+CHOICES += ["level_gain", "update_gain", "depth_mix", "attend_self", "qk_norm", "stem", "mixing"]
+CHOICES += ["blocks_before", "blocks_after"]
 ALONE = [{name: value} for name in CHOICES for value in OTHER_VALUES[name]]
 TOGETHER = [
     dict(qk="separate", gate="sigmoid", activation="gelu", attention="softmax"),
@@ -75,6 +77,8 @@ TOGETHER = [
     dict(rotary="none", pos_embed=False, pool="cls", gate="sigmoid", init="xavier"),
     dict(stem="conv", mixing="conv_per_level", level_gain=True, update_gain=0.3, pool="seq", residual="true_pre"),
     dict(mixing="conv", pool="cls", rotary="axial", level_gain=True, residual="scaled_pre", shared=False),
+    dict(depth_mix=True, residual="post", pool="cls", mixing="conv", shared=False),
+    dict(depth_mix=True, residual="true_pre", blocks_before=1, level_gain=True),
     dict(qk="separate", qk_norm=True, attend_self=False, update_gain=0.3, residual="post"),
     dict(blocks_before=1, blocks_after=2, pool="cls", residual="scaled_pre", shared=False),
     dict(blocks_before=1, blocks_after=1, residual="true_pre", attention="softmax", mixing="conv", pool="seq"),

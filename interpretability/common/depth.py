@@ -31,6 +31,8 @@ def why_not_deeper(model: VisionBDH) -> str | None:
         return "scaled_pre has its own norm for each level"
     if model.config.level_gain or model.config.update_gain is not None:
         return "each level has its own gains"
+    if model.config.depth_mix:
+        return "each level has its own weights of the earlier states"
     if model.config.mixing == "conv_per_level":
         return "each level has its own convolution"
     return None
