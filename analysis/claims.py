@@ -44,6 +44,7 @@ from training.files import written_whole
 from training.metrics import METRICS, Metric
 
 FILE = "CLAIMS.md"
+README, RESULTS_PAGE = ROOT / "README.md", ROOT / "docs" / "results.md"
 SOURCES = {"spec_current": "the newer document", "spec_first": "the first document"}
 
 NOTES = {  # texts for the columns not_comparable and remarks of published_results.csv
@@ -110,13 +111,13 @@ one more run falls into m ± t(n - 1, 0.975) s sqrt(1 + 1/n) with 95 % probabili
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Input folder and output files."""
+    """Input folder and output files. Another --results-dir needs --output, or pages of its own."""
 
     results_dir: Path = ROOT / "results"
     """folder with runs, at any depth; CLAIMS.md is written there"""
-    readme: Path = ROOT / "README.md"
+    readme: Path = README
     """page with the headline block"""
-    results_page: Path = ROOT / "docs" / "results.md"
+    results_page: Path = RESULTS_PAGE
     """page with the results block"""
     output: Path | None = None
     """write only the claims, to this file"""
@@ -125,9 +126,21 @@ class Options:
 
 
 def wanted_files(options: Options) -> dict[Path, str]:
-    """The text that each file should have. Raises UserError for a missing folder or a page without markers."""
+    """The text that each file should have. Raises UserError for a folder without runs or a page without markers."""
     results = options.results_dir
     runs = read_results(results)
+    if not runs:
+        raise UserError(f"{results} holds no finished run: name another --results-dir")
+    is_other = results.resolve() != Options.results_dir.resolve()
+    if (
+        is_other
+        and not options.output
+        and {options.readme.resolve(), options.results_page.resolve()} & {README, RESULTS_PAGE}
+    ):
+        raise UserError(
+            "the pages of this repository are about its own results: with another --results-dir, give --output FILE "
+            "for the claims alone, or --readme and --results-page"
+        )
     claims, text = claims_markdown(runs, results)
     if options.output:
         return {options.output: text}

@@ -9,7 +9,7 @@ import pytest
 import training
 from training import UserError
 from analysis import published as rows
-from analysis.claims import HOW, NOTES, claims_markdown
+from analysis.claims import HOW, NOTES, README, RESULTS_PAGE, claims_markdown
 from analysis.published import (
     ABOVE,
     BELOW,
@@ -375,3 +375,16 @@ def test_only_the_claims_can_be_written_elsewhere(results, tmp_path, call_script
     assert call_script("analysis/claims.py", *where, "--check") == 0
     assert call_script("analysis/claims.py", "--results-dir", tmp_path / "nowhere") == 1
     assert "--results-dir" in capsys.readouterr().err
+
+
+def test_the_pages_of_the_repository_are_not_filled_from_another_folder(results, tmp_path, call_script, capsys):
+    before = [path.read_bytes() for path in (README, RESULTS_PAGE)]
+    (tmp_path / "empty").mkdir()
+    assert call_script("analysis/claims.py", "--results-dir", tmp_path / "empty", "--output", tmp_path / "c.md") == 1
+    assert "holds no finished run" in capsys.readouterr().err and not (tmp_path / "c.md").exists()
+    write_seeds(results, [0.7])
+    where = ["--results-dir", results, "--check"]  # --check, so that a failing test changes nothing
+    for flags in ([], ["--readme", tmp_path / "README.md"]):
+        assert call_script("analysis/claims.py", *where, *flags) == 1
+        assert "give --output FILE" in capsys.readouterr().err
+    assert [path.read_bytes() for path in (README, RESULTS_PAGE)] == before
