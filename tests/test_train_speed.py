@@ -237,3 +237,18 @@ def test_bad_input_is_one_message(call_script, capsys, script, flags, said):
     assert call_script(f"benchmarks/{script}.py", *flags) in (1, 2)
     shown = capsys.readouterr()
     assert said in " ".join((shown.out + shown.err).replace("│", " ").split()) and "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("attention_cost", ["--tokens", 10**11]),
+        ("small_maps", ["--batch-size", 10**12]),
+        ("scaling", ["--base", 10**12, 32, 4, 1, "--n-embd", 8, "--n-head", 1]),
+    ],
+)
+def test_sizes_beyond_all_memory_are_one_message(call_script, capsys, script, flags):
+    assert call_script(f"benchmarks/{script}.py", *flags) == 1
+    assert (
+        capsys.readouterr().err == "error: out of memory: give smaller sizes, such as a smaller batch, image or model\n"
+    )

@@ -86,15 +86,22 @@ def _defined_in(script: str) -> Experiment:
 def run_script(main: Callable, description: str) -> None:
     """Calls main with its one argument, a dataclass, made from the command line: its fields are the flags.
 
-    Ends the process with one message: exit code 1 if main raises UserError or a file cannot be read or written, 2 for a
-    wrong flag, 130 after Ctrl-C.
+    Ends the process with one message: exit code 1 if main raises UserError, a file cannot be read or written, or memory
+    runs out, 2 for a wrong flag, 130 after Ctrl-C.
     """
     prepare_streams()
     try:
         (options_class,) = (of for name, of in get_type_hints(main).items() if name != "return")
-        main(tyro.cli(options_class, description=description, config=(tyro.conf.OmitArgPrefixes,)))
+        options = tyro.cli(options_class, description=description, config=(tyro.conf.OmitArgPrefixes,))
+        main(options)
     except (UserError, OSError) as error:
         exit_with(str(error), 1)
+    except (RuntimeError, MemoryError) as error:
+        from training.device import is_out_of_memory  # imports PyTorch
+
+        if not is_out_of_memory(error):
+            raise
+        exit_with("out of memory: give smaller sizes, such as a smaller batch, image or model", 1)
     except KeyboardInterrupt:
         exit_with("stopped", INTERRUPTED)
 

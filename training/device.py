@@ -183,10 +183,10 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out: CUDA has an exception class for it, CPU and MPS only say so."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: Python and CUDA have an exception class for it, PyTorch's CPU and MPS only say so."""
     words = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")
-    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(each in str(error) for each in words)
 
 
 def describe_hardware(device: torch.device) -> dict:

@@ -64,7 +64,7 @@ def _fit(experiment: Experiment) -> dict[str, Any]:
         _end(str(error), 1)
     except OSError as error:
         _end(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if is_ended_worker(error):
             _end(WORKER_ENDED, 1)
         if not is_out_of_memory(error):
