@@ -13,6 +13,7 @@ import tyro
 from training.config import ROOT, UserError
 from training.console import prepare_streams
 from training.experiment import Experiment, RunOptions, changed_fields, name_of_file
+from training.files import unwritable
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 
@@ -93,6 +94,7 @@ def run_script(main: Callable, description: str) -> None:
     try:
         (options_class,) = (of for name, of in get_type_hints(main).items() if name != "return")
         options = tyro.cli(options_class, description=description, config=(tyro.conf.OmitArgPrefixes,))
+        check_outputs(options)
         main(options)
     except (UserError, OSError) as error:
         exit_with(str(error), 1)
@@ -104,6 +106,16 @@ def run_script(main: Callable, description: str) -> None:
         exit_with("out of memory: give smaller sizes, such as a smaller batch, image or model", 1)
     except KeyboardInterrupt:
         exit_with("stopped", INTERRUPTED)
+
+
+def check_outputs(options: Any) -> None:
+    """Raises UserError if the folder of --output-dir or --output cannot be written, before any work is done for it."""
+    for name in ("output_dir", "output"):
+        path = getattr(options, name, None)
+        if isinstance(path, Path):
+            folder = path if name == "output_dir" else path.absolute().parent
+            if problem := unwritable(folder):
+                raise UserError(f"--{name.replace('_', '-')} {path} cannot be written ({problem}): name another place")
 
 
 def exit_with(message: str, code: int) -> NoReturn:

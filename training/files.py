@@ -1,12 +1,21 @@
 """Files and folders that are whole or not there."""
 
 import contextlib
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from training.config import UserError
+
+
+def unwritable(folder: Path) -> str:
+    """Why files cannot be made in this folder, which need not exist yet; empty if they can."""
+    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not place.is_dir():
+        return f"{place} is a file"
+    return "" if os.access(place, os.W_OK | os.X_OK) else f"no permission to write to {place}"
 
 
 @contextlib.contextmanager
