@@ -2,7 +2,7 @@
 
 Every try has one of three good ends: the run finishes with the weights of an undisturbed one, bit for bit; it is
 refused with one message; or (analysis) it is left out by name. Anything else is counted as a fault, shown, and makes
-the exit code 1. Runs until --minutes are over, in rounds with new random draws; a fault names its round and draw.
+the exit code 1. Runs in rounds with new random draws until --minutes are over, or Ctrl-C; then shows what it found.
 
     python tools/storm.py --minutes 20
     python tools/storm.py --minutes 2 --only damage
@@ -111,7 +111,7 @@ class Storm:
                 fit(experiment)
         except UserError as error:
             return (MESSAGE, str(error)) if "weights_only" not in str(error) else (FAULT, f"bad advice: {error}")
-        except BaseException:
+        except (Exception, SystemExit):  # not Ctrl-C
             return FAULT, traceback.format_exc(limit=-3)
         return (SAME, "") if complete else self.compare(folder)
 
@@ -238,7 +238,7 @@ class Storm:
                     reader()
             except UserError:
                 pass
-            except BaseException:
+            except (Exception, SystemExit):  # not Ctrl-C
                 self.note(kind, f"{what}, read", FAULT, traceback.format_exc(limit=-3))
         self.note(kind, what, *self.end_of_resume(folder))
 
@@ -297,19 +297,26 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as place:
         storm = Storm(Path(place), options.seed)
         rounds = 0
-        while time.monotonic() < ends:
-            rounds += 1
-            for kind in [options.only] if options.only else ["damage", "mix", *["kill", "pair"] * 5, "orphan"]:
-                if time.monotonic() < ends:
-                    getattr(storm, kind)()
+        try:
+            while time.monotonic() < ends:
+                rounds += 1
+                for kind in [options.only] if options.only else ["damage", "mix", *["kill", "pair"] * 5, "orphan"]:
+                    if time.monotonic() < ends:
+                        getattr(storm, kind)()
+        finally:  # after Ctrl-C, too
+            show(storm, rounds)
+    if storm.faults:
+        raise UserError(f"{len(storm.faults)} faults")
+
+
+def show(storm: Storm, rounds: int) -> None:
+    """Prints how often each kind of try ended how, and the first faults."""
     table = Table("try", "end", "times", title=f"{rounds} rounds")
     for (kind, end), count in sorted(storm.ends.items()):
         table.add_row(kind, end, str(count))
     Console().print(table)
     for fault in storm.faults[:20]:
         print(fault, file=sys.stderr)
-    if storm.faults:
-        raise UserError(f"{len(storm.faults)} faults")
 
 
 if __name__ == "__main__":
