@@ -120,12 +120,13 @@ def draw(rows: Sequence[Row], target: float) -> Figure:
     return figure
 
 
-def main(options: Options) -> None:
-    output = options.output or options.runs_dir / "time_to_accuracy"
-    check_output(output)
-    runs = read_runs(find_runs(options.runs_dir))
+def find_rows(runs_dir: Path) -> list[Row]:
+    """Rows of the finished runs whose work and time are known; warns of the others.
+
+    Raises UserError unless they classify, all on one data set.
+    """
     known = []
-    for run in (run for run in runs if run.summary is not None):
+    for run in (run for run in read_runs(find_runs(runs_dir)) if run.summary is not None):
         if "images" not in run.summary:
             print(f"warning: {run.folder} is left out: summary.json has no number of images", file=sys.stderr)
         elif "images_per_sec" not in run.epochs:
@@ -135,10 +136,14 @@ def main(options: Options) -> None:
     rows = make_rows(known)
     if len({row.task for row in rows}) != 1 or rows[0].metric.key != "accuracy":
         raise UserError(
-            f"{options.runs_dir} must hold finished runs of classification on one data set: name another --runs-dir"
+            f"{runs_dir} must hold finished runs of classification on one data set: name another --runs-dir"
         )
-    table = pd.DataFrame([measure(row, options.target) for row in rows])
-    percent = f"{100 * options.target:.2f} %"
+    return rows
+
+
+def markdown_lines(table: pd.DataFrame, target: float) -> list[str]:
+    """The table as Markdown, and what to know to read it. table: a row of `measure` for each experiment."""
+    percent = f"{100 * target:.2f} %"
     lines = [
         [
             row.experiment,
@@ -160,7 +165,15 @@ def main(options: Options) -> None:
         "Minutes are of training alone; compare them on one hardware only. The target is validation accuracy. "
         f"{NONE}: not every seed reached it, or, for minutes, the seeds ran on different hardware."
     )
-    text = [*markdown_table(titles, lines, left=("experiment", "hardware")), "", note]
+    return [*markdown_table(titles, lines, left=("experiment", "hardware")), "", note]
+
+
+def main(options: Options) -> None:
+    output = options.output or options.runs_dir / "time_to_accuracy"
+    check_output(output)
+    rows = find_rows(options.runs_dir)
+    table = pd.DataFrame([measure(row, options.target) for row in rows])
+    text = markdown_lines(table, options.target)
     write_tables(output, table, text)
     png, _ = style.save_figure(draw(rows, options.target), output.with_name(f"{output.name}.png"))
     print(*text, "", png, sep="\n")

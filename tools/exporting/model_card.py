@@ -50,6 +50,11 @@ USES = {
     "text": ("text-generation", "continuing text, byte by byte"),
 }
 OTHER_USE = ("other", "the task that it was trained for")
+READS = {  # by task: what the samples are called, and what the model reads
+    "images": ("images", "images (B, C, height, width) in [-1, 1]"),
+    "video": ("clips", "clips (B, frames * 3, height, width) in [-1, 1]"),
+    "text": ("text", "bytes as integers (B, T)"),
+}
 RECIPE = ("epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "precision", "train_limit", "seed")
 
 
@@ -61,14 +66,8 @@ def model_card(folder: Path) -> str:
     tag, use = USES.get(task, OTHER_USE)
     name, url, licence = DATA.get(config["data"]["name"], (config["data"]["name"], None, "as its owner says"))
     train = configuration.train
-    classes = config["data"].get("class_names")
     model = configuration.model_class.removesuffix("Config")
-    chosen = "the last one" if train.get("train_val") else "the best on the validation part"
-    samples, reads = "images", "images (B, C, height, width) in [-1, 1]"
-    if task == "video":
-        samples, reads = "clips", "clips (B, frames * 3, height, width) in [-1, 1]"
-    elif task == "text":
-        samples, reads = "text", "bytes as integers (B, T)"
+    samples, reads = READS.get(task, READS["images"])
     lines = [
         *_metadata(tag, config["data"]["name"]),
         "",
@@ -84,12 +83,7 @@ def model_card(folder: Path) -> str:
         f"| licence of the data | {licence} |",
         f"| {samples} | {_counts(summary, config)} |",
         *_results(summary, task, samples),
-        f"| weights of | epoch {summary['best']['epoch']} of {summary['epochs']}, {chosen} |",
-        f"| training | {', '.join(f'{key} {train[key]}' for key in RECIPE if train.get(key) is not None)} |",
-        f"| started from | {_origin(config)} |",
-        f"| hardware | {', then '.join(dict.fromkeys(each['name'] for each in hardware_of(config)))} |",
-        f"| commit | {config.get('commit') or 'unknown'} |",
-        *([f"| classes | {', '.join(classes)} |"] if classes else []),
+        *_training(summary, config, train),
         "",
         f"**Intended use:** research, and {use}. Anything unlike the {samples} of {name} gets",
         "an answer, too, and it means nothing.",
@@ -120,6 +114,20 @@ def _counts(summary: dict[str, Any], config: dict[str, Any]) -> str:
     counts = summary.get("images") or config["data"].get("images") or {}
     words = {"train": "to train", "val": "to validate", "test": "to test"}
     return ", ".join(f"{n:,} {words.get(part, part)}" for part, n in counts.items()) or "unknown"
+
+
+def _training(summary: dict[str, Any], config: dict[str, Any], train: dict[str, Any]) -> list[str]:
+    """Rows on how the weights came about. train: the run's training configuration."""
+    chosen = "the last one" if train.get("train_val") else "the best on the validation part"
+    classes = config["data"].get("class_names")
+    return [
+        f"| weights of | epoch {summary['best']['epoch']} of {summary['epochs']}, {chosen} |",
+        f"| training | {', '.join(f'{key} {train[key]}' for key in RECIPE if train.get(key) is not None)} |",
+        f"| started from | {_origin(config)} |",
+        f"| hardware | {', then '.join(dict.fromkeys(each['name'] for each in hardware_of(config)))} |",
+        f"| commit | {config.get('commit') or 'unknown'} |",
+        *([f"| classes | {', '.join(classes)} |"] if classes else []),
+    ]
 
 
 def _origin(config: dict[str, Any]) -> str:
