@@ -41,6 +41,7 @@ from analysis.plotting.style import COLORS, PAGE, add_legend, new_figure, style_
 from benchmarks.measure import (
     BenchmarkOptions,
     Precision,
+    changed,
     in_turns,
     kept_memory_mb,
     machine_of,
@@ -63,6 +64,7 @@ from training.device import (
     warn_of_precision,
 )
 
+SIZES = ("tokens", "n_embd", "n_head", "mlp_internal_dim_multiplier")  # in file names where changed
 PARTS = {"attention": "attention alone", "level": "one whole level"}
 LOOKS = {  # of each side; larger markers first, so that curves that coincide remain visible
     "plain": dict(label="plain: always T x T scores", color=COLORS[1], linestyle="-", marker="s", markersize=6),
@@ -327,10 +329,11 @@ def _style(ax: Axes, rows: list[dict]) -> None:
     style_axes(ax, "both")
 
 
-def file_stem(place: str, row: dict) -> str:
-    """File name with the machine, and precision and batch size unless they are the default."""
+def file_stem(place: str, row: dict, options: Options) -> str:
+    """File name with the machine, and precision and sizes unless they are the default."""
     precision = "" if row["precision"] == "float32" else f"_{row['precision']}"
-    return f"attention_cost_{place}{precision}" + ("" if row["batch_size"] == 1 else f"_batch{row['batch_size']}")
+    batch = "" if row["batch_size"] == 1 else f"_batch{row['batch_size']}"
+    return f"attention_cost_{place}{precision}{batch}{changed(options, *SIZES)}"
 
 
 def main(options: Options) -> None:
@@ -340,7 +343,7 @@ def main(options: Options) -> None:
     if not rows:
         raise UserError("nothing fits into memory: give fewer --tokens or a smaller --batch-size")
     show(rows)
-    path = options.output_dir / f"{file_stem(machine_of(device)[0], rows[0])}.csv"
+    path = options.output_dir / f"{file_stem(machine_of(device)[0], rows[0], options)}.csv"
     print(*write_results(pd.DataFrame(rows), path, draw(rows)), sep="\n")
 
 

@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from analysis.plotting.style import COLORS, PAGE, new_figure, style_axes
-from benchmarks.measure import BenchmarkOptions, machine_of, write_results
+from benchmarks.measure import BenchmarkOptions, changed, machine_of, write_results
 from training.command_line import run_script
 from training.config import ClassificationConfig
 from training.data import DataSet, ImageBatches, data_folder, load_dataset, split_train
@@ -35,6 +35,7 @@ from training.data.streaming import StreamedPart
 from training.device import prepare_device
 
 SIDE, QUALITY = 256, 90
+SIZES = ("images", "workers", "batch_size", "img_size", "memory_images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,12 +164,12 @@ def main(options: Options) -> None:
     data = load_dataset("folder", options.images_dir, options.img_size, 3)
     rates, memory = measure_rates(data, options, device), measure_memory(data, options, device)
     place, machine = machine_of(device)
-    path = options.output_dir / f"data_loading_{place}.csv"
+    path = options.output_dir / f"data_loading_{place}{changed(options, *SIZES)}.csv"
     title = f"JPEGs of {SIDE} pixels, random crops at {options.img_size}: {machine}"
     print(title, pd.DataFrame(rates).to_string(index=False), pd.DataFrame(memory).to_string(index=False), sep="\n")
     tables = [pd.DataFrame([{"machine": machine} | row for row in rows]) for rows in (rates, memory)]
     print(*write_results(tables[0], path, draw(rates, memory, title)), sep="\n")
-    write_results(tables[1], path.with_name(f"data_loading_{place}_memory.csv"))
+    write_results(tables[1], path.with_name(f"{path.stem}_memory.csv"))
 
 
 if __name__ == "__main__":

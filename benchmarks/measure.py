@@ -1,6 +1,7 @@
 """Shared by the benchmarks: checked options, timing in turns, memory of a step, output files."""
 
 import dataclasses
+import hashlib
 import os
 import time
 from collections.abc import Callable, Hashable
@@ -58,10 +59,14 @@ def machine_of(device: torch.device) -> tuple[str, str]:
 
 
 def changed(options: Any, *names: str) -> str:
-    """For a file name: those of the options that are not the default, as "_batch_size=256"; usually nothing."""
+    """For a file name: those of the options that are not the default, as "_batch_size=256"; usually nothing.
+
+    Where that is too long for a name, a hash stands for it.
+    """
     values = {name: getattr(options, name) for name in names if getattr(options, name) != getattr(type(options), name)}
     words = {name: ",".join(map(str, value)) if isinstance(value, tuple) else value for name, value in values.items()}
-    return "".join(f"_{name}={value}" for name, value in words.items())
+    text = "".join(f"_{name}={value}" for name, value in words.items()).replace(" ", "")
+    return text if len(text) <= 140 else f"_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def write_results(table: pd.DataFrame, path: Path, figure: Figure | None = None) -> tuple[Path, ...]:

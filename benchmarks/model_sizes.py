@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.measure import BenchmarkOptions, Precision, kept_memory_mb, machine_of, write_results
+from benchmarks.measure import BenchmarkOptions, Precision, changed, kept_memory_mb, machine_of, write_results
 from models.baselines import ViTConfig
 from models.bdh import BDHCore
 from models.flops import flop_of
@@ -89,7 +89,7 @@ def main(options: Options) -> None:
         rows.append({"model": name} | cost(config) | memory | {"precision": options.precision})
     table = pd.DataFrame(rows)
     print(table.to_string(index=False, na_rep="", float_format="{:,.1f}".format))
-    path = options.output_dir / f"model_sizes_{machine_of(device)[0]}.csv"
+    path = options.output_dir / f"model_sizes_{machine_of(device)[0]}{changed(options, 'precision')}.csv"
     print(*write_results(table.assign(machine=machine_of(device)[1]), path))
 
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from analysis.plotting.style import COLORS, MARKERS, PAGE, style_axes, titled_figure
-from benchmarks.measure import write_results
+from benchmarks.measure import changed, write_results
 from interpretability.common.trained import TrainedRun, progress
 from models.pruning import core_of, kept_neurons, neuron_counts, pruned
 from tools.exporting.evaluation import score
@@ -104,7 +104,8 @@ def main(options: Options) -> None:
     run = TrainedRun(options.run, options.data_dir, "auto", any_model=True)
     run.require_classifier()
     table = measure(run, options)
-    path = options.output_dir / f"{run.file_name(f'pruning_curve_{run.stem}')}.csv"
+    sizes = changed(options, "points", "calibration_images", "test_images", "seed")
+    path = options.output_dir / f"{run.file_name(f'pruning_curve_{run.stem}')}{sizes}.csv"
     figure = draw(table, f"Pruned without further training: {run.title}")
     path, *pictures = write_results(table.assign(run=run.title), path, figure)
     print(

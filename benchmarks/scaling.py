@@ -48,6 +48,8 @@ from training.device import is_out_of_memory, prepare_device, warn_of_precision
 
 VARIED = {"batch_size": "images a batch", "tokens": "tokens T", "neurons": "neurons of all heads", "n_layer": "levels"}
 
+SIZES = ("n_embd", "n_head", "batch_sizes", "img_sizes", "multipliers", "depths", "base")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(BenchmarkOptions):
@@ -196,8 +198,9 @@ def main(options: Options) -> None:
         raise UserError("out of memory at every size: make --base and the lists smaller")
     place, machine = machine_of(device)
     fits = exponents(rows)
-    print(fits.drop(columns="factor").to_string(index=False, float_format="{:.3f}".format))
-    path = options.output_dir / f"scaling_{place}{changed(options, 'n_embd', 'n_head', 'precision')}.csv"
+    shown = fits.drop(columns="factor").to_string(index=False, float_format="{:.3f}".format)
+    print("no exponents: they need two sizes of one quantity" if fits.empty else shown)
+    path = options.output_dir / f"scaling_{place}{changed(options, *SIZES, 'sides', 'precision')}.csv"
     table = pd.DataFrame([{"machine": machine} | row for row in rows])
     print(*write_results(table, path, draw(rows, f"{machine}, {options.precision}")), sep="\n")
     write_results(fits, path.with_name(f"{path.stem}_exponents.csv"))

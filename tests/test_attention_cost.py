@@ -136,10 +136,11 @@ def test_panels_show_what_their_titles_say(rows):
 
 def test_the_script_writes_its_table_and_its_plot(call_script, tmp_path, capsys):
     assert call_script("benchmarks/attention_cost.py", *FLAGS, "--tokens", "8", "48", "--output-dir", "out") == 0
-    table = pd.read_csv(tmp_path / "out" / "attention_cost_cpu_1threads.csv")
+    (path,) = (tmp_path / "out").glob("attention_cost_cpu_1threads_tokens=8,48_*.csv")
+    table = pd.read_csv(path)
     assert len(table) == 2 * 5
     assert table["machine"].str.startswith("1 thread of ").all()
-    plot = tmp_path / "out" / "attention_cost_cpu_1threads.png"
+    plot = path.with_suffix(".png")
     check_picture(plot)
     printed = capsys.readouterr().out
     assert "fast path" in printed and plot.name in printed and plot.with_suffix(".svg").name in printed
@@ -153,10 +154,11 @@ def test_the_script_ends_with_a_message_where_nothing_fits(call_script, monkeypa
 
 def test_bf16_and_larger_batches_have_files_of_their_own(tmp_path):
     rows = measure(Options(**TINY, tokens=(16,), precision="bf16", batch_size=2), CPU)
-    assert file_stem("cpu", rows[0]) == "attention_cost_cpu_bf16_batch2"
+    assert file_stem("cpu", rows[0], Options()) == "attention_cost_cpu_bf16_batch2"
     assert {row["scores_mb"] for row in rows} == {2 * 2 * 16**2 * 2 / 1e6}
     rows = measure(Options(**TINY, tokens=(16,), precision="tf32"), CPU)
-    assert file_stem("cpu", rows[0]) == "attention_cost_cpu"  # a CPU has no TF32
+    assert file_stem("cpu", rows[0], Options()) == "attention_cost_cpu"  # a CPU has no TF32
+    assert file_stem("cpu", rows[0], Options(tokens=(16,))) == "attention_cost_cpu_tokens=16"
 
 
 def test_fewer_steps_count_where_they_are_long():

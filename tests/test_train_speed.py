@@ -175,13 +175,14 @@ def test_scaling_script(tmp_path):
     sizes = dict(n_embd=16, n_head=2, batch_sizes=(2, 4), img_sizes=(8, 16), multipliers=(4, 8), depths=(1,))
     options = dict(base=(2, 8, 4, 1), sides=("reference", "fast"), precision="float32", repeats=2, device="cpu")
     scaling.main(scaling.Options(**sizes, **options, output_dir=tmp_path))
-    rows = read_table(tmp_path / "scaling_cpu_1threads_n_embd=16_n_head=2_precision=float32.csv")
+    fits, table = sorted(tmp_path.glob("*.csv"), key=lambda path: len(path.name), reverse=True)
+    assert fits.name == f"{table.stem}_exponents.csv" and table.name.startswith("scaling_cpu_1threads_")
+    rows = read_table(table)
     points = {(row["varied"], int(row["size"])) for row in rows}
     sizes = {"batch_size": (2, 4), "tokens": (4, 16), "neurons": (64, 128), "n_layer": (1,)}
     assert points == {(varied, size) for varied, values in sizes.items() for size in values}
     assert len(rows) == 2 * 7
-    fits = read_table(tmp_path / "scaling_cpu_1threads_n_embd=16_n_head=2_precision=float32_exponents.csv")
-    assert {fit["varied"] for fit in fits} == {"batch_size", "tokens", "neurons"}  # one depth has no slope
+    assert {fit["varied"] for fit in read_table(fits)} == {"batch_size", "tokens", "neurons"}  # one depth has no slope
     assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png", ".svg"}
 
 
