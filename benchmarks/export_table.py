@@ -37,7 +37,7 @@ from tools.exporting.programs import onnx_answer, write_int8, write_onnx
 from tools.exporting.pruned import prune, write_pruned
 from tools.exporting.weights import export_weights
 from training.command_line import run_script
-from training.config import ROOT, UserError
+from training.config import ROOT, UserError, require
 from training.device import prepare_device, warn_of_precision
 from training.runs import load_model
 
@@ -68,8 +68,11 @@ class Options:
     """folder for the table"""
 
     def __post_init__(self):
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep = {self.keep} must be above 0 and at most 1")
+        if not self.runs:
+            raise ValueError("there is nothing to measure: name one or more runs")
+        require(0 < self.keep <= 1, self, "keep", "must be above 0 and at most 1")
+        require(len({*self.threads}) == len(self.threads), self, "threads", "names a number twice")
+        require(self.test_images is None or self.test_images >= 1, self, "test_images", "must be at least 1")
         if not self.threads or min(self.batch_size, self.repeats, *self.threads) < 1:
             raise ValueError("batch_size, repeats and threads must be at least 1")
 

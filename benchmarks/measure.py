@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Hashable
@@ -28,7 +29,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler from print
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkOptions:
-    """Options of every benchmark. Raises ValueError for an empty list or a number below 1."""
+    """Options of every benchmark. Raises ValueError for an empty list, a number below 1 or an infinite one."""
 
     device: str = "auto"
     """auto, cuda, cuda:1, mps or cpu"""
@@ -44,8 +45,8 @@ class BenchmarkOptions:
                 raise ValueError(f"{name} is empty: give at least one value")
             for number in value if isinstance(value, tuple) else (value,):
                 least = 0 if name in MAY_BE_0 else 1
-                if isinstance(number, int | float) and not isinstance(number, bool) and not number >= least:
-                    raise ValueError(f"{name} = {number} must be at least {least}")
+                if isinstance(number, int | float) and not isinstance(number, bool) and not least <= number < math.inf:
+                    raise ValueError(f"{name} = {number} must be at least {least}, and finite")
 
 
 def machine_of(device: torch.device) -> tuple[str, str]:

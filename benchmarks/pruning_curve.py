@@ -53,6 +53,7 @@ class Options:
     def __post_init__(self):
         for name in ("points", "calibration_images"):
             require(getattr(self, name) >= 1, self, name, "must be at least 1")
+        require(0 <= self.seed < 2**63, self, "seed", "must be at least 0 and below 2^63")
         require(self.test_images is None or self.test_images >= 1, self, "test_images", "must be at least 1")
 
 

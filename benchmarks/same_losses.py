@@ -28,7 +28,7 @@ from benchmarks.measure import BenchmarkOptions, Precision, changed, machine_of,
 from benchmarks.training_steps import Batch, StackedReference, endless_batches, protocol, training_step
 from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
 from training.command_line import run_script
-from training.config import ClassificationConfig
+from training.config import ClassificationConfig, require
 from training.data import load_dataset, split_train
 from training.device import prepare_device, warn_of_precision
 
@@ -62,6 +62,7 @@ class Options(BenchmarkOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        require(self.seed < 2**63, self, "seed", "must be below 2^63")
         self.model()
 
     def model(self) -> VisionBDHConfig:

@@ -25,6 +25,7 @@ from benchmarks.training_steps import made_up_batches, training_step
 from models.baselines import EfficientNetB0Config, MobileNetV2Config, Setting
 from models.small_maps import SmallMapConv2d
 from training.command_line import run_script
+from training.config import require
 from training.device import prepare_device, warn_of_precision
 
 MODELS = {"mobilenetv2": MobileNetV2Config, "efficientnet": EfficientNetB0Config}
@@ -38,6 +39,10 @@ class Options(BenchmarkOptions):
     """images per step"""
     precision: Precision = "float32"
     """matmul precision"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.batch_size >= 2, self, "batch_size", "must be at least 2: BatchNorm needs several values")
 
 
 def model_of(config: MobileNetV2Config | EfficientNetB0Config, side: str) -> nn.Module:

@@ -213,6 +213,8 @@ def test_bad_files_and_flags_get_one_message(call_script, tmp_path, capsys):
             onnx_answer(path)
     assert call_script("tools/export.py", tmp_path, "--keep", 0) == 2
     assert "keep = 0.0 must be above 0" in capsys.readouterr().err
+    assert call_script("tools/export.py", tmp_path, "--to") == 2  # would do nothing, in silence
+    assert "to is empty: give at least one form" in capsys.readouterr().err
 
 
 def test_a_run_validated_on_mirror_images_too_is_scored_so(trained_run, data_dir):

@@ -66,6 +66,8 @@ class Options:
     run on your own images (--dataset folder): their folder"""
 
     def __post_init__(self):
+        if not self.to:
+            raise ValueError("to is empty: give at least one form, or leave it out for the weights")
         require(0 < self.keep <= 1, self, "keep", "must be above 0 and at most 1")
         require(self.calibration_images >= 1, self, "calibration_images", "must be at least 1")
         require(self.test_images is None or self.test_images >= 0, self, "test_images", "must not be negative")
