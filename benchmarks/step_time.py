@@ -27,7 +27,15 @@ from benchmarks.measure import BenchmarkOptions, Precision, changed, in_full, ma
 from benchmarks.training_steps import IMPLEMENTATIONS, Batch, StackedReference, training_step
 from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
 from training.command_line import run_script
-from training.device import has_fast_bf16, pick_device, product_dtype, set_precision, synchronize, tune_cpu_allocator
+from training.device import (
+    has_fast_bf16,
+    pick_device,
+    product_dtype,
+    set_precision,
+    synchronize,
+    tune_cpu_allocator,
+    warn_of_precision,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +150,8 @@ def with_ratios(rows: list[dict]) -> pd.DataFrame:
 
 
 def main(options: Options) -> None:
+    for precision in options.precisions or ():
+        warn_of_precision(precision, pick_device(options.device))
     table = with_ratios(measure_allocations(options))
     place, machine = machine_of(pick_device(options.device))
     print(f"v2 training step: {machine}\n{table.to_string(index=False, float_format='{:.3f}'.format)}")

@@ -39,7 +39,7 @@ from models.baselines import ResNet20Config, ViTConfig
 from models.flops import flop_per_image
 from models.vision_bdh import v2_config
 from training.command_line import run_script
-from training.device import has_fast_bf16, prepare_device, product_dtype
+from training.device import has_fast_bf16, prepare_device, product_dtype, warn_of_precision
 
 EPOCH = 40_000  # training images of the CIFAR protocol
 Name = Literal["v2", "vit_tiny", "resnet20"]
@@ -172,6 +172,8 @@ def draw(rows: list[dict], title: str) -> Figure:
 
 def main(options: Options) -> None:
     device = prepare_device(options.device)
+    for precision in options.precisions or ():
+        warn_of_precision(precision, device)
     rows = measure(options, device)
     place, machine = machine_of(device)
     title = f"Training at batch {options.batch_size}: {machine}"

@@ -260,3 +260,12 @@ def test_sizes_beyond_all_memory_are_one_message(call_script, capsys, script, fl
     assert (
         capsys.readouterr().err == "error: out of memory: give smaller sizes, such as a smaller batch, image or model\n"
     )
+
+
+@pytest.mark.parametrize("benchmark", [train_speed, step_time])
+def test_a_precision_that_the_cpu_lacks_is_told_before_it_takes_hours(benchmark, monkeypatch, capsys):
+    starts = "measure" if benchmark is train_speed else "measure_allocations"
+    monkeypatch.setattr(benchmark, starts, mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main(benchmark.Options(precisions=("float32", "fp16"), device="cpu"))
+    assert capsys.readouterr().out == "--precision fp16 is for GPUs: on a CPU it is many times slower than float32\n"
