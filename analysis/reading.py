@@ -327,6 +327,8 @@ def row_called(experiment: str, rows: Sequence[Row], flag: str, wanted: str = "r
     wanted: what the rows are made of, for the message.
     """
     found = [row for row in rows if row.experiment == experiment]
+    if not rows:
+        raise UserError(f"there is no {wanted}: name another folder with --runs-dir")
     if len(found) == 1:
         return found[0]
     if found:

@@ -98,6 +98,8 @@ def test_a_default_that_is_not_one_is_refused(default, words, make_run, tmp_path
     make_run("two"), make_run("two", folder=tmp_path / "runs" / "elsewhere", n_layer=3), make_run("one")
     with pytest.raises(UserError, match=f"{default} has .*{words}"):
         compare([*(tmp_path / "runs").rglob("seed*"), tmp_path / "runs" / "elsewhere"], default, tmp_path / "t")
+    with pytest.raises(UserError, match=r"^there is no finished run: name another folder with --runs-dir$"):
+        compare([], default, tmp_path / "t")
     assert not list(tmp_path.glob("t*"))
 
 
