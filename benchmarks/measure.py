@@ -33,8 +33,6 @@ class BenchmarkOptions:
 
     device: str = "auto"
     """auto, cuda, cuda:1, mps or cpu"""
-    repeats: int = 7
-    """timed readings of each side, after the warm-up"""
     output_dir: Path = ROOT / "results" / "benchmarks"
     """folder for the table and the figure"""
 
@@ -47,6 +45,14 @@ class BenchmarkOptions:
                 least = 0 if name in MAY_BE_0 else 1
                 if isinstance(number, int | float) and not isinstance(number, bool) and not least <= number < math.inf:
                     raise ValueError(f"{name} = {number} must be at least {least}, and finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedOptions(BenchmarkOptions):
+    """Options of a benchmark that times its sides in turns."""
+
+    repeats: int = 7
+    """timed readings of each side, after the warm-up"""
 
 
 def machine_of(device: torch.device) -> tuple[str, str]:

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import (
-    BenchmarkOptions,
     Precision,
+    TimedOptions,
     changed,
     machine_of,
     measure_steps,
@@ -52,7 +52,7 @@ MODELS = {"v2": v2_config, "vit_tiny": ViTConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(BenchmarkOptions):
+class Options(TimedOptions):
     """Size of the step."""
 
     batch_size: int = 32

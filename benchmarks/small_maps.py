@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.measure import BenchmarkOptions, Precision, changed, machine_of, measure_steps, write_results
+from benchmarks.measure import Precision, TimedOptions, changed, machine_of, measure_steps, write_results
 from benchmarks.training_steps import made_up_batches, training_step
 from models.baselines import EfficientNetB0Config, MobileNetV2Config, Setting
 from models.small_maps import SmallMapConv2d
@@ -32,7 +32,7 @@ MODELS = {"mobilenetv2": MobileNetV2Config, "efficientnet": EfficientNetB0Config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(BenchmarkOptions):
+class Options(TimedOptions):
     """Size of the step."""
 
     batch_size: int = 32

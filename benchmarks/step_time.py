@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from benchmarks.measure import BenchmarkOptions, Precision, changed, in_full, machine_of, measure_steps, write_results
+from benchmarks.measure import Precision, TimedOptions, changed, in_full, machine_of, measure_steps, write_results
 from benchmarks.training_steps import IMPLEMENTATIONS, Batch, StackedReference, training_step
 from models.vision_bdh import VisionBDH, VisionBDHConfig, v2_config
 from training.command_line import run_script
@@ -39,7 +39,7 @@ from training.device import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(BenchmarkOptions):
+class Options(TimedOptions):
     """What to measure; the model is v2 at full size."""
 
     batch_size: int = 32

@@ -25,8 +25,8 @@ from torch import nn
 
 from analysis.plotting.style import COLORS, PAGE, new_figure, style_axes
 from benchmarks.measure import (
-    BenchmarkOptions,
     Precision,
+    TimedOptions,
     changed,
     in_full,
     machine_of,
@@ -46,7 +46,7 @@ Name = Literal["v2", "vit_tiny", "resnet20"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(BenchmarkOptions):
+class Options(TimedOptions):
     """What to measure."""
 
     models: tuple[Name, ...] = ("v2", "vit_tiny", "resnet20")

@@ -228,6 +228,7 @@ def test_losses_side_by_side(data_dir, tmp_path, capsys):
         ("pruning_curve", ["--run", "nowhere", "--seed", 2**64], "below 2^63"),
         ("small_maps", ["--batch-size", 1], "batch_size = 1 must be at least 2"),
         ("attention_cost", ["--warm-up", "inf"], "warm_up = inf must be at least 0, and finite"),
+        *((script, ["--repeats", 3], "--repeats") for script in ("same_losses", "model_sizes")),  # time nothing
         ("export_table", [], "name one or more runs"),
         ("export_table", ["nowhere", "--threads", 1, 1], "names a number twice"),
         ("export_table", ["nowhere", "--test-images", 0], "test_images = 0 must be at least 1"),
