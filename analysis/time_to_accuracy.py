@@ -131,6 +131,8 @@ def find_rows(runs_dir: Path) -> list[Row]:
             print(f"warning: {run.folder} is left out: summary.json has no number of images", file=sys.stderr)
         elif "images_per_sec" not in run.epochs:
             print(f"warning: {run.folder} is left out: metrics.csv has no column images_per_sec", file=sys.stderr)
+        elif not (run.epochs["images_per_sec"] > 0).all():
+            print(f"warning: {run.folder} is left out: images_per_sec is not above 0 in every epoch", file=sys.stderr)
         else:
             known.append(run)
     rows = make_rows(known)

@@ -83,12 +83,16 @@ def test_a_folder_without_finished_runs_is_refused(make_run, tmp_path):
 
 def test_runs_on_grey_images_and_without_speeds(make_run, tmp_path, capsys):
     make_run(in_channels=1, columns={"images_per_sec": [100.0] * 5, "val_accuracy": [0.5] * 5})
+    for value in (0.0, float("nan")):
+        make_run(name=f"at_{value}", columns={"images_per_sec": [100.0, value] + [100.0] * 3})
     path = make_run(name="v1_cifar10")[0] / "metrics.csv"
     pd.read_csv(path).drop(columns="images_per_sec").to_csv(path, index=False)
     main(Options(runs_dir=tmp_path / "runs", target=0.5))
     (row,) = pd.read_csv(tmp_path / "runs" / "time_to_accuracy.csv").itertuples()
     assert row.pflop > 0
-    assert "v1_cifar10/seed0 is left out: metrics.csv has no column images_per_sec" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "v1_cifar10/seed0 is left out: metrics.csv has no column images_per_sec" in said
+    assert said.count("is left out: images_per_sec is not above 0 in every epoch") == 2
 
 
 def test_a_target_in_percent_is_refused():
