@@ -28,13 +28,14 @@ from tqdm import tqdm
 from analysis.plotting.style import COLORS, PAGE, new_figure, style_axes
 from benchmarks.measure import BenchmarkOptions, changed, machine_of, write_results
 from training.command_line import run_script
-from training.config import ClassificationConfig
+from training.config import ClassificationConfig, UserError
 from training.data import DataSet, ImageBatches, data_folder, load_dataset, split_train
 from training.data.masks import find_masks
 from training.data.streaming import StreamedPart
 from training.device import prepare_device
 
 SIDE, QUALITY = 256, 90
+MARK = "made_by_data_loading"  # file in a folder whose images may be replaced
 SIZES = ("images", "workers", "batch_size", "img_size", "memory_images")
 
 
@@ -43,7 +44,7 @@ class Options(BenchmarkOptions):
     """What to read, and how often."""
 
     images_dir: Path
-    """folder for the JPEGs; made if there are fewer than --images"""
+    """folder for the JPEGs, new or from an earlier call; they are made if there are fewer than --images"""
     data_dir: Path | None = None
     """folder that holds data_cifar10 and data_camvid; default: $VISION_BDH_DATA, else beside the scripts"""
     images: int = 20_000
@@ -61,10 +62,14 @@ class Options(BenchmarkOptions):
 
 
 def make_jpegs(options: Options) -> None:
-    """Writes images_dir/train/CLASS/NUMBER.jpg: CIFAR-10 images scaled up, and squares of CamVid images, at random."""
+    """Writes images_dir/train/CLASS/NUMBER.jpg: CIFAR-10 images scaled up, and squares of CamVid images, at random.
+
+    Raises UserError for a folder with files of others, or CamVid images too small for the squares.
+    """
     rng = np.random.default_rng(0)
     cifar = load_dataset("cifar10", options.data_dir)
     street = [pair.image for pair in find_masks("camvid", data_folder("camvid", options.data_dir)).pairs["train"]]
+    _claim(options.images_dir)
     for number in tqdm(range(options.images), desc="making", unit="img", leave=False, disable=None):
         if number % 2:
             index = int(rng.integers(len(cifar.train_images)))
@@ -72,12 +77,23 @@ def make_jpegs(options: Options) -> None:
             image = Image.fromarray(cifar.train_images[index].transpose(1, 2, 0)).resize((SIDE, SIDE), Image.BICUBIC)
         else:
             name = "street"
-            with Image.open(street[int(rng.integers(len(street)))]) as whole:
+            path = street[int(rng.integers(len(street)))]
+            with Image.open(path) as whole:
+                if min(whole.size) < SIDE:
+                    raise UserError(f"{path} is smaller than {SIDE} pixels: give the original CamVid with --data-dir")
                 left, top = (int(rng.integers(side - SIDE + 1)) for side in whole.size)
                 image = whole.convert("RGB").crop((left, top, left + SIDE, top + SIDE))
         folder = options.images_dir / "train" / name
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{number}.jpg", quality=QUALITY)
+
+
+def _claim(folder: Path) -> None:
+    """Makes the folder and marks it as ours. Raises UserError if it has files of others."""
+    if folder.exists() and not (folder / MARK).exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} holds other files, and fewer JPEGs than --images: name a new folder to make them in")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).touch()
 
 
 def reading(data: DataSet, n_images: int, workers: int, options: Options, device: torch.device) -> StreamedPart:

@@ -9,6 +9,7 @@ from benchmarks import data_loading, model_sizes
 from models.flops import flop_per_image
 from models.vision_bdh import v2_config
 from tests.camvid_data import write_camvid
+from training.config import UserError
 
 
 def test_loading_is_measured_for_each_number_of_workers(data_dir, tmp_path, monkeypatch):
@@ -20,11 +21,29 @@ def test_loading_is_measured_for_each_number_of_workers(data_dir, tmp_path, monk
     data_loading.main(data_loading.Options(**places, **sizes))
     jpegs = sorted((tmp_path / "jpegs" / "train").glob("*/*.jpg"))
     assert len(jpegs) == 60 and len([path for path in jpegs if path.parent.name == "street"]) == 30
-    (path,) = [path for path in (tmp_path / "out").glob("*.csv") if "memory" not in path.name]
+    (path,) = [path for path in (tmp_path / "out").glob("*.csv") if not path.stem.endswith("_memory")]
     rates, memory = (pd.read_csv(each) for each in (path, path.with_name(f"{path.stem}_memory.csv")))
     assert rates["workers"].tolist() == [1] and rates["images"].tolist() == [59]
     assert (rates["images_per_sec"] > 0).all() and (rates["cpu_ms_per_image"] > 0).all()
     assert memory["epoch"].tolist() == list(range(1, 11)) and (memory["memory_mb"] > 100).all()
+
+
+def test_no_jpeg_of_the_user_is_replaced(data_dir, tmp_path, monkeypatch):
+    (tmp_path / "data_cifar10").symlink_to(data_dir / "data_cifar10")
+    write_camvid(tmp_path / "data_camvid")
+    options = data_loading.Options(images_dir=tmp_path / "mine", data_dir=tmp_path, images=2)
+    mine = tmp_path / "mine" / "train" / "street" / "0.jpg"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"mine holds other files, .* name a new folder"):
+        data_loading.make_jpegs(options)
+    assert mine.read_bytes() == b"mine" and len(list(mine.parent.iterdir())) == 1
+    monkeypatch.setattr(data_loading, "SIDE", 24)
+    for _ in range(2):  # the second call makes them in the folder of the first
+        data_loading.make_jpegs(data_loading.Options(images_dir=tmp_path / "new", data_dir=tmp_path, images=2))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="is smaller than 256 pixels: give the original CamVid"):
+        data_loading.make_jpegs(data_loading.Options(images_dir=tmp_path / "small", data_dir=tmp_path, images=2))
 
 
 @pytest.mark.parametrize(
