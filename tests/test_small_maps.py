@@ -49,7 +49,7 @@ def test_products_in_bf16(fields):
     with torch.autocast("cpu", torch.bfloat16):
         ours, librarys = SmallMapConv2d(plain)(x), plain(x)
     assert ours.dtype == librarys.dtype == torch.bfloat16
-    torch.testing.assert_close(ours, librarys)
+    torch.testing.assert_close(ours, librarys, rtol=0.02, atol=0.01)
 
 
 def test_small_maps_take_products_and_only_in_training(monkeypatch):
