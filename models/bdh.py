@@ -77,7 +77,7 @@ class CoreConfig:
     update_gain: float | None = None
     """initial value of a learned gain of the update, per level and channel (LayerScale); default: no gain"""
     depth_mix: bool = False
-    """start each level from a learned weighted sum of all states so far; at first the last one alone"""
+    """start each level from a learned weighted sum of all earlier states; initially it is the last state"""
     attend_self: bool = True
     """let each token attend to itself; without, the diagonal of the raw scores is zero"""
     qk_norm: bool = False
