@@ -81,6 +81,17 @@ def write_results(table: pd.DataFrame, path: Path, figure: Figure | None = None)
     return write_csv(path, table), *(save_figure(figure, path.with_suffix(".png")) if figure else ())
 
 
+def write_steps(name: str, table: pd.DataFrame, options: Any, device: torch.device) -> tuple[Path, str]:
+    """Writes a table of training steps, with the machine; returns the file and the machine in words.
+
+    options: with output_dir, and the batch_size and precision that all steps have.
+    """
+    machine, words = machine_of(device)
+    path = options.output_dir / f"{name}_{machine}_{options.precision}{changed(options, 'batch_size')}.csv"
+    write_results(table.assign(hardware=words, batch_size=options.batch_size), path)
+    return path, words
+
+
 # ---------------------------------------------------------------------------- time
 
 

@@ -18,14 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import (
-    Precision,
-    TimedOptions,
-    changed,
-    machine_of,
-    measure_steps,
-    write_results,
-)
+from benchmarks.measure import Precision, TimedOptions, measure_steps, write_steps
 from benchmarks.training_steps import made_up_batches, protocol, training_step
 from models.baselines import ViTConfig
 from models.vision_bdh import v2_config
@@ -93,9 +86,7 @@ def main(options: Options) -> None:
     device = prepare_device(options.device)
     warn_of_precision(options.precision, device)
     table = measure(options, device)
-    name, words = machine_of(device)
-    path = options.output_dir / f"recipe_cost_{name}_{options.precision}{changed(options, 'batch_size')}.csv"
-    write_results(table.assign(hardware=words, batch_size=options.batch_size), path)
+    path, words = write_steps("recipe_cost", table, options, device)
     shown = Table(title=f"time of a step / {BASE}, {words}")
     for title in ("setting", *MODELS):
         shown.add_column(title)

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.measure import Precision, TimedOptions, changed, machine_of, measure_steps, write_results
+from benchmarks.measure import Precision, TimedOptions, measure_steps, write_steps
 from benchmarks.training_steps import made_up_batches, training_step
 from models.baselines import EfficientNetB0Config, MobileNetV2Config, Setting
 from models.small_maps import SmallMapConv2d
@@ -76,9 +76,7 @@ def main(options: Options) -> None:
     device = prepare_device(options.device)
     warn_of_precision(options.precision, device)
     table = measure(options, device)
-    name, words = machine_of(device)
-    path = options.output_dir / f"small_maps_{name}_{options.precision}{changed(options, 'batch_size')}.csv"
-    write_results(table.assign(hardware=words, batch_size=options.batch_size), path)
+    path, words = write_steps("small_maps", table, options, device)
     shown = Table("model", "setting", "times faster", title=f"a training step with products, {words}")
     for row in table[table["convolutions"] == "products"].itertuples():
         shown.add_row(row.model, row.setting, f"{row.times_faster:.2f}")

@@ -170,10 +170,11 @@ def _find_voc(folder: Path, download: bool) -> MaskFiles:
     for part, of in parts.items():
         pairs[part], more = _listed_pairs(of.images, of.masks, lists / f"{part}.txt")
         problems += more
+    trained = set(pairs["train"])
     problems += [
         f"{lists / 'val.txt'} lists {pair.image.stem}, which train.txt lists, too: remove it from one of them"
         for pair in pairs["val"]
-        if pair in set(pairs["train"])
+        if pair in trained
     ]
     read_mask = partial(read_labels, classes=VOC, renamed={VOC.void: 255, 255: VOC.void})
     return MaskFiles("voc", pairs | {"test": []}, read_mask, problems)
